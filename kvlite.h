@@ -1,0 +1,6792 @@
+#ifndef KVLITE_H
+#define KVLITE_H
+
+#if defined(KVL_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_WIN32) && !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE)
+#define _POSIX_C_SOURCE 200809L /* the implementation needs a monotonic clock, which -std=c99 hides */
+#endif
+#include <stddef.h>
+#include <stdint.h>
+#include <stdbool.h>
+
+#define KVL_VERSION_MAJOR 0
+#define KVL_VERSION_MINOR 1
+#define KVL_VERSION_PATCH 0
+#define KVL_VERSION (KVL_VERSION_MAJOR * 10000 + KVL_VERSION_MINOR * 100 + KVL_VERSION_PATCH)
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* KVL_API: define it before the include to decorate every public function; KVL_STATIC makes them all static. */
+#ifndef KVL_API
+#if defined(KVL_STATIC) && (defined(__GNUC__) || defined(__clang__))
+#define KVL_API static __attribute__((unused))
+#elif defined(KVL_STATIC)
+#define KVL_API static
+#else
+#define KVL_API extern
+#endif
+#endif
+
+/* ---------------------------------------------------------------- results ----------------------------------------------------------------
+   Zero is success, positive values are normal states of a loop, negative values are errors with pinned numbers.
+   NO_BLOCKS, QUEUE_FULL and BUSY are back-pressure: normal flow, nothing was changed, try again later. */
+#define KVL_RESULTS(X)                                                                                                 \
+    X(OK, 0, "success")                                                                                                \
+    X(IDLE, 1, "nothing can run now: wait for a submit, or for memory")                                                \
+    X(DRAINED, 2, "the scheduler was closed and every request has finished")                                           \
+    X(INVALID_ARG, -1, "an argument is null, out of range or inconsistent")                                            \
+    X(OUT_OF_HOST_MEMORY, -2, "the host allocator returned null, or the host cap is reached")                          \
+    X(OUT_OF_DEVICE_MEMORY, -3, "the device could not give the memory asked for")                                      \
+    X(NO_BLOCKS, -4, "no free or evictable KV blocks are left under the budget")                                       \
+    X(QUEUE_FULL, -5, "the request queue or the token pool is full")                                                   \
+    X(BUSY, -6, "a step is open: end or abort it first")                                                               \
+    X(NO_BACKEND, -7, "no backend can run this; the error text says why each was skipped")                             \
+    X(UNSUPPORTED, -8, "not built yet or not possible here; the error text names the field")                           \
+    X(INVALID_HANDLE, -9, "a handle is null, stale or belongs to another object")                                      \
+    X(CLOSED, -10, "the scheduler takes no more requests")                                                             \
+    X(NEVER_FITS, -11, "the request cannot fit even with the whole budget to itself")                                  \
+    X(MISMATCH, -12, "geometry, format, fingerprint or step does not match")                                           \
+    X(CORRUPT, -13, "an internal invariant or stored data is broken")                                                  \
+    X(LIMIT, -14, "a fixed limit chosen at create is reached")
+
+typedef enum kvl_result {
+#define KVL_RESULT_ENUM_(name, value, text) KVL_##name = value,
+    KVL_RESULTS(KVL_RESULT_ENUM_)
+#undef KVL_RESULT_ENUM_
+        KVL_RESULT_FORCE_INT_ = 0x7fffffff
+} kvl_result;
+
+/* The name of a result ("NO_BLOCKS") and one line that says what it means. Any thread. Never null. */
+KVL_API const char *kvl_result_name(kvl_result r);
+KVL_API const char *kvl_result_text(kvl_result r);
+
+/* ---------------------------------------------------------------- formats ----------------------------------------------------------------
+   How K and V stand in memory. Bytes of a tile (one KV head of one layer, block_tokens rows of dim numbers):
+     F32, F16, BF16   rows
+     INT8             rows of i8, then one f16 scale a token
+     INT8_CHANNEL     rows of u8, then an f16 scale a channel, then an f16 zero a channel      (keys only)
+     FP8_E4M3         rows of e4m3, then one f16 scale a token
+     NVFP4            rows of e2m1 (two a byte, low nibble first), then an e4m3 scale per 16 of a token
+     INT4             rows of u4 (two a byte, low nibble first), then an (f16 scale, f16 zero) per 64 of a token
+     INT4_CHANNEL     rows of u4, then an f16 scale a channel, then an f16 zero a channel      (keys only)
+   each tile padded to 128 bytes. KVL_ROTATED may be or-ed to INT8, FP8_E4M3, NVFP4 or INT4: rows are multiplied with a
+   block-diagonal Hadamard matrix before encoding. */
+typedef uint32_t kvl_format;
+enum {
+    KVL_FORMAT_DEFAULT = 0,
+    KVL_F32,
+    KVL_F16,
+    KVL_BF16,
+    KVL_INT8,
+    KVL_INT8_CHANNEL,
+    KVL_FP8_E4M3,
+    KVL_NVFP4,
+    KVL_INT4,
+    KVL_INT4_CHANNEL,
+    KVL_FORMAT_COUNT,
+    KVL_ROTATED = 0x100 /* flag */
+};
+
+/* A name such as "int4_channel" or "int4+rot" for a format, and back (returns KVL_FORMAT_DEFAULT if unknown). */
+KVL_API const char *kvl_format_name(kvl_format f);
+KVL_API kvl_format kvl_format_from_name(const char *name);
+
+/* Bytes of one tile, padding included; 0 where the format does not take this shape. Any thread. */
+KVL_API size_t kvl_tile_bytes(kvl_format f, uint32_t block_tokens, uint32_t dim);
+
+/* Encodes block_tokens rows (row-major f32, already rounded to the exact format) into a tile, or decodes a tile to f32 rows (in the
+   encoded domain: rotated rows stay rotated unless unrotate). nvfp4_global is the geometry's constant, 0 = 1/16. For callers with
+   their own kernels, and for tests. INVALID_ARG, UNSUPPORTED (shape or format). Any thread. */
+KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const float *rows, void *tile);
+KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const void *tile, bool unrotate,
+                                   float *rows);
+
+/* Named pairs of a key and a value format, as measured: "f32", "f16", "bf16", "int8" (the default), "int8+", "fp8", "nvfp4",
+   "balanced", "int4". */
+typedef struct kvl_preset {
+    const char *name;
+    kvl_format k, v, exact; /* exact: open and sink blocks */
+} kvl_preset;
+KVL_API const kvl_preset *kvl_presets(uint32_t *count); /* the table */
+KVL_API const kvl_preset *kvl_preset_find(const char *name); /* null if unknown */
+
+/* ---------------------------------------------------------------- geometry ---------------------------------------------------------------- */
+typedef struct kvl_layer { /* what one layer does differently; all zero = nothing */
+    uint32_t window;       /* sliding window in tokens, the query's own counted; 0 = full attention */
+    uint32_t sink_tokens;  /* with a window: the first tokens of a sequence that stay visible */
+    const float *sink_logits; /* [n_q_heads] learned logits that join the softmax and have no value (gpt-oss); null = none; copied */
+    float softcap;         /* logits become softcap * tanh(logit / softcap); 0 = off */
+    float scale;           /* softmax scale of this layer; 0 = the geometry's */
+    kvl_format k_format, v_format; /* override of the geometry's packed formats; 0 = none */
+    float k_global, v_global; /* NVFP4 global scales; 0 = 1/16 */
+    uint32_t shares_kv_with; /* 1 + index of the layer whose KV this one reads; 0 = own. UNSUPPORTED yet */
+    uint32_t latent_dim;   /* MLA: V is the first dims of K. UNSUPPORTED yet */
+    uint32_t state_bytes;  /* recurrent state per sequence. UNSUPPORTED yet */
+} kvl_layer;
+
+typedef struct kvl_geometry {
+    uint32_t n_layers;
+    uint32_t n_q_heads;
+    uint32_t n_kv_heads;   /* divides n_q_heads; 0 = n_q_heads */
+    uint32_t k_dim;        /* multiple of 16 in 16..256 */
+    uint32_t v_dim;        /* 0 = k_dim */
+    float scale;           /* softmax scale; 0 = 1/sqrt(k_dim) */
+    uint32_t block_tokens; /* 8, 16, 32 or 64; 0 = 32. The channel formats need 32 or 64 */
+    const char *preset;    /* names the formats; null = "int8" */
+    kvl_format k_format, v_format, exact_format; /* override the preset's; 0 = the preset's */
+    uint32_t sink_blocks;  /* first blocks of a sequence that stay exact; 0 = 1; KVL_NONE = none */
+    uint32_t segment_tokens; /* length of the fixed ranges that attention folds; 0 = 1024; a multiple of 64 */
+    const kvl_layer *layers; /* [n_layers] or null; copied */
+    uint64_t fingerprint;  /* of model, tokenizer and RoPE: caches with different fingerprints never share KV */
+} kvl_geometry;
+
+#define KVL_NONE 0xffffffffu
+
+/* ---------------------------------------------------------------- context ---------------------------------------------------------------- */
+typedef struct kvl_context kvl_context;
+typedef struct kvl_cache kvl_cache;
+typedef struct kvl_sched kvl_sched;
+
+typedef enum kvl_backend_kind { KVL_BACKEND_AUTO = 0, KVL_BACKEND_NULL, KVL_BACKEND_CPU, KVL_BACKEND_FORCE_INT_ = 0x7fffffff } kvl_backend_kind;
+typedef enum kvl_simd { KVL_SIMD_AUTO = 0, KVL_SIMD_SCALAR, KVL_SIMD_AVX2, KVL_SIMD_AVX512, KVL_SIMD_FORCE_INT_ = 0x7fffffff } kvl_simd;
+typedef enum kvl_log_level { KVL_LOG_ERROR = 0, KVL_LOG_WARNING, KVL_LOG_INFO, KVL_LOG_FORCE_INT_ = 0x7fffffff } kvl_log_level;
+
+/* realloc-like: size 0 frees ptr; must return memory aligned for any type, or null. Called at create, destroy, submit, fork and resize only. */
+typedef void *(*kvl_alloc_fn)(void *user, void *ptr, size_t old_size, size_t new_size);
+typedef void (*kvl_log_fn)(void *user, kvl_log_level level, const char *text);
+/* Monotonic nanoseconds. */
+typedef uint64_t (*kvl_clock_fn)(void *user);
+/* Calls fn(arg, i) once for each i < n, on any threads, and returns when all are done. */
+typedef void (*kvl_parallel_fn)(void *user, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg);
+
+typedef struct kvl_context_desc {
+    kvl_backend_kind backend; /* AUTO: the best that works */
+    kvl_simd simd;            /* AUTO: the best this CPU has; a path it lacks is UNSUPPORTED */
+    uint32_t n_threads;       /* built-in pool: threads in all; 0 or 1 = none. Ignored with parallel_for */
+    kvl_parallel_fn parallel_for;
+    kvl_alloc_fn alloc;
+    kvl_log_fn log;
+    kvl_clock_fn clock;
+    void *user;               /* handed to every callback */
+    char *error;              /* where a failed create writes why, at most error_size bytes; may be null */
+    size_t error_size;
+} kvl_context_desc;
+
+/* A context owns backend, threads and callbacks; several caches may share one. Errors: NO_BACKEND, UNSUPPORTED (simd), OUT_OF_HOST_MEMORY.
+   Destroy it after its caches. One thread at a time. */
+KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context **out);
+KVL_API void kvl_context_destroy(kvl_context *ctx);
+/* "cpu (avx512)", and why each other backend was skipped, a line each. */
+KVL_API const char *kvl_context_backend(const kvl_context *ctx);
+KVL_API const char *kvl_context_report(const kvl_context *ctx);
+
+/* ---------------------------------------------------------------- cache ---------------------------------------------------------------- */
+typedef struct kvl_cache_desc {
+    kvl_context *context;      /* null = a private one made from context_desc */
+    kvl_context_desc context_desc;
+    kvl_geometry geometry;
+    uint64_t device_bytes;     /* required: the cap on KV blocks and attention scratch */
+    uint64_t max_device_bytes; /* what kvl_cache_resize may reach; 0 = device_bytes */
+    uint64_t host_bytes;       /* cap on metadata; 0 = none */
+    uint32_t max_sequences;    /* open at once; 0 = 256 */
+    uint32_t max_seq_tokens;   /* longest sequence; 0 = 131072, lowered to what max_device_bytes can hold */
+    uint32_t max_step_tokens;  /* rows in one step; 0 = 512 */
+    uint32_t lookup_hash_bits; /* testing: keep only so many bits of the prefix lookup hash, to force collisions; 0 = all */
+    bool no_prefix_cache;      /* keep nothing of closed sequences */
+    bool poison;               /* debugging: fill freed and fresh blocks with NaN */
+    char *error;               /* where a failed create writes why, at most error_size bytes; may be null */
+    size_t error_size;
+} kvl_cache_desc;
+
+/* Errors: INVALID_ARG or UNSUPPORTED (desc.error names the field), NO_BACKEND, OUT_OF_HOST_MEMORY, OUT_OF_DEVICE_MEMORY,
+   NO_BLOCKS (the budget does not hold one block and the scratch: the text says how much it takes). */
+KVL_API kvl_result kvl_cache_create(const kvl_cache_desc *desc, kvl_cache **out);
+KVL_API void kvl_cache_destroy(kvl_cache *cache); /* null is fine; destroy its scheduler first */
+/* What zero became. */
+KVL_API kvl_result kvl_cache_defaults(const kvl_cache_desc *desc, kvl_cache_desc *out);
+KVL_API kvl_context *kvl_cache_context(kvl_cache *cache);
+
+/* Why the last failed call on this cache failed: names the field, handle, bytes or tokens. Never null. Owner thread. A failed create
+   writes its text to desc.error. */
+KVL_API const char *kvl_last_error(const kvl_cache *cache);
+
+/* Changes the budget between steps: compacts, evicts, preempts. 0 suspends. *held_bytes (may be null): what could not be given up.
+   Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned and directly opened sequences hold),
+   OUT_OF_DEVICE_MEMORY (grown as far as possible). Owner thread. */
+KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uint64_t *held_bytes);
+
+typedef struct kvl_fit {
+    uint64_t need_bytes;  /* of slabs, for n_sequences × n_tokens */
+    uint64_t free_bytes;  /* free or evictable now */
+    uint64_t short_bytes; /* how much is missing now */
+    uint64_t max_tokens;  /* longest single sequence that would fit now */
+    bool fits_empty;      /* would fit in max_device_bytes with nothing else there */
+} kvl_fit;
+/* Would n_sequences more sequences of n_tokens each fit now? OK, NO_BLOCKS (later perhaps), NEVER_FITS, INVALID_ARG. fit may be null.
+   Owner thread. */
+KVL_API kvl_result kvl_can_fit(kvl_cache *cache, uint32_t n_sequences, uint32_t n_tokens, kvl_fit *fit);
+
+/* Checks every invariant: refcounts, free lists, tree, ledger, tables, scheduler. OK or CORRUPT with the text in kvl_last_error. O(everything). */
+KVL_API kvl_result kvl_validate(kvl_cache *cache);
+
+/* ---------------------------------------------------------------- sequences ---------------------------------------------------------------- */
+typedef struct kvl_seq { uint32_t id; } kvl_seq; /* 0 is never valid */
+
+typedef enum kvl_match_reason { /* why a match stopped where it did */
+    KVL_MATCH_ALL = 0,       /* all but what must be recomputed to get logits */
+    KVL_MATCH_TOKEN,         /* the next cached tokens differ, first at first_differing */
+    KVL_MATCH_END,           /* nothing cached goes on from here */
+    KVL_MATCH_NAMESPACE,     /* nothing cached under this namespace and salt, though under another */
+    KVL_MATCH_EVICTED,       /* the tokens are known, their KV was evicted */
+    KVL_MATCH_FORMAT,        /* the next rows are packed: shared rows of a packed block are recomputed */
+    KVL_MATCH_EMPTY,         /* nothing cached at all, or the cache was told not to look */
+    KVL_MATCH_FORCE_INT_ = 0x7fffffff
+} kvl_match_reason;
+KVL_API const char *kvl_match_reason_text(kvl_match_reason r);
+
+typedef struct kvl_reuse {
+    uint32_t matched;    /* tokens whose KV was found in memory */
+    uint32_t restored;   /* of them, brought back from a lower tier (0 until tiers exist) */
+    uint32_t recomputed; /* n_tokens - matched */
+    uint32_t first_differing; /* with KVL_MATCH_TOKEN: position of the first token that differs */
+    kvl_match_reason reason;
+} kvl_reuse;
+
+typedef struct kvl_seq_desc {
+    const int32_t *tokens;    /* [n_tokens] to match against what is cached; may be null with n_tokens 0 */
+    uint32_t n_tokens;
+    uint64_t name_space;      /* one app or user never sees another's reuse */
+    uint64_t salt;            /* adapter, or anything else that changes KV */
+    uint32_t priority;        /* 0..7: what it leaves behind is evicted later than lower ones */
+    bool no_match;            /* reuse nothing */
+    bool no_keep;             /* leave nothing behind */
+    void *user;
+} kvl_seq_desc;
+
+/* Opens a sequence on the longest cached prefix; its length is reuse->matched, at most n_tokens - 1. Errors: INVALID_ARG, LIMIT
+   (max_sequences), BUSY. Owner thread, like all of this section. */
+KVL_API kvl_result kvl_seq_open(kvl_cache *cache, const kvl_seq_desc *desc, kvl_seq *out, kvl_reuse *reuse);
+/* Takes blocks for n_tokens beyond the length now, so that steps up to there cannot fail with NO_BLOCKS. NO_BLOCKS: nothing changed. */
+KVL_API kvl_result kvl_seq_extend(kvl_cache *cache, kvl_seq seq, uint32_t n_tokens);
+/* A copy that shares all blocks; what is written later is copied first. *length (may be null): its length. LIMIT, BUSY, INVALID_HANDLE. */
+KVL_API kvl_result kvl_seq_fork(kvl_cache *cache, kvl_seq seq, kvl_seq *out, uint32_t *length);
+/* Shortens to n_tokens or, where that is inside a packed block or behind a window, less: *length is what was reached. */
+KVL_API kvl_result kvl_seq_trim(kvl_cache *cache, kvl_seq seq, uint32_t n_tokens, uint32_t *length);
+/* Pins (or unpins) the full blocks of a sequence in the prefix tree: they outlive it and are not evicted. Pins count. */
+KVL_API kvl_result kvl_seq_pin(kvl_cache *cache, kvl_seq seq, bool pin);
+/* Takes one pin off the cached blocks of desc's tokens, namespace and salt. *n_tokens (may be null): how many tokens of it were pinned. */
+KVL_API kvl_result kvl_prefix_unpin(kvl_cache *cache, const kvl_seq_desc *desc, uint32_t *n_tokens);
+/* Closes: full blocks and the open one stay in the prefix tree until evicted. */
+KVL_API kvl_result kvl_seq_close(kvl_cache *cache, kvl_seq seq);
+KVL_API kvl_result kvl_seq_length(const kvl_cache *cache, kvl_seq seq, uint32_t *length);
+
+/* ---------------------------------------------------------------- steps ---------------------------------------------------------------- */
+typedef struct kvl_span { /* rows of one sequence in a step */
+    kvl_seq seq;
+    const int32_t *tokens; /* [n_tokens] */
+    uint32_t n_tokens;
+    uint32_t n_logits;     /* how many of the last rows want logits */
+    void *user;
+} kvl_span;
+
+/* A block table entry. Id or-ed with KVL_ENTRY_EXACT where the block is of the exact class; KVL_NONE where there is no block (behind a window). */
+#define KVL_ENTRY_EXACT 0x80000000u
+#define KVL_ENTRY_SCRATCH 0x40000000u /* in `own` only: index of a slot of the step's exact scratch */
+#define KVL_ENTRY_ID 0x3fffffffu
+
+typedef struct kvl_span_blocks {   /* one group's blocks of one span */
+    const uint32_t *table;   /* [n_blocks] what later blocks see; entry j covers tokens [j*T, j*T+T) */
+    uint32_t n_blocks;
+    uint32_t first_own;      /* index of the first block that this step writes */
+    uint32_t n_own;
+    const uint32_t *own;     /* [n_own] where the exact rows of block first_own+i stand while its own queries run */
+} kvl_span_blocks;
+
+typedef struct kvl_copy { uint32_t group, src, dst; } kvl_copy; /* whole-block copies (entries) to do before the step */
+
+typedef struct kvl_step_span {
+    kvl_seq seq;
+    uint32_t first_row, n_rows;
+    uint32_t position;       /* of its first row = committed length before this step */
+    uint32_t n_logits;
+    uint32_t request;        /* kvl_req id, 0 for a caller's own sequence */
+    void *user;              /* of the request or of the kvl_span */
+} kvl_step_span;
+
+typedef struct kvl_step {
+    uint64_t id;
+    uint32_t n_tokens;           /* rows */
+    const int32_t *tokens;       /* [n_tokens] */
+    const uint32_t *positions;   /* [n_tokens] */
+    const uint32_t *row_span;    /* [n_tokens] index into spans */
+    uint32_t n_spans;
+    const kvl_step_span *spans;
+    uint32_t n_logits;
+    const uint32_t *logit_rows;  /* [n_logits] rows whose logits are wanted, in the order commit takes tokens */
+    const uint32_t *logit_requests; /* [n_logits] kvl_req id (0: a caller's own); a row may be wanted by several after a fork */
+    void *const *logit_users;    /* [n_logits] user pointer of that request */
+    uint32_t n_groups;
+    const kvl_span_blocks *blocks; /* [n_groups][n_spans] */
+    const uint64_t *block_address; /* by block id: address in device memory */
+    const uint32_t *layer_group; /* [n_layers] */
+    uint32_t n_copies;           /* copy-on-write and partial reuse; already done by the library's own backends */
+    const kvl_copy *copies;
+    uint64_t graph_key;          /* equal keys: same shapes and addresses of tables, a captured graph may be replayed */
+} kvl_step;
+
+/* Begins a step over spans of distinct sequences. *out stays valid until end or abort. Errors, all with state unchanged: BUSY,
+   INVALID_HANDLE, INVALID_ARG (empty span, a sequence twice), LIMIT (max_step_tokens, max_seq_tokens), NO_BLOCKS. Owner thread. */
+KVL_API kvl_result kvl_step_begin(kvl_cache *cache, const kvl_span *spans, uint32_t n_spans, const kvl_step **out);
+/* The rows are in: lengths grow, full blocks enter the prefix tree. MISMATCH: not the open step, or kvl_attend has not run for every layer. */
+KVL_API kvl_result kvl_step_end(kvl_cache *cache, const kvl_step *step);
+/* As if the step had never begun (what it evicted stays evicted). */
+KVL_API kvl_result kvl_step_abort(kvl_cache *cache, const kvl_step *step);
+
+typedef enum kvl_dtype { KVL_DTYPE_F32 = 0, KVL_DTYPE_F16, KVL_DTYPE_BF16, KVL_DTYPE_FORCE_INT_ = 0x7fffffff } kvl_dtype;
+
+typedef struct kvl_tensor {
+    void *data;           /* [rows][heads][dim] */
+    kvl_dtype dtype;
+    size_t row_stride;    /* in elements; 0 = heads * dim */
+    size_t head_stride;   /* in elements; 0 = dim */
+} kvl_tensor;
+
+/* Appends this layer's k and v (after RoPE) and attends. q [n_tokens][n_q_heads][k_dim], k [n_tokens][n_kv_heads][k_dim],
+   v [n_tokens][n_kv_heads][v_dim], out [n_tokens][n_q_heads][v_dim]. Query head h reads KV head h / (n_q_heads / n_kv_heads).
+   Each layer once a step, in any order. A row with NaN or Inf in k or v taints its own sequence alone (kvl_seq_tainted), which is never
+   reused. Errors: INVALID_ARG, MISMATCH (not the open step, a layer twice). Owner thread. Blocks until done on the CPU.
+   Source: online softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023 (Flash-Decoding); paging, Kwon et al. 2023. */
+KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t layer, const kvl_tensor *q, const kvl_tensor *k,
+                              const kvl_tensor *v, const kvl_tensor *out);
+KVL_API bool kvl_seq_tainted(const kvl_cache *cache, kvl_seq seq);
+
+/* Where layer `layer`'s tiles stand inside a block of its group, for callers with their own kernels. */
+typedef struct kvl_block_layout {
+    uint32_t group;
+    kvl_format k_format, v_format;
+    size_t block_bytes;  /* whole block, all layers of the group */
+    size_t layer_offset; /* of this layer's first tile */
+    size_t head_stride;  /* between KV heads: K tile, then V tile */
+    size_t v_offset;     /* of the V tile after its K tile */
+} kvl_block_layout;
+KVL_API kvl_result kvl_cache_layout(const kvl_cache *cache, uint32_t layer, bool exact, kvl_block_layout *out);
+
+/* ---------------------------------------------------------------- scheduler ---------------------------------------------------------------- */
+typedef struct kvl_req { uint32_t id; } kvl_req; /* 0 is never valid */
+
+typedef enum kvl_policy { KVL_POLICY_FCFS = 0, KVL_POLICY_PRIORITY, KVL_POLICY_LONGEST_PREFIX, KVL_POLICY_FORCE_INT_ = 0x7fffffff } kvl_policy;
+typedef enum kvl_class { KVL_INTERACTIVE = 0, KVL_BACKGROUND, KVL_CLASS_FORCE_INT_ = 0x7fffffff } kvl_class;
+typedef enum kvl_finish { /* why a request ended */
+    KVL_FINISH_NONE = 0,  /* it has not */
+    KVL_FINISH_STOP,      /* a stop token */
+    KVL_FINISH_LENGTH,    /* max_new_tokens or max_seq_tokens */
+    KVL_FINISH_APP,       /* the app said so at commit */
+    KVL_FINISH_CANCELLED,
+    KVL_FINISH_REFUSED,   /* refuse_over_gap: it would have broken max_gap_ms for those already running */
+    KVL_FINISH_FORCE_INT_ = 0x7fffffff
+} kvl_finish;
+typedef enum kvl_req_state { KVL_REQ_WAITING = 0, KVL_REQ_PREFILL, KVL_REQ_DECODE, KVL_REQ_FINISHED, KVL_REQ_FORCE_INT_ = 0x7fffffff } kvl_req_state;
+
+/* What a step costs, in milliseconds: step + prefill_token·rows of prefill + decode·rows of decode + kv_megatoken·(KV tokens read / 1e6). */
+typedef struct kvl_cost { double step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms; } kvl_cost;
+
+typedef struct kvl_sched_desc {
+    kvl_policy policy;
+    uint32_t max_running;     /* requests with KV at once; 0 = the cache's max_sequences */
+    uint32_t max_waiting;     /* submitted and not finished, running ones included; 0 = 4096 */
+    uint64_t token_pool_bytes; /* cap on the tokens of all requests; 0 = 256 MiB */
+    uint32_t step_tokens;     /* token budget of a step; 0 = the cache's max_step_tokens */
+    uint32_t min_chunk;       /* smallest chunk of prefill while others stream; 0 = block_tokens */
+    double max_gap_ms;        /* longest wait between two tokens of an interactive stream; 0 = no bound: chunks use the whole budget */
+    bool refuse_over_gap;     /* refuse interactive work that decodes alone would breach; else it queues */
+    kvl_cost cost;            /* to start from; all 0 = learn from the steps */
+    bool fixed_cost;          /* do not learn: replays and simulations */
+} kvl_sched_desc;
+
+/* One scheduler per cache. Errors: INVALID_ARG, OUT_OF_HOST_MEMORY, BUSY (the cache has one). */
+KVL_API kvl_result kvl_sched_create(kvl_cache *cache, const kvl_sched_desc *desc, kvl_sched **out);
+KVL_API void kvl_sched_destroy(kvl_sched *sched); /* aborts an open step, closes all sequences */
+KVL_API kvl_result kvl_sched_defaults(kvl_cache *cache, const kvl_sched_desc *desc, kvl_sched_desc *out);
+KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owner thread's calls */
+
+typedef struct kvl_request {
+    const int32_t *tokens;      /* [n_tokens], copied */
+    uint32_t n_tokens;          /* at least 1 */
+    uint32_t max_new_tokens;    /* 0 = 256; lowered to max_seq_tokens */
+    const int32_t *stop_tokens; /* [n_stop_tokens], copied; at most 8 */
+    uint32_t n_stop_tokens;
+    kvl_class klass;
+    uint32_t priority;          /* 0..7, higher first under KVL_POLICY_PRIORITY; also how long its KV is kept */
+    uint64_t name_space, salt;
+    bool no_match, no_keep;
+    void *user;
+} kvl_request;
+
+typedef struct kvl_refusal { /* with NEVER_FITS: the numbers */
+    uint32_t n_tokens, max_tokens;     /* asked for, longest possible */
+    uint64_t need_bytes, budget_bytes;
+} kvl_refusal;
+
+/* Queues a request. Errors: INVALID_ARG, QUEUE_FULL, CLOSED, NEVER_FITS (*refusal, may be null, has the numbers), OUT_OF_HOST_MEMORY. Any thread. */
+KVL_API kvl_result kvl_sched_submit(kvl_sched *sched, const kvl_request *request, kvl_req *out);
+KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *sched, const kvl_request *request, kvl_req *out, kvl_refusal *refusal);
+/* Ends a request at the next plan. A finished one: OK, nothing happens. INVALID_HANDLE. Any thread. */
+KVL_API kvl_result kvl_sched_cancel(kvl_sched *sched, kvl_req req);
+/* Another answer to the same tokens: shares the KV of `req` and joins at its next logits row (which then stands once more in logit_rows).
+   If `req` ends or is preempted first, the fork goes on as a request of its own. user: the fork's. Errors: INVALID_HANDLE, INVALID_ARG
+   (finished), QUEUE_FULL, BUSY. Owner thread. */
+KVL_API kvl_result kvl_sched_fork(kvl_sched *sched, kvl_req req, void *user, kvl_req *out);
+/* No more submits; plan returns DRAINED when all have finished. Any thread. */
+KVL_API void kvl_sched_close(kvl_sched *sched);
+/* Waits until something was submitted, cancelled or closed since the last plan, or the time is over. Returns false at time-out. Any thread. */
+KVL_API bool kvl_sched_wait(kvl_sched *sched, uint32_t timeout_ms);
+
+/* The next step. OK: *out until commit or abort. IDLE: nothing can run now. DRAINED: closed and done. BUSY: a step is open. Owner thread. */
+KVL_API kvl_result kvl_sched_plan(kvl_sched *sched, const kvl_step **out);
+
+typedef struct kvl_output { /* what became of one logits row */
+    int32_t token;
+    bool no_token;  /* nothing was sampled (with finish): token is ignored */
+    bool finish;    /* end the request after this token */
+} kvl_output;
+/* One sampled token for each of step->logit_rows, in that order (null if there are none). MISMATCH: not the open step, or layers are missing.
+   Owner thread. */
+KVL_API kvl_result kvl_sched_commit(kvl_sched *sched, const kvl_step *step, const int32_t *tokens);
+KVL_API kvl_result kvl_sched_commit_ex(kvl_sched *sched, const kvl_step *step, const kvl_output *outputs);
+/* Undoes plan: lengths, pages and request states are as before; what it evicted stays evicted, what it preempted waits. Owner thread. */
+KVL_API kvl_result kvl_sched_abort(kvl_sched *sched, const kvl_step *step);
+
+typedef struct kvl_req_info {
+    kvl_req_state state;
+    kvl_finish finish;
+    uint32_t n_prompt, n_generated;
+    uint32_t n_computed;     /* tokens with KV now */
+    uint32_t preemptions;
+    kvl_reuse reuse;         /* of its latest admission */
+    uint64_t submit_ns, first_token_ns, last_token_ns, finish_ns;
+    kvl_seq seq;             /* while running */
+    void *user;
+} kvl_req_info;
+/* A finished request can be asked about until its slot is used again (max_waiting submits later at the earliest when idle). Owner thread. */
+KVL_API kvl_result kvl_sched_info(const kvl_sched *sched, kvl_req req, kvl_req_info *out);
+/* Copies up to capacity generated tokens; *n_tokens = how many there are. Owner thread. */
+KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity, uint32_t *n_tokens);
+
+/* ---------------------------------------------------------------- stats ---------------------------------------------------------------- */
+typedef struct kvl_percentiles { double p50, p95, p99, max; uint64_t count; } kvl_percentiles;
+
+typedef struct kvl_stats {
+    /* blocks by class and state: [0] packed, [1] exact; where a group has one class its blocks count as exact */
+    uint32_t blocks_used[2];     /* in a sequence's table */
+    uint32_t blocks_shared[2];   /* of them, in more than one */
+    uint32_t blocks_cached[2];   /* only in the prefix tree, evictable */
+    uint32_t blocks_pinned[2];   /* only in the prefix tree, pinned */
+    uint32_t blocks_free[2];     /* free slots of slabs of that class */
+    uint32_t slabs, slabs_free;
+    /* the ledger, bytes by purpose */
+    uint64_t device_budget, device_peak;
+    uint64_t bytes_slabs, bytes_scratch, bytes_workspace; /* device */
+    uint64_t bytes_used, bytes_cached;                    /* of blocks, inside the slabs */
+    uint64_t bytes_metadata, bytes_tokens;                /* host */
+    uint64_t slab_bytes;
+    /* prefix cache, since create */
+    uint64_t opened, open_tokens, hit_tokens, evicted_blocks, duplicate_blocks, tainted_sequences;
+    uint32_t nodes, sequences;
+    /* scheduler, since create; 0 without one */
+    uint32_t waiting, running;
+    uint64_t steps, prefill_tokens, decode_tokens, submitted, finished, cancelled, refused, preemptions, aborts, compactions;
+    kvl_percentiles gap_ms;      /* between two tokens of an interactive stream */
+    kvl_percentiles ttft_ms;     /* submit to first token */
+    kvl_percentiles step_ms;     /* plan to commit */
+    kvl_cost cost;               /* as learnt */
+} kvl_stats;
+/* A snapshot as of the last plan, commit, or other call of the owner thread. Any thread. */
+KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* KVLITE_H */
+
+#ifdef KVL_IMPLEMENTATION
+#ifndef KVLITE_IMPLEMENTED
+#define KVLITE_IMPLEMENTED
+/* ==== >>config: what the implementation is compiled with ================================================================ */
+#include <math.h>
+#include <string.h>
+#include <stdlib.h>
+#include <stdio.h> /* snprintf alone */
+#include <stdarg.h>
+
+#if (defined(__x86_64__) || defined(__i386__) || defined(_M_X64)) && !defined(KVL_NO_SIMD)
+#define KVLI_X86 1
+#include <immintrin.h>
+#else
+#define KVLI_X86 0
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define KVLI_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define KVLI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c")))
+#define KVLI_INLINE static inline __attribute__((always_inline))
+#define KVLI_NOINLINE static __attribute__((noinline))
+#define KVLI_ALIGN(n) __attribute__((aligned(n)))
+#else
+#define KVLI_TARGET_AVX2
+#define KVLI_TARGET_AVX512
+#define KVLI_INLINE static __forceinline
+#define KVLI_NOINLINE static __declspec(noinline)
+#define KVLI_ALIGN(n) __declspec(align(n))
+#endif
+
+/* (lead, in >>mem:) overflow-checked sizes, min/max helpers: kvli_min_u32, kvli_max_u32, kvli_div_up */
+static inline uint32_t kvli_min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+static inline uint32_t kvli_max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+static inline uint32_t kvli_div_up(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
+
+/* ---- one side (K or V) of a layer in one class ---- */
+typedef struct kvli_side {
+    kvl_format format; /* without the flag */
+    bool rotated;
+    float global;      /* NVFP4 */
+    uint32_t tokens, dim;
+    size_t tile_bytes; /* padded */
+} kvli_side;
+
+enum { KVLI_PACKED = 0, KVLI_EXACT = 1 };
+
+/* ---- a layer, resolved ---- */
+typedef struct kvli_layer {
+    uint32_t group;
+    uint32_t window, sink_tokens; /* window 0 = full */
+    float softcap, scale;
+    const float *sink_logits;     /* [n_q_heads] or null */
+    kvli_side k[2], v[2];         /* [KVLI_PACKED], [KVLI_EXACT]; equal where there is one class */
+    size_t offset[2];             /* of this layer in a block of the class */
+    size_t head_stride[2], v_offset[2];
+} kvli_layer;
+
+typedef struct kvli_geometry {
+    uint32_t n_layers, n_q_heads, n_kv_heads, gqa, k_dim, v_dim, block_tokens, sink_blocks, segment_tokens;
+    kvl_format exact;  /* F32, F16 or BF16: the format of every exact tile, K and V */
+    uint32_t n_groups;
+    kvli_layer *layers;
+} kvli_geometry;
+
+/* ---- what a backend's attend gets: one layer of one step ---- */
+typedef struct kvli_attend_span {
+    uint32_t first_row, n_rows, position; /* rows first_row.. are positions position.. of this sequence */
+    kvl_span_blocks blocks;               /* of this layer's group. A query in block j sees blocks < j through table[], its own block
+                                             through own[j - first_own]. own[i] is an exact block or a slot of the scratch. Where
+                                             table[first_own + i] != own[i] the block is complete after this step and must be sealed:
+                                             exact tile -> packed tile, once its last row is written. Rows before `position` in the
+                                             first own block are already there, exact. */
+} kvli_attend_span;
+
+typedef struct kvli_attend {
+    const kvli_geometry *geo;
+    const kvli_layer *layer;
+    const kvli_attend_span *spans;
+    uint32_t n_spans, n_rows;
+    const uint64_t *block_address; /* by id: start of the block; this layer's tiles are at offset[class] + head * head_stride[class] */
+    uint8_t *scratch;              /* exact slots of one layer: slot s at s * scratch_slot, head h at + h * head_stride[KVLI_EXACT] */
+    size_t scratch_slot;
+    void *workspace;               /* workspace_bytes of the backend, 64-byte aligned */
+    size_t workspace_bytes;
+    kvl_tensor q, k, v, out;       /* strides filled in */
+    uint8_t *taint;                /* [n_spans] set to 1 where a row of k or v was not finite after rounding to the exact format */
+} kvli_attend;
+
+/* ---- given by other sections ---- */
+/* >>platform (lead): runs fn(arg, i) for i < n on the context's threads, blocks until done. Tasks are claimed dynamically. */
+static void kvli_parallel(struct kvl_context *ctx, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg);
+static uint32_t kvli_threads(const struct kvl_context *ctx); /* 1 = no threads */
+static kvl_simd kvli_simd(const struct kvl_context *ctx);    /* resolved: SCALAR, AVX2 or AVX512 */
+
+/* >>formats (formats helper) */
+static float kvli_f16_to_f32(uint16_t h);
+static uint16_t kvli_f32_to_f16(float f); /* round to nearest even, overflow to inf, NaN kept */
+static float kvli_bf16_to_f32(uint16_t h);
+static uint16_t kvli_f32_to_bf16(float f);
+static float kvli_e4m3_to_f32(uint8_t b);
+static uint8_t kvli_f32_to_e4m3(float f); /* nearest even, saturates at 448 */
+static bool kvli_side_supported(kvl_format format_with_flag, bool is_key, uint32_t tokens, uint32_t dim, const char **why);
+static size_t kvli_tile_size(kvl_format format, uint32_t tokens, uint32_t dim); /* padded to 128 */
+/* Writes n rows of a tensor (dtype, row stride in elements) as rows [row, row+n) of an exact tile; returns false if any number is not finite
+   after rounding (the number is stored as it is). */
+static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src, kvl_dtype dtype, size_t row_stride, uint32_t n, void *tile,
+                            uint32_t row, kvl_simd simd);
+/* Seals: encodes a whole exact tile (side.tokens × side.dim). Same bytes on every simd path. NaN or Inf in the input: any bytes, no trap. */
+static void kvli_seal_tile(const kvli_side *side, kvl_format exact, const void *exact_tile, void *tile, kvl_simd simd);
+/* Scalar decode to f32 [tokens][dim], in the rotated domain. */
+static void kvli_decode_tile(const kvli_side *side, const void *tile, float *rows);
+/* In place over n rows: x <- x H (block-diagonal Hadamard, orthonormal, its own inverse); same operations on every path. */
+static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows, kvl_simd simd);
+
+/* >>cpu (cpu helper) */
+static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens);
+static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a); /* write, seal, attend, merge */
+
+/* ==== >>platform: threads, clock, atomics, cpu features ================================================================== */
+#if defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#define KVLI_UNDEF_LEAN
+#endif
+#include <windows.h>
+#ifdef KVLI_UNDEF_LEAN
+#undef WIN32_LEAN_AND_MEAN
+#undef KVLI_UNDEF_LEAN
+#endif
+typedef SRWLOCK kvli_mutex;
+typedef CONDITION_VARIABLE kvli_cond;
+typedef HANDLE kvli_thread;
+#else
+#include <pthread.h>
+#include <time.h>
+#include <errno.h>
+typedef pthread_mutex_t kvli_mutex;
+typedef pthread_cond_t kvli_cond;
+typedef pthread_t kvli_thread;
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+static inline uint32_t kvli_atomic_load(uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void kvli_atomic_store(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline uint32_t kvli_atomic_add(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+#else
+static inline uint32_t kvli_atomic_load(uint32_t *p) { return (uint32_t)InterlockedCompareExchange((volatile LONG *)p, 0, 0); }
+static inline void kvli_atomic_store(uint32_t *p, uint32_t v) { InterlockedExchange((volatile LONG *)p, (LONG)v); }
+static inline uint32_t kvli_atomic_add(uint32_t *p, uint32_t v) { return (uint32_t)InterlockedExchangeAdd((volatile LONG *)p, (LONG)v); }
+#endif
+
+#if defined(_WIN32)
+static bool kvli_mutex_init(kvli_mutex *m) { InitializeSRWLock(m); return true; }
+static void kvli_mutex_free(kvli_mutex *m) { (void)m; }
+static void kvli_lock(kvli_mutex *m) { AcquireSRWLockExclusive(m); }
+static void kvli_unlock(kvli_mutex *m) { ReleaseSRWLockExclusive(m); }
+static bool kvli_cond_init(kvli_cond *c) { InitializeConditionVariable(c); return true; }
+static void kvli_cond_free(kvli_cond *c) { (void)c; }
+static void kvli_cond_wait(kvli_cond *c, kvli_mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
+static bool kvli_cond_wait_ms(kvli_cond *c, kvli_mutex *m, uint32_t ms) { return SleepConditionVariableSRW(c, m, ms, 0) != 0; }
+static void kvli_cond_broadcast(kvli_cond *c) { WakeAllConditionVariable(c); }
+static uint64_t kvli_clock_now(void) {
+    LARGE_INTEGER f, t;
+    QueryPerformanceFrequency(&f);
+    QueryPerformanceCounter(&t);
+    return (uint64_t)((double)t.QuadPart * 1e9 / (double)f.QuadPart);
+}
+#define KVLI_THREAD_FN(name, arg) static DWORD WINAPI name(LPVOID arg)
+#define KVLI_THREAD_RETURN return 0
+static bool kvli_thread_start(kvli_thread *t, DWORD(WINAPI *fn)(LPVOID), void *arg) {
+    *t = CreateThread(NULL, 0, fn, arg, 0, NULL);
+    return *t != NULL;
+}
+static void kvli_thread_join(kvli_thread t) { WaitForSingleObject(t, INFINITE); CloseHandle(t); }
+#else
+static bool kvli_mutex_init(kvli_mutex *m) { return pthread_mutex_init(m, NULL) == 0; }
+static void kvli_mutex_free(kvli_mutex *m) { pthread_mutex_destroy(m); }
+static void kvli_lock(kvli_mutex *m) { pthread_mutex_lock(m); }
+static void kvli_unlock(kvli_mutex *m) { pthread_mutex_unlock(m); }
+static bool kvli_cond_init(kvli_cond *c) {
+#if defined(__APPLE__)
+    return pthread_cond_init(c, NULL) == 0;
+#else
+    pthread_condattr_t attr;
+    bool ok = pthread_condattr_init(&attr) == 0;
+    ok = ok && pthread_condattr_setclock(&attr, CLOCK_MONOTONIC) == 0 && pthread_cond_init(c, &attr) == 0;
+    pthread_condattr_destroy(&attr);
+    return ok;
+#endif
+}
+static void kvli_cond_free(kvli_cond *c) { pthread_cond_destroy(c); }
+static void kvli_cond_wait(kvli_cond *c, kvli_mutex *m) { pthread_cond_wait(c, m); }
+static bool kvli_cond_wait_ms(kvli_cond *c, kvli_mutex *m, uint32_t ms) {
+    struct timespec t;
+#if defined(__APPLE__)
+    clock_gettime(CLOCK_REALTIME, &t);
+#else
+    clock_gettime(CLOCK_MONOTONIC, &t);
+#endif
+    t.tv_sec += (time_t)(ms / 1000);
+    t.tv_nsec += (long)(ms % 1000) * 1000000L;
+    if (t.tv_nsec >= 1000000000L) { t.tv_nsec -= 1000000000L; t.tv_sec++; }
+    return pthread_cond_timedwait(c, m, &t) != ETIMEDOUT;
+}
+static void kvli_cond_broadcast(kvli_cond *c) { pthread_cond_broadcast(c); }
+static uint64_t kvli_clock_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+#define KVLI_THREAD_FN(name, arg) static void *name(void *arg)
+#define KVLI_THREAD_RETURN return NULL
+static bool kvli_thread_start(kvli_thread *t, void *(*fn)(void *), void *arg) { return pthread_create(t, NULL, fn, arg) == 0; }
+static void kvli_thread_join(kvli_thread t) { pthread_join(t, NULL); }
+#endif
+
+static inline void kvli_pause(void) {
+#if KVLI_X86
+    _mm_pause();
+#endif
+}
+
+static kvl_simd kvli_simd_best(void) {
+#if KVLI_X86 && (defined(__GNUC__) || defined(__clang__))
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+        return KVL_SIMD_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KVL_SIMD_AVX2;
+#endif
+    return KVL_SIMD_SCALAR;
+}
+
+/* The built-in pool. One job at a time; workers spin for a moment before they sleep, since attends come in bursts. */
+typedef struct kvli_pool {
+    kvli_mutex job, sleep;
+    kvli_cond wake, done;
+    kvli_thread *threads;
+    uint32_t n_threads; /* workers, without the caller */
+    uint32_t stop, generation, next, busy; /* atomics */
+    uint32_t n;
+    void (*fn)(void *arg, uint32_t i);
+    void *arg;
+} kvli_pool;
+
+enum { KVLI_SPINS = 20000 };
+
+static void kvli_pool_work(kvli_pool *p) {
+    for (;;) {
+        uint32_t i = kvli_atomic_add(&p->next, 1);
+        if (i >= p->n) return;
+        p->fn(p->arg, i);
+    }
+}
+
+KVLI_THREAD_FN(kvli_pool_main, arg) {
+    kvli_pool *p = (kvli_pool *)arg;
+    uint32_t seen = 0;
+    for (;;) {
+        uint32_t spins = 0;
+        while (kvli_atomic_load(&p->generation) == seen && !kvli_atomic_load(&p->stop)) {
+            if (++spins < KVLI_SPINS) { kvli_pause(); continue; }
+            kvli_lock(&p->sleep);
+            while (kvli_atomic_load(&p->generation) == seen && !kvli_atomic_load(&p->stop)) kvli_cond_wait(&p->wake, &p->sleep);
+            kvli_unlock(&p->sleep);
+        }
+        if (kvli_atomic_load(&p->stop)) break;
+        seen++;
+        kvli_pool_work(p);
+        if (kvli_atomic_add(&p->busy, (uint32_t)-1) == 1) {
+            kvli_lock(&p->sleep);
+            kvli_cond_broadcast(&p->done);
+            kvli_unlock(&p->sleep);
+        }
+    }
+    KVLI_THREAD_RETURN;
+}
+
+static void kvli_pool_run(kvli_pool *p, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg) {
+    uint32_t spins = 0;
+    kvli_lock(&p->job);
+    p->fn = fn;
+    p->arg = arg;
+    p->n = n;
+    kvli_atomic_store(&p->next, 0);
+    kvli_atomic_store(&p->busy, p->n_threads);
+    kvli_lock(&p->sleep);
+    kvli_atomic_add(&p->generation, 1);
+    kvli_cond_broadcast(&p->wake);
+    kvli_unlock(&p->sleep);
+    kvli_pool_work(p);
+    while (kvli_atomic_load(&p->busy) && ++spins < KVLI_SPINS) kvli_pause();
+    if (kvli_atomic_load(&p->busy)) {
+        kvli_lock(&p->sleep);
+        while (kvli_atomic_load(&p->busy)) kvli_cond_wait(&p->done, &p->sleep);
+        kvli_unlock(&p->sleep);
+    }
+    kvli_unlock(&p->job);
+}
+
+/* ==== >>log: errors as text ============================================================================================== */
+struct kvli_backend;
+
+struct kvl_context {
+    kvl_context_desc desc;
+    const struct kvli_backend *backend;
+    kvl_simd simd;
+    kvli_pool *pool;
+    uint32_t caches; /* atomic: how many hold it */
+    uint64_t null_address; /* what the null backend gives out next */
+    char name[32], report[256];
+};
+
+typedef struct kvli_text { char *at; size_t size; } kvli_text;
+
+static kvli_text kvli_text_at(char *at, size_t size) {
+    kvli_text t;
+    t.at = at;
+    t.size = size;
+    return t;
+}
+
+static void kvli_vformat(char *at, size_t size, const char *format, va_list args) {
+    if (at && size) vsnprintf(at, size, format, args);
+}
+
+#if defined(__GNUC__) || defined(__clang__)
+__attribute__((format(printf, 4, 5)))
+#endif
+static kvl_result kvli_fail(const kvl_context *ctx, kvli_text text, kvl_result r, const char *format, ...) {
+    char local[256];
+    va_list args;
+    va_start(args, format);
+    kvli_vformat(local, sizeof local, format, args);
+    va_end(args);
+    if (text.at && text.size) snprintf(text.at, text.size, "%s", local);
+    if (ctx && ctx->desc.log)
+        ctx->desc.log(ctx->desc.user, r == KVL_NO_BLOCKS || r == KVL_QUEUE_FULL ? KVL_LOG_INFO : KVL_LOG_ERROR, local);
+    return r;
+}
+
+/* ==== >>mem: allocation through the context, and one arena an object ======================================================= */
+static void *kvli_default_alloc(void *user, void *ptr, size_t old_size, size_t new_size) {
+    (void)user;
+    (void)old_size;
+    if (!new_size) { free(ptr); return NULL; }
+    return realloc(ptr, new_size);
+}
+static uint64_t kvli_default_clock(void *user) { (void)user; return kvli_clock_now(); }
+
+static void *kvli_alloc(const kvl_context *ctx, size_t size) { return ctx->desc.alloc(ctx->desc.user, NULL, 0, size); }
+static void kvli_free(const kvl_context *ctx, void *ptr, size_t size) {
+    if (ptr) ctx->desc.alloc(ctx->desc.user, ptr, size, 0);
+}
+static uint64_t kvli_now(const kvl_context *ctx) { return ctx->desc.clock(ctx->desc.user); }
+
+/* An object's arrays are carved out of one allocation: a first pass with base null counts, a second hands out.
+   A size that overflows becomes SIZE_MAX and stays there. */
+typedef struct kvli_arena { uint8_t *base; size_t used; } kvli_arena;
+
+static void *kvli_carve(kvli_arena *a, size_t count, size_t size) {
+    size_t at = (a->used + 63) & ~(size_t)63;
+    if (a->used == SIZE_MAX || at < a->used || (size && count > (SIZE_MAX - at) / size)) {
+        a->used = SIZE_MAX;
+        return NULL;
+    }
+    a->used = at + count * size;
+    return a->base ? a->base + at : NULL;
+}
+#define KVLI_CARVE(arena, type, count) ((type *)kvli_carve((arena), (size_t)(count), sizeof(type)))
+
+static uint32_t kvli_threads(const kvl_context *ctx) {
+    if (ctx->desc.parallel_for) return ctx->desc.n_threads ? ctx->desc.n_threads : 2;
+    return ctx->pool ? ctx->pool->n_threads + 1 : 1;
+}
+static kvl_simd kvli_simd(const kvl_context *ctx) { return ctx->simd; }
+
+static void kvli_parallel(kvl_context *ctx, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg) {
+    if (n > 1 && ctx->desc.parallel_for) {
+        ctx->desc.parallel_for(ctx->desc.user, n, fn, arg);
+    } else if (n > 1 && ctx->pool) {
+        kvli_pool_run(ctx->pool, n, fn, arg);
+    } else {
+        for (uint32_t i = 0; i < n; i++) fn(arg, i);
+    }
+}
+/* ==== >>formats: how numbers stand in tiles ============================================================================
+   Every path (scalar, AVX2, AVX-512) does the same float32 operations in the same order and gives the same bytes; the
+   scalar code is the reference. What makes that possible:
+   - A code is rint(x / s). With an f16 scale s a midpoint times s is exact in f32 and lies on the grid of x, so that the
+     correctly rounded quotient is a midpoint only where x is exactly midpoint times s: the division gives the nearest code,
+     ties to even, and needs no correction.
+   - Sums of products (NVFP4's squared error alone) pass through kvli_rounded, so that no compiler fuses them.
+   - Scales and zeros saturate at the largest f16: finite rows give finite tiles. */
+#include <float.h>
+
+#if defined(__FAST_MATH__)
+#error "kvlite needs IEEE float arithmetic: compile the file with KVL_IMPLEMENTATION without -ffast-math"
+#endif
+
+#define KVLI_MAX_DIM 256u
+#define KVLI_INT4_GROUP 64u
+#define KVLI_NVFP4_GROUP 16u
+#define KVLI_SEAL_ROWS 8u /* rows in flight; divides every block_tokens */
+
+/* The f32 nearest to x, whatever the compiler would like to keep: no FMA with what follows, no excess precision. */
+KVLI_INLINE float kvli_rounded(float x) {
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+    __asm__("" : "+x"(x));
+    return x;
+#elif (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__)
+    __asm__("" : "+w"(x));
+    return x;
+#else
+    volatile float v = x;
+    return v;
+#endif
+}
+
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD == 0
+#define KVLI_F32(x) (x) /* float arithmetic is float arithmetic */
+#else
+#define KVLI_F32(x) kvli_rounded(x) /* x87 */
+#endif
+
+KVLI_INLINE uint32_t kvli_f32_bits(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+
+KVLI_INLINE float kvli_f32_from_bits(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+KVLI_INLINE uint16_t kvli_get16(const void *p) {
+    uint16_t v;
+    memcpy(&v, p, 2);
+    return v;
+}
+
+KVLI_INLINE void kvli_put16(void *p, uint16_t v) { memcpy(p, &v, 2); }
+
+/* ---- conversions of single numbers. NaNs come out quiet with the top of their payload, as F16C does it. ---- */
+static float kvli_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+    if (magnitude > 0x7c00u) return kvli_f32_from_bits(sign | 0x7fc00000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude == 0x7c00u) return kvli_f32_from_bits(sign | 0x7f800000u);
+    if (magnitude >= 0x400u) return kvli_f32_from_bits(sign | ((magnitude << 13) + 0x38000000u));
+    return kvli_f32_from_bits(sign | kvli_f32_bits((float)magnitude * 5.9604644775390625e-8f));
+}
+
+static uint16_t kvli_f32_to_f16(float f) {
+    uint32_t bits = kvli_f32_bits(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu, h;
+    if (magnitude > 0x7f800000u) {
+        h = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+    } else if (magnitude >= 0x477ff000u) { /* 65520 and up */
+        h = 0x7c00u;
+    } else if (magnitude >= 0x38800000u) {
+        h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    } else { /* below 2^-14: adding 0.5 puts the rounding position at f16's last subnormal bit */
+        h = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 0.5f)) - 0x3f000000u;
+    }
+    return (uint16_t)(sign | h);
+}
+
+static float kvli_bf16_to_f32(uint16_t h) { return kvli_f32_from_bits((uint32_t)h << 16); }
+
+static uint16_t kvli_f32_to_bf16(float f) {
+    uint32_t bits = kvli_f32_bits(f);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+static float kvli_e4m3_to_f32(uint8_t b) {
+    uint32_t sign = (uint32_t)(b & 0x80u) << 24, magnitude = b & 0x7fu;
+    if (magnitude == 0x7fu) return kvli_f32_from_bits(sign | 0x7fc00000u);
+    if (magnitude >= 8u) return kvli_f32_from_bits(sign | ((magnitude << 20) + 0x3c000000u));
+    return kvli_f32_from_bits(sign | kvli_f32_bits((float)magnitude * 0.001953125f));
+}
+
+static uint8_t kvli_f32_to_e4m3(float f) {
+    uint32_t bits = kvli_f32_bits(f), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7fu);
+    if (magnitude > 0x43e00000u) magnitude = 0x43e00000u; /* 448 */
+    if (magnitude >= 0x3c800000u) {
+        magnitude = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
+    } else { /* below 2^-6: adding 2^14 puts the rounding position at 2^-9 */
+        magnitude = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 16384.0f)) - 0x46800000u;
+    }
+    return (uint8_t)(sign | magnitude);
+}
+
+/* Objects, since a constant expression may keep excess precision. */
+static const float kvli_per_4 = 1.0f / 4.0f, kvli_per_6 = 1.0f / 6.0f, kvli_per_15 = 1.0f / 15.0f;
+static const float kvli_per_127 = 1.0f / 127.0f, kvli_per_255 = 1.0f / 255.0f, kvli_per_448 = 1.0f / 448.0f;
+static const float kvli_e2m1_values[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+static const float kvli_e2m1_midpoints[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
+
+/* ---- shapes and names ---- */
+static bool kvli_is_exact(kvl_format f) { return f == KVL_F32 || f == KVL_F16 || f == KVL_BF16; }
+static bool kvli_is_channel(kvl_format f) { return f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL; }
+
+static const char *const kvli_format_names[KVL_FORMAT_COUNT][2] = {
+    {"default", NULL}, {"f32", NULL},           {"f16", NULL},          {"bf16", NULL},       {"int8", "int8+rot"}, {"int8_channel", NULL},
+    {"fp8_e4m3", "fp8_e4m3+rot"}, {"nvfp4", "nvfp4+rot"}, {"int4", "int4+rot"}, {"int4_channel", NULL}};
+
+KVL_API const char *kvl_format_name(kvl_format f) {
+    kvl_format base = f & ~(kvl_format)KVL_ROTATED;
+    const char *name = base < KVL_FORMAT_COUNT ? kvli_format_names[base][base != f] : NULL;
+    return name ? name : "unknown";
+}
+
+KVL_API kvl_format kvl_format_from_name(const char *name) {
+    if (!name) return KVL_FORMAT_DEFAULT;
+    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+        for (uint32_t rotated = 0; rotated < 2; rotated++) {
+            const char *known = kvli_format_names[f][rotated];
+            if (known && strcmp(known, name) == 0) return f | (rotated ? (kvl_format)KVL_ROTATED : 0);
+        }
+    }
+    return KVL_FORMAT_DEFAULT;
+}
+
+static const kvl_preset kvli_presets[] = {
+    {"f32", KVL_F32, KVL_F32, KVL_F32},
+    {"f16", KVL_F16, KVL_F16, KVL_F16},
+    {"bf16", KVL_BF16, KVL_BF16, KVL_BF16},
+    {"int8", KVL_INT8, KVL_INT8, KVL_F16},
+    {"int8+", KVL_INT8_CHANNEL, KVL_INT8, KVL_F16},
+    {"fp8", KVL_FP8_E4M3, KVL_FP8_E4M3, KVL_F16},
+    {"nvfp4", (kvl_format)KVL_NVFP4 | (kvl_format)KVL_ROTATED, KVL_NVFP4, KVL_F16},
+    {"balanced", KVL_INT8, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED, KVL_F16},
+    {"int4", KVL_INT4_CHANNEL, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED, KVL_F16},
+};
+
+KVL_API const kvl_preset *kvl_presets(uint32_t *count) {
+    if (count) *count = (uint32_t)(sizeof kvli_presets / sizeof kvli_presets[0]);
+    return kvli_presets;
+}
+
+KVL_API const kvl_preset *kvl_preset_find(const char *name) {
+    uint32_t n;
+    const kvl_preset *p = kvl_presets(&n);
+    for (uint32_t i = 0; name && i < n; i++) {
+        if (strcmp(p[i].name, name) == 0) return &p[i];
+    }
+    return NULL;
+}
+
+static bool kvli_side_supported(kvl_format format, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
+    kvl_format base = format & ~(kvl_format)KVL_ROTATED;
+    const char *text = NULL;
+    if (base == KVL_FORMAT_DEFAULT || base >= KVL_FORMAT_COUNT) text = "unknown format";
+    else if (dim < 16 || dim > KVLI_MAX_DIM || dim % 16) text = "the head dim must be a multiple of 16 in 16..256";
+    else if (tokens != 8 && tokens != 16 && tokens != 32 && tokens != 64) text = "block_tokens must be 8, 16, 32 or 64";
+    else if (kvli_is_channel(base) && tokens < 32) text = "the channel formats need block_tokens of 32 or 64";
+    else if (kvli_is_channel(base) && !is_key) text = "the channel formats are for keys only";
+    else if (base != format && !kvli_format_names[base][1]) text = "only INT8, FP8_E4M3, NVFP4 and INT4 can be rotated";
+    if (text && why) *why = text;
+    return !text;
+}
+
+/* Bytes of one row of codes (or of exact numbers), and of all that stands behind the rows. */
+static size_t kvli_row_bytes(kvl_format base, uint32_t dim) {
+    switch (base) {
+    case KVL_F32: return (size_t)dim * 4;
+    case KVL_F16:
+    case KVL_BF16: return (size_t)dim * 2;
+    case KVL_NVFP4:
+    case KVL_INT4:
+    case KVL_INT4_CHANNEL: return dim / 2;
+    default: return dim;
+    }
+}
+
+static size_t kvli_scale_bytes(kvl_format base, uint32_t tokens, uint32_t dim) {
+    switch (base) {
+    case KVL_INT8:
+    case KVL_FP8_E4M3: return (size_t)tokens * 2;
+    case KVL_NVFP4: return (size_t)tokens * (dim / KVLI_NVFP4_GROUP);
+    case KVL_INT4: return (size_t)tokens * kvli_div_up(dim, KVLI_INT4_GROUP) * 4;
+    case KVL_INT8_CHANNEL:
+    case KVL_INT4_CHANNEL: return (size_t)dim * 4;
+    default: return 0;
+    }
+}
+
+static size_t kvli_tile_size(kvl_format format, uint32_t tokens, uint32_t dim) {
+    kvl_format base = format & ~(kvl_format)KVL_ROTATED;
+    return (kvli_row_bytes(base, dim) * tokens + kvli_scale_bytes(base, tokens, dim) + 127) / 128 * 128;
+}
+
+KVL_API size_t kvl_tile_bytes(kvl_format f, uint32_t block_tokens, uint32_t dim) {
+    return kvli_side_supported(f, true, block_tokens, dim, NULL) ? kvli_tile_size(f, block_tokens, dim) : 0;
+}
+
+/* ---- scalar ---- */
+static void kvli_load_scalar(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst) {
+    const uint8_t *row = (const uint8_t *)src;
+    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+        if (format == KVL_F32) memcpy(dst, row, (size_t)n * 4);
+        for (uint32_t i = 0; i < n && format == KVL_F16; i++) dst[i] = kvli_f16_to_f32(kvli_get16(row + 2 * i));
+        for (uint32_t i = 0; i < n && format == KVL_BF16; i++) dst[i] = kvli_bf16_to_f32(kvli_get16(row + 2 * i));
+    }
+}
+
+static void kvli_store_scalar(kvl_format format, const float *src, uint32_t n, void *dst) {
+    uint8_t *p = (uint8_t *)dst;
+    if (format == KVL_F32) memcpy(dst, src, (size_t)n * 4);
+    for (uint32_t i = 0; i < n && format == KVL_F16; i++) kvli_put16(p + 2 * i, kvli_f32_to_f16(src[i]));
+    for (uint32_t i = 0; i < n && format == KVL_BF16; i++) kvli_put16(p + 2 * i, kvli_f32_to_bf16(src[i]));
+}
+
+static bool kvli_finite_scalar(kvl_format format, const void *row, uint32_t n) {
+    const uint8_t *p = (const uint8_t *)row;
+    bool finite = true;
+    if (format == KVL_F32) {
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t bits;
+            memcpy(&bits, p + 4 * i, 4);
+            finite &= (bits & 0x7f800000u) != 0x7f800000u;
+        }
+    } else {
+        uint16_t mask = format == KVL_F16 ? 0x7c00u : 0x7f80u;
+        for (uint32_t i = 0; i < n; i++) finite &= (kvli_get16(p + 2 * i) & mask) != mask;
+    }
+    return finite;
+}
+
+/* Side of the Hadamard blocks, and 1/sqrt of it. */
+static uint32_t kvli_hadamard_block(uint32_t dim) { return kvli_min_u32(dim & (0u - dim), 128u); }
+static float kvli_hadamard_scale(uint32_t block) {
+    return block == 16 ? 0.25f : block == 32 ? 0.17677669529663687f : block == 64 ? 0.125f : 0.08838834764831845f;
+}
+
+static void kvli_hadamard_scalar(float *x, uint32_t block, uint32_t n_blocks) {
+    float scale = kvli_hadamard_scale(block);
+    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+        for (uint32_t stride = 1; stride < block; stride *= 2) {
+            for (uint32_t i = 0; i < block; i++) {
+                if (i & stride) continue;
+                float lo = x[i], hi = x[i + stride];
+                x[i] = KVLI_F32(lo + hi);
+                x[i + stride] = KVLI_F32(lo - hi);
+            }
+        }
+        for (uint32_t i = 0; i < block; i++) x[i] = KVLI_F32(x[i] * scale);
+    }
+}
+
+/* f16 that stays finite. */
+static uint16_t kvli_f16_saturated(float f) { return kvli_f32_to_f16(f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f); }
+/* The same for a scale: 0 becomes 1. */
+static uint16_t kvli_f16_scale(float f) {
+    uint16_t h = kvli_f16_saturated(f);
+    return h & 0x7fffu ? h : 0x3c00u;
+}
+
+/* rint(x / s) clamped to lo..hi; NaN becomes lo. 1.5 * 2^23 puts the rounding position at 1. */
+KVLI_INLINE int32_t kvli_code(float x, float s, float lo, float hi) {
+    float q = KVLI_F32(x / s);
+    q = q > lo ? q : lo;
+    q = q < hi ? q : hi;
+    return (int32_t)(kvli_f32_bits(KVLI_F32(q + 12582912.0f)) - 0x4b400000u);
+}
+
+static float kvli_amax(const float *x, uint32_t n) {
+    float amax = 0.0f;
+    for (uint32_t i = 0; i < n; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+    return amax;
+}
+
+static void kvli_int8_row(const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
+    uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_127));
+    float s = kvli_f16_to_f32(h);
+    for (uint32_t i = 0; i < dim; i++) codes[i] = (uint8_t)kvli_code(x[i], s, -127.0f, 127.0f);
+    kvli_put16(scale, h);
+}
+
+static void kvli_fp8_row(const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
+    uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_448));
+    float s = kvli_f16_to_f32(h);
+    for (uint32_t i = 0; i < dim; i++) codes[i] = kvli_f32_to_e4m3(KVLI_F32(x[i] / s));
+    kvli_put16(scale, h);
+}
+
+/* n numbers under one (scale, zero); codes of 4 bits. */
+static void kvli_int4_group(const float *x, uint32_t n, uint8_t *codes, uint8_t *scale) {
+    float lo = x[0], hi = x[0];
+    for (uint32_t i = 1; i < n; i++) {
+        lo = x[i] < lo ? x[i] : lo;
+        hi = x[i] > hi ? x[i] : hi;
+    }
+    lo += 0.0f; /* -0 becomes 0: which of them is the least depends on the order */
+    uint16_t hz = kvli_f16_saturated(lo), hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * kvli_per_15));
+    float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
+    for (uint32_t i = 0; i < n; i += 2) {
+        int32_t low = kvli_code(KVLI_F32(x[i] - z), s, 0.0f, 15.0f);
+        int32_t high = kvli_code(KVLI_F32(x[i + 1] - z), s, 0.0f, 15.0f);
+        codes[i / 2] = (uint8_t)(low | high << 4);
+    }
+    kvli_put16(scale, hs);
+    kvli_put16(scale + 2, hz);
+}
+
+/* e4m3 scale that maps amax to a peak of 6 or 4; 0 becomes 2^-9. inverse = f32(1 / peak), per_global = 1 / global. */
+static uint8_t kvli_nvfp4_scale(float amax, float inverse, float per_global) {
+    uint8_t b = kvli_f32_to_e4m3(KVLI_F32(KVLI_F32(amax * inverse) * per_global));
+    return b ? b : 1;
+}
+
+/* Codes of 16 numbers under the scale s; returns their squared error, summed in element order. */
+static float kvli_nvfp4_codes(const float *x, float s, uint8_t *codes) {
+    float error = 0.0f;
+    for (uint32_t i = 0; i < KVLI_NVFP4_GROUP; i++) {
+        float a = fabsf(x[i]);
+        uint32_t code = 0;
+        for (uint32_t m = 0; m < 7; m++) { /* a tie goes up where that is even */
+            float limit = KVLI_F32(kvli_e2m1_midpoints[m] * s);
+            code += m & 1 ? a >= limit : a > limit;
+        }
+        float d = KVLI_F32(a - kvli_rounded(kvli_e2m1_values[code] * s));
+        error = KVLI_F32(error + kvli_rounded(d * d));
+        code |= kvli_f32_bits(x[i]) >> 28 & 8u;
+        if (i % 2) codes[i / 2] = (uint8_t)(codes[i / 2] | code << 4);
+        else codes[i / 2] = (uint8_t)code;
+    }
+    return error;
+}
+
+static void kvli_nvfp4_group(const float *x, float global, uint8_t *codes, uint8_t *scale) {
+    float amax = kvli_amax(x, KVLI_NVFP4_GROUP), per_global = KVLI_F32(1.0f / global);
+    uint8_t six = kvli_nvfp4_scale(amax, kvli_per_6, per_global), four = kvli_nvfp4_scale(amax, kvli_per_4, per_global);
+    uint8_t other[KVLI_NVFP4_GROUP / 2];
+    float error = kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(six) * global), codes);
+    *scale = six;
+    if (kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(four) * global), other) < error) {
+        memcpy(codes, other, sizeof other);
+        *scale = four;
+    }
+}
+
+/* Encodes KVLI_SEAL_ROWS rows, the first of which is row `first` of the tile. */
+static void kvli_seal_rows_scalar(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
+    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    uint8_t *scales = tile + row_bytes * side->tokens;
+    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim) {
+        uint8_t *codes = tile + row_bytes * t;
+        if (side->format == KVL_INT8) kvli_int8_row(rows, dim, codes, scales + 2 * t);
+        if (side->format == KVL_FP8_E4M3) kvli_fp8_row(rows, dim, codes, scales + 2 * t);
+        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+            uint32_t e = g * KVLI_INT4_GROUP;
+            kvli_int4_group(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2, scales + 4 * (t * groups + g));
+        }
+        for (uint32_t g = 0; g < dim / KVLI_NVFP4_GROUP && side->format == KVL_NVFP4; g++) {
+            kvli_nvfp4_group(rows + g * 16, side->global, codes + g * 8, scales + t * (dim / KVLI_NVFP4_GROUP) + g);
+        }
+    }
+}
+
+/* Encodes channels first .. first+15 of a whole tile; x [tokens][16]. */
+static void kvli_seal_channels_scalar(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile) {
+    bool wide = side->format == KVL_INT8_CHANNEL;
+    float top = wide ? 255.0f : 15.0f, inverse = wide ? kvli_per_255 : kvli_per_15;
+    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+    uint8_t *scales = tile + row_bytes * side->tokens, *zeros = scales + 2 * (size_t)side->dim;
+    for (uint32_t c = 0; c < 16; c++) {
+        float lo = x[c], hi = x[c];
+        for (uint32_t t = 1; t < side->tokens; t++) {
+            lo = x[t * 16 + c] < lo ? x[t * 16 + c] : lo;
+            hi = x[t * 16 + c] > hi ? x[t * 16 + c] : hi;
+        }
+        lo += 0.0f;
+        uint16_t hz = kvli_f16_saturated(lo), hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * inverse));
+        float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
+        for (uint32_t t = 0; t < side->tokens; t++) {
+            uint8_t code = (uint8_t)kvli_code(KVLI_F32(x[t * 16 + c] - z), s, 0.0f, top);
+            uint8_t *p = tile + row_bytes * t + (wide ? first + c : (first + c) / 2);
+            *p = wide || c % 2 == 0 ? code : (uint8_t)(*p | code << 4);
+        }
+        kvli_put16(scales + 2 * (first + c), hs);
+        kvli_put16(zeros + 2 * (first + c), hz);
+    }
+}
+
+#if KVLI_X86
+/* ---- AVX2 ---- */
+KVLI_TARGET_AVX2 static void kvli_load_avx2(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst) {
+    const uint8_t *row = (const uint8_t *)src;
+    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+        for (uint32_t i = 0; i < n; i += 8) {
+            __m256 v;
+            if (format == KVL_F16) v = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i)));
+            else if (format == KVL_F32) v = _mm256_loadu_ps((const float *)(const void *)(row + 4 * i));
+            else v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i))), 16));
+            _mm256_storeu_ps(dst + i, v);
+        }
+    }
+}
+
+KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_bf16_avx2(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    __m256i h = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+
+KVLI_TARGET_AVX2 static void kvli_store_avx2(kvl_format format, const float *src, uint32_t n, void *dst) {
+    uint8_t *p = (uint8_t *)dst;
+    for (uint32_t i = 0; i < n; i += 8) {
+        __m256 x = _mm256_loadu_ps(src + i);
+        if (format == KVL_F32) _mm256_storeu_ps((float *)(void *)(p + 4 * i), x);
+        else _mm_storeu_si128((__m128i *)(void *)(p + 2 * i), format == KVL_F16 ? _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : kvli_bf16_avx2(x));
+    }
+}
+
+KVLI_TARGET_AVX2 static bool kvli_finite_avx2(kvl_format format, const void *row, uint32_t n) {
+    const uint8_t *p = (const uint8_t *)row;
+    __m256i bad = _mm256_setzero_si256();
+    __m256i mask = format == KVL_F32 ? _mm256_set1_epi32(0x7f800000) : _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
+    for (uint32_t i = 0, bytes = n * (format == KVL_F32 ? 4u : 2u); i < bytes; i += 32) {
+        __m256i v = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p + i)), mask);
+        bad = _mm256_or_si256(bad, format == KVL_F32 ? _mm256_cmpeq_epi32(v, mask) : _mm256_cmpeq_epi16(v, mask));
+    }
+    return _mm256_testz_si256(bad, bad);
+}
+
+/* Strides 1, 2 and 4 of the butterflies lie within a register. */
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_butterfly_avx2(__m256 x) {
+    __m256 y = _mm256_permute_ps(x, 0xb1);
+    x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xaa);
+    y = _mm256_permute_ps(x, 0x4e);
+    x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xcc);
+    y = _mm256_permute2f128_ps(x, x, 1);
+    return _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xf0);
+}
+
+KVLI_TARGET_AVX2 static void kvli_hadamard_avx2(float *x, uint32_t block, uint32_t n_blocks) {
+    __m256 scale = _mm256_set1_ps(kvli_hadamard_scale(block));
+    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+        for (uint32_t i = 0; i < block; i += 8) _mm256_storeu_ps(x + i, kvli_butterfly_avx2(_mm256_loadu_ps(x + i)));
+        for (uint32_t stride = 8; stride < block; stride *= 2) {
+            for (uint32_t i = 0; i < block; i += 8) {
+                if (i & stride) continue;
+                __m256 lo = _mm256_loadu_ps(x + i), hi = _mm256_loadu_ps(x + i + stride);
+                _mm256_storeu_ps(x + i, _mm256_add_ps(lo, hi));
+                _mm256_storeu_ps(x + i + stride, _mm256_sub_ps(lo, hi));
+            }
+        }
+        for (uint32_t i = 0; i < block; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), scale));
+    }
+}
+
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_abs_avx2(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+KVLI_TARGET_AVX2 KVLI_INLINE float kvli_max_of_avx2(__m256 x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+KVLI_TARGET_AVX2 KVLI_INLINE float kvli_amax_avx2(const float *x, uint32_t n) {
+    __m256 m = _mm256_setzero_ps();
+    for (uint32_t i = 0; i < n; i += 8) m = _mm256_max_ps(kvli_abs_avx2(_mm256_loadu_ps(x + i)), m);
+    return kvli_max_of_avx2(m);
+}
+
+/* kvli_f16_scale and kvli_f16_saturated of 8 numbers. */
+KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_zeros_avx2(__m256 x) {
+    x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(65504.0f)), _mm256_set1_ps(-65504.0f));
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_scales_avx2(__m256 x) {
+    __m128i h = kvli_zeros_avx2(x);
+    __m128i none = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x7fff)), _mm_setzero_si128());
+    return _mm_blendv_epi8(h, _mm_set1_epi16(0x3c00), none);
+}
+
+KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_codes_avx2(__m256 x, __m256 s, __m256 lo, __m256 hi) {
+    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(_mm256_div_ps(x, s), lo), hi));
+}
+
+KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_e4m3_avx2(__m256 q) {
+    __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(q), 24), _mm256_set1_epi32(0x80));
+    __m256 a = _mm256_min_ps(kvli_abs_avx2(q), _mm256_set1_ps(448.0f));
+    __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+    __m256i normal = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff - 0x3c000000)), odd);
+    __m256i small = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(16384.0f)));
+    small = _mm256_sub_epi32(small, _mm256_set1_epi32(0x46800000));
+    __m256 is_small = _mm256_cmp_ps(a, _mm256_set1_ps(0.015625f), _CMP_LT_OQ);
+    return _mm256_or_si256(sign, _mm256_blendv_epi8(_mm256_srli_epi32(normal, 20), small, _mm256_castps_si256(is_small)));
+}
+
+/* The low bytes of 16 integers. */
+KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_bytes_avx2(__m256i a, __m256i b) {
+    __m256i mask = _mm256_set1_epi32(0xff);
+    __m256i w = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+    w = _mm256_permute4x64_epi64(w, 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+}
+
+/* 16 codes of 4 bits, a byte each, to 8 bytes, low nibble first. */
+KVLI_TARGET_AVX2 KVLI_INLINE void kvli_put_nibbles_avx2(uint8_t *p, __m128i codes) {
+    __m128i w = _mm_maddubs_epi16(codes, _mm_set1_epi16(0x1001));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(w, w));
+}
+
+KVLI_TARGET_AVX2 static void kvli_byte_row_avx2(kvl_format format, const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
+    bool fp8 = format == KVL_FP8_E4M3;
+    float amax = KVLI_F32(kvli_amax_avx2(x, dim) * (fp8 ? kvli_per_448 : kvli_per_127));
+    __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
+    __m256 s = _mm256_cvtph_ps(h), lo = _mm256_set1_ps(-127.0f), hi = _mm256_set1_ps(127.0f);
+    for (uint32_t i = 0; i < dim; i += 16) {
+        __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
+        __m128i bytes = fp8 ? kvli_bytes_avx2(kvli_e4m3_avx2(_mm256_div_ps(a, s)), kvli_e4m3_avx2(_mm256_div_ps(b, s)))
+                            : kvli_bytes_avx2(kvli_codes_avx2(a, s, lo, hi), kvli_codes_avx2(b, s, lo, hi));
+        _mm_storeu_si128((__m128i *)(void *)(codes + i), bytes);
+    }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
+}
+
+KVLI_TARGET_AVX2 static void kvli_int4_group_avx2(const float *x, uint32_t n, uint8_t *codes, uint8_t *scale) {
+    __m256 lo = _mm256_loadu_ps(x), hi = lo, none = _mm256_setzero_ps(), top = _mm256_set1_ps(15.0f);
+    for (uint32_t i = 8; i < n; i += 8) {
+        lo = _mm256_min_ps(lo, _mm256_loadu_ps(x + i));
+        hi = _mm256_max_ps(hi, _mm256_loadu_ps(x + i));
+    }
+    float least = 0.0f - kvli_max_of_avx2(_mm256_sub_ps(none, lo)), most = kvli_max_of_avx2(hi);
+    __m128i hz = kvli_zeros_avx2(_mm256_set1_ps(least)), hs = kvli_scales_avx2(_mm256_set1_ps((most - least) * kvli_per_15));
+    __m256 z = _mm256_cvtph_ps(hz), s = _mm256_cvtph_ps(hs);
+    for (uint32_t i = 0; i < n; i += 16) {
+        __m256i a = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), z), s, none, top);
+        __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i + 8), z), s, none, top);
+        kvli_put_nibbles_avx2(codes + i / 2, kvli_bytes_avx2(a, b));
+    }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
+    kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
+}
+
+/* kvli_rounded of 8 numbers: GCC fuses the products of intrinsics too. */
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_rounded_avx2(__m256 x) {
+#if defined(__GNUC__) || defined(__clang__)
+    __asm__("" : "+x"(x));
+#endif
+    return x;
+}
+
+/* x [8][8] transposed, rows 16 apart. */
+KVLI_TARGET_AVX2 KVLI_INLINE void kvli_transpose_avx2(const float *x, __m256 *out) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i++) t[i] = _mm256_loadu_ps(x + 16 * i);
+    for (int i = 0; i < 4; i++) {
+        u[2 * i] = _mm256_unpacklo_ps(t[2 * i], t[2 * i + 1]);
+        u[2 * i + 1] = _mm256_unpackhi_ps(t[2 * i], t[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        t[i] = _mm256_shuffle_ps(u[i], u[i + 2], 0x44);
+        t[i + 1] = _mm256_shuffle_ps(u[i], u[i + 2], 0xee);
+        t[i + 2] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44);
+        t[i + 3] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        out[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+        out[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+}
+
+/* kvli_nvfp4_codes of 8 groups: x [16] registers, one element of each group; words [2]: the codes of elements 0..7 and 8..15. */
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_nvfp4_codes_avx2(const __m256 *x, __m256 s, __m256i *words) {
+    __m256 values = _mm256_loadu_ps(kvli_e2m1_values), error = _mm256_setzero_ps(), limits[7];
+    for (int m = 0; m < 7; m++) limits[m] = _mm256_mul_ps(_mm256_set1_ps(kvli_e2m1_midpoints[m]), s);
+    for (int half = 0; half < 2; half++) {
+        __m256i word = _mm256_setzero_si256();
+        for (int e = 0; e < 8; e++) {
+            __m256 v = x[8 * half + e], a = kvli_abs_avx2(v);
+            __m256i code = _mm256_castps_si256(_mm256_cmp_ps(a, limits[0], _CMP_GT_OQ));
+            for (int m = 1; m < 7; m += 2) {
+                code = _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m], _CMP_GE_OQ)));
+                code = _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m + 1], _CMP_GT_OQ)));
+            }
+            code = _mm256_sub_epi32(_mm256_setzero_si256(), code);
+            __m256 d = _mm256_sub_ps(a, kvli_rounded_avx2(_mm256_mul_ps(_mm256_permutevar8x32_ps(values, code), s)));
+            error = _mm256_add_ps(error, kvli_rounded_avx2(_mm256_mul_ps(d, d)));
+            __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 28), _mm256_set1_epi32(8));
+            word = _mm256_or_si256(_mm256_srli_epi32(word, 4), _mm256_slli_epi32(_mm256_or_si256(code, sign), 28));
+        }
+        words[half] = word;
+    }
+    return error;
+}
+
+KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_nvfp4_scale_avx2(__m256 amax, float inverse, __m256 per_global) {
+    __m256 x = _mm256_mul_ps(_mm256_mul_ps(amax, _mm256_set1_ps(inverse)), per_global);
+    return _mm256_max_epi32(kvli_e4m3_avx2(x), _mm256_set1_epi32(1));
+}
+
+/* Of e4m3 that are positive and finite. */
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_from_e4m3_avx2(__m256i b) {
+    __m256 normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(b, 20), _mm256_set1_epi32(0x3c000000)));
+    __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(b), _mm256_set1_ps(0.001953125f));
+    return _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), b)));
+}
+
+/* kvli_nvfp4_group of 8 groups of 16 that follow one another. */
+KVLI_TARGET_AVX2 static void kvli_nvfp4_groups_avx2(const float *rows, float global, uint8_t *codes, uint8_t *scales) {
+    __m256 x[16], amax = _mm256_setzero_ps(), g = _mm256_set1_ps(global), per_global = _mm256_set1_ps(1.0f / global);
+    kvli_transpose_avx2(rows, x);
+    kvli_transpose_avx2(rows + 8, x + 8);
+    for (int e = 0; e < 16; e++) amax = _mm256_max_ps(kvli_abs_avx2(x[e]), amax);
+    __m256i six = kvli_nvfp4_scale_avx2(amax, kvli_per_6, per_global), four = kvli_nvfp4_scale_avx2(amax, kvli_per_4, per_global);
+    __m256i words[2], other[2];
+    __m256 error = kvli_nvfp4_codes_avx2(x, _mm256_mul_ps(kvli_from_e4m3_avx2(six), g), words);
+    __m256 error4 = kvli_nvfp4_codes_avx2(x, _mm256_mul_ps(kvli_from_e4m3_avx2(four), g), other);
+    __m256i better = _mm256_castps_si256(_mm256_cmp_ps(error4, error, _CMP_LT_OQ));
+    __m256i low = _mm256_blendv_epi8(words[0], other[0], better), high = _mm256_blendv_epi8(words[1], other[1], better);
+    __m256i even = _mm256_unpacklo_epi32(low, high), odd = _mm256_unpackhi_epi32(low, high);
+    _mm256_storeu_si256((__m256i *)(void *)codes, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256((__m256i *)(void *)(codes + 32), _mm256_permute2x128_si256(even, odd, 0x31));
+    __m256i scale = _mm256_blendv_epi8(six, four, better);
+    _mm_storel_epi64((__m128i *)(void *)scales, kvli_bytes_avx2(scale, scale));
+}
+
+KVLI_TARGET_AVX2 static void kvli_seal_rows_avx2(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
+    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP), blocks = dim / KVLI_NVFP4_GROUP;
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    uint8_t *scales = tile + row_bytes * side->tokens, *codes = tile + row_bytes * first;
+    if (side->format == KVL_NVFP4) { /* groups follow one another through the rows, a multiple of 8 in all */
+        for (uint32_t g = 0; g < KVLI_SEAL_ROWS * blocks; g += 8) {
+            kvli_nvfp4_groups_avx2(rows + 16 * g, side->global, codes + 8 * g, scales + first * blocks + g);
+        }
+        return;
+    }
+    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim, codes += row_bytes) {
+        if (side->format != KVL_INT4) kvli_byte_row_avx2(side->format, rows, dim, codes, scales + 2 * t);
+        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+            uint32_t e = g * KVLI_INT4_GROUP;
+            kvli_int4_group_avx2(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2, scales + 4 * (t * groups + g));
+        }
+    }
+}
+
+KVLI_TARGET_AVX2 static void kvli_seal_channels_avx2(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile) {
+    bool wide = side->format == KVL_INT8_CHANNEL;
+    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+    uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
+    __m256 z[2], s[2], none = _mm256_setzero_ps(), top = _mm256_set1_ps(wide ? 255.0f : 15.0f);
+    for (int half = 0; half < 2; half++) {
+        __m256 lo = _mm256_loadu_ps(x + 8 * half), hi = lo;
+        for (uint32_t t = 1; t < side->tokens; t++) {
+            __m256 v = _mm256_loadu_ps(x + 16 * t + 8 * half);
+            lo = _mm256_min_ps(lo, v);
+            hi = _mm256_max_ps(hi, v);
+        }
+        lo = _mm256_add_ps(lo, none);
+        __m128i hz = kvli_zeros_avx2(lo);
+        __m128i hs = kvli_scales_avx2(_mm256_mul_ps(_mm256_sub_ps(hi, lo), _mm256_set1_ps(wide ? kvli_per_255 : kvli_per_15)));
+        _mm_storeu_si128((__m128i *)(void *)(scales + 16 * half), hs);
+        _mm_storeu_si128((__m128i *)(void *)(scales + 2 * (size_t)side->dim + 16 * half), hz);
+        z[half] = _mm256_cvtph_ps(hz);
+        s[half] = _mm256_cvtph_ps(hs);
+    }
+    uint8_t *p = tile + (wide ? first : first / 2);
+    for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
+        __m256i a = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + 16 * t), z[0]), s[0], none, top);
+        __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + 16 * t + 8), z[1]), s[1], none, top);
+        if (wide) _mm_storeu_si128((__m128i *)(void *)p, kvli_bytes_avx2(a, b));
+        else kvli_put_nibbles_avx2(p, kvli_bytes_avx2(a, b));
+    }
+}
+
+/* ---- AVX-512 ---- */
+KVLI_TARGET_AVX512 static void kvli_load_avx512(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst) {
+    const uint8_t *row = (const uint8_t *)src;
+    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+        for (uint32_t i = 0; i < n; i += 16) {
+            __m512 v;
+            if (format == KVL_F16) v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * i)));
+            else if (format == KVL_F32) v = _mm512_loadu_ps(row + 4 * i);
+            else v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * i))), 16));
+            _mm512_storeu_ps(dst + i, v);
+        }
+    }
+}
+
+KVLI_TARGET_AVX512 KVLI_INLINE __m256i kvli_bf16_avx512(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+
+KVLI_TARGET_AVX512 static void kvli_store_avx512(kvl_format format, const float *src, uint32_t n, void *dst) {
+    uint8_t *p = (uint8_t *)dst;
+    for (uint32_t i = 0; i < n; i += 16) {
+        __m512 x = _mm512_loadu_ps(src + i);
+        if (format == KVL_F32) _mm512_storeu_ps(p + 4 * i, x);
+        else _mm256_storeu_si256((__m256i *)(void *)(p + 2 * i), format == KVL_F16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : kvli_bf16_avx512(x));
+    }
+}
+
+KVLI_TARGET_AVX512 static bool kvli_finite_avx512(kvl_format format, const void *row, uint32_t n) {
+    const uint8_t *p = (const uint8_t *)row;
+    uint32_t bad = 0;
+    __m256i mask = _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
+    __m512i mask32 = _mm512_set1_epi32(0x7f800000);
+    for (uint32_t i = 0; i < n; i += 16) {
+        if (format == KVL_F32) bad |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(_mm512_loadu_si512(p + 4 * i), mask32), mask32);
+        else bad |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i)), mask), mask);
+    }
+    return bad == 0;
+}
+
+/* Strides 1, 2, 4 and 8 of the butterflies lie within a register. */
+KVLI_TARGET_AVX512 KVLI_INLINE __m512 kvli_butterfly_avx512(__m512 x) {
+    __m512 y = _mm512_permute_ps(x, 0xb1);
+    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xaaaa, y, x);
+    y = _mm512_permute_ps(x, 0x4e);
+    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xcccc, y, x);
+    y = _mm512_shuffle_f32x4(x, x, 0xb1);
+    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xf0f0, y, x);
+    y = _mm512_shuffle_f32x4(x, x, 0x4e);
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xff00, y, x);
+}
+
+KVLI_TARGET_AVX512 static void kvli_hadamard_avx512(float *x, uint32_t block, uint32_t n_blocks) {
+    __m512 scale = _mm512_set1_ps(kvli_hadamard_scale(block));
+    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+        for (uint32_t i = 0; i < block; i += 16) _mm512_storeu_ps(x + i, kvli_butterfly_avx512(_mm512_loadu_ps(x + i)));
+        for (uint32_t stride = 16; stride < block; stride *= 2) {
+            for (uint32_t i = 0; i < block; i += 16) {
+                if (i & stride) continue;
+                __m512 lo = _mm512_loadu_ps(x + i), hi = _mm512_loadu_ps(x + i + stride);
+                _mm512_storeu_ps(x + i, _mm512_add_ps(lo, hi));
+                _mm512_storeu_ps(x + i + stride, _mm512_sub_ps(lo, hi));
+            }
+        }
+        for (uint32_t i = 0; i < block; i += 16) _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
+    }
+}
+
+KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_codes_avx512(__m512 x, __m512 s, __m512 lo, __m512 hi) {
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_div_ps(x, s), lo), hi));
+}
+
+KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_e4m3_avx512(__m512 q) {
+    __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(q), 24), _mm512_set1_epi32(0x80));
+    __m512 a = _mm512_min_ps(_mm512_abs_ps(q), _mm512_set1_ps(448.0f));
+    __m512i bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
+    __m512i normal = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7ffff - 0x3c000000)), odd);
+    __m512i small = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(16384.0f)));
+    __mmask16 is_small = _mm512_cmp_ps_mask(a, _mm512_set1_ps(0.015625f), _CMP_LT_OQ);
+    normal = _mm512_mask_sub_epi32(_mm512_srli_epi32(normal, 20), is_small, small, _mm512_set1_epi32(0x46800000));
+    return _mm512_or_si512(sign, normal);
+}
+
+KVLI_TARGET_AVX512 static void kvli_byte_row_avx512(kvl_format format, const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
+    bool fp8 = format == KVL_FP8_E4M3;
+    __m512 m = _mm512_setzero_ps();
+    for (uint32_t i = 0; i < dim; i += 16) m = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + i)), m);
+    float amax = _mm512_reduce_max_ps(m) * (fp8 ? kvli_per_448 : kvli_per_127);
+    __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
+    __m512 s = _mm512_broadcastss_ps(_mm_cvtph_ps(h)), lo = _mm512_set1_ps(-127.0f), hi = _mm512_set1_ps(127.0f);
+    for (uint32_t i = 0; i < dim; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        __m512i c = fp8 ? kvli_e4m3_avx512(_mm512_div_ps(v, s)) : kvli_codes_avx512(v, s, lo, hi);
+        _mm_storeu_si128((__m128i *)(void *)(codes + i), _mm512_cvtepi32_epi8(c));
+    }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
+}
+
+KVLI_TARGET_AVX512 static void kvli_int4_group_avx512(const float *x, uint32_t n, uint8_t *codes, uint8_t *scale) {
+    __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(), top = _mm512_set1_ps(15.0f);
+    for (uint32_t i = 16; i < n; i += 16) {
+        lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + i));
+        hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + i));
+    }
+    float least = _mm512_reduce_min_ps(lo) + 0.0f, most = _mm512_reduce_max_ps(hi);
+    __m128i hz = kvli_zeros_avx2(_mm256_set1_ps(least)), hs = kvli_scales_avx2(_mm256_set1_ps((most - least) * kvli_per_15));
+    __m512 z = _mm512_broadcastss_ps(_mm_cvtph_ps(hz)), s = _mm512_broadcastss_ps(_mm_cvtph_ps(hs));
+    for (uint32_t i = 0; i < n; i += 16) {
+        __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), z), s, none, top);
+        kvli_put_nibbles_avx2(codes + i / 2, _mm512_cvtepi32_epi8(c));
+    }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
+    kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
+}
+
+KVLI_TARGET_AVX512 static void kvli_seal_rows_avx512(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
+    if (side->format == KVL_NVFP4) { /* bound by compares, which gain nothing from the width */
+        kvli_seal_rows_avx2(side, rows, first, tile);
+        return;
+    }
+    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    uint8_t *scales = tile + row_bytes * side->tokens, *codes = tile + row_bytes * first;
+    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim, codes += row_bytes) {
+        if (side->format != KVL_INT4) kvli_byte_row_avx512(side->format, rows, dim, codes, scales + 2 * t);
+        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+            uint32_t e = g * KVLI_INT4_GROUP;
+            kvli_int4_group_avx512(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2, scales + 4 * (t * groups + g));
+        }
+    }
+}
+
+KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile) {
+    bool wide = side->format == KVL_INT8_CHANNEL;
+    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+    uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
+    __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(), top = _mm512_set1_ps(wide ? 255.0f : 15.0f);
+    for (uint32_t t = 1; t < side->tokens; t++) {
+        lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + 16 * t));
+        hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + 16 * t));
+    }
+    lo = _mm512_add_ps(lo, none);
+    __m512 range = _mm512_mul_ps(_mm512_sub_ps(hi, lo), _mm512_set1_ps(wide ? kvli_per_255 : kvli_per_15));
+    __m512 finite = _mm512_max_ps(_mm512_min_ps(lo, _mm512_set1_ps(65504.0f)), _mm512_set1_ps(-65504.0f));
+    __m256i hz = _mm512_cvtps_ph(finite, _MM_FROUND_TO_NEAREST_INT);
+    __m256i hs = _mm512_cvtps_ph(_mm512_min_ps(range, _mm512_set1_ps(65504.0f)), _MM_FROUND_TO_NEAREST_INT);
+    __mmask16 none_of = _mm256_testn_epi16_mask(hs, _mm256_set1_epi16(0x7fff));
+    hs = _mm256_mask_mov_epi16(hs, none_of, _mm256_set1_epi16(0x3c00));
+    _mm256_storeu_si256((__m256i *)(void *)scales, hs);
+    _mm256_storeu_si256((__m256i *)(void *)(scales + 2 * (size_t)side->dim), hz);
+    __m512 z = _mm512_cvtph_ps(hz), s = _mm512_cvtph_ps(hs);
+    uint8_t *p = tile + (wide ? first : first / 2);
+    for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
+        __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + 16 * t), z), s, none, top);
+        if (wide) _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(c));
+        else kvli_put_nibbles_avx2(p, _mm512_cvtepi32_epi8(c));
+    }
+}
+#endif
+
+/* ---- the paths ---- */
+typedef struct kvli_codec {
+    /* n_rows rows of n numbers (a multiple of 16), step bytes apart, to dst [n_rows][n] */
+    void (*load)(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst);
+    void (*store)(kvl_format format, const float *src, uint32_t n, void *dst);
+    bool (*finite)(kvl_format format, const void *row, uint32_t n);
+    void (*hadamard)(float *x, uint32_t block, uint32_t n_blocks);
+    void (*seal_rows)(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile);
+    void (*seal_channels)(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile);
+} kvli_codec;
+
+static const kvli_codec kvli_codecs[] = {
+    {kvli_load_scalar, kvli_store_scalar, kvli_finite_scalar, kvli_hadamard_scalar, kvli_seal_rows_scalar,
+     kvli_seal_channels_scalar},
+#if KVLI_X86
+    {kvli_load_avx2, kvli_store_avx2, kvli_finite_avx2, kvli_hadamard_avx2, kvli_seal_rows_avx2, kvli_seal_channels_avx2},
+    {kvli_load_avx512, kvli_store_avx512, kvli_finite_avx512, kvli_hadamard_avx512, kvli_seal_rows_avx512,
+     kvli_seal_channels_avx512},
+#endif
+};
+
+static const kvli_codec *kvli_codec_of(kvl_simd simd) {
+#if KVLI_X86
+    return &kvli_codecs[simd == KVL_SIMD_AVX512 ? 2 : simd == KVL_SIMD_AVX2 ? 1 : 0];
+#else
+    (void)simd;
+    return &kvli_codecs[0];
+#endif
+}
+
+static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows, kvl_simd simd) {
+    uint32_t block = kvli_hadamard_block(dim);
+    kvli_codec_of(simd)->hadamard(x, block, dim / block * n_rows);
+}
+
+static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src, kvl_dtype dtype, size_t row_stride, uint32_t n,
+                            void *tile, uint32_t row, kvl_simd simd) {
+    const kvli_codec *codec = kvli_codec_of(simd);
+    kvl_format from = (kvl_format)dtype + KVL_F32; /* the two enums run alike */
+    size_t step = row_stride * (from == KVL_F32 ? 4 : 2), row_bytes = kvli_row_bytes(exact, dim);
+    const uint8_t *in = (const uint8_t *)src;
+    uint8_t *out = (uint8_t *)tile + row_bytes * row;
+    bool finite = true;
+    for (uint32_t i = 0; i < n; i++, in += step, out += row_bytes) {
+        float x[KVLI_MAX_DIM];
+        if (from == exact) {
+            memcpy(out, in, row_bytes);
+        } else if (from == KVL_F32) {
+            codec->store(exact, (const float *)(const void *)in, dim, out);
+        } else {
+            codec->load(from, in, 0, 1, dim, x);
+            codec->store(exact, x, dim, out);
+        }
+        finite &= codec->finite(exact, out, dim);
+    }
+    return finite;
+}
+
+static void kvli_seal_tile(const kvli_side *side, kvl_format exact, const void *exact_tile, void *tile, kvl_simd simd) {
+    const kvli_codec *codec = kvli_codec_of(simd);
+    const uint8_t *src = (const uint8_t *)exact_tile;
+    uint8_t *dst = (uint8_t *)tile;
+    uint32_t tokens = side->tokens, dim = side->dim;
+    size_t in_bytes = kvli_row_bytes(exact, dim);
+    size_t used = kvli_row_bytes(side->format, dim) * tokens + kvli_scale_bytes(side->format, tokens, dim);
+    if (kvli_is_exact(side->format)) {
+        kvli_write_rows(side->format, dim, src, (kvl_dtype)(exact - KVL_F32), dim, tokens, dst, 0, simd);
+    } else if (kvli_is_channel(side->format)) {
+        for (uint32_t c = 0; c < dim; c += 16) {
+            float x[64 * 16];
+            codec->load(exact, src + in_bytes / dim * c, in_bytes, tokens, 16, x);
+            codec->seal_channels(side, x, c, dst);
+        }
+    } else {
+        for (uint32_t t = 0; t < tokens; t += KVLI_SEAL_ROWS) {
+            float rows[KVLI_SEAL_ROWS * KVLI_MAX_DIM];
+            codec->load(exact, src + in_bytes * t, in_bytes, KVLI_SEAL_ROWS, dim, rows);
+            if (side->rotated) codec->hadamard(rows, kvli_hadamard_block(dim), dim / kvli_hadamard_block(dim) * KVLI_SEAL_ROWS);
+            codec->seal_rows(side, rows, t, dst);
+        }
+    }
+    memset(dst + used, 0, kvli_tile_size(side->format, tokens, dim) - used);
+}
+
+/* ---- decoding: bare conversions and products that are exact in f32, so that no order of operations is needed (but for an
+   NVFP4 global that is no power of two: the block's scale is rounded once, then each number) ---- */
+static float kvli_decode_one(const kvli_side *side, const uint8_t *tile, uint32_t t, uint32_t e) {
+    uint32_t dim = side->dim;
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    const uint8_t *row = tile + row_bytes * t, *scales = tile + row_bytes * side->tokens;
+    uint32_t nibble = row_bytes == dim / 2 ? row[e / 2] >> (e % 2 ? 4 : 0) & 15u : 0;
+    switch (side->format) {
+    case KVL_INT8: return (float)(int8_t)row[e] * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
+    case KVL_FP8_E4M3: return kvli_e4m3_to_f32(row[e]) * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
+    case KVL_NVFP4: {
+        float s = kvli_rounded(kvli_e4m3_to_f32(scales[t * (dim / KVLI_NVFP4_GROUP) + e / KVLI_NVFP4_GROUP]) * side->global);
+        float v = kvli_e2m1_values[nibble & 7u];
+        return (nibble & 8u ? -v : v) * s;
+    }
+    case KVL_INT4: {
+        const uint8_t *p = scales + 4 * (t * kvli_div_up(dim, KVLI_INT4_GROUP) + e / KVLI_INT4_GROUP);
+        return (float)nibble * kvli_f16_to_f32(kvli_get16(p)) + kvli_f16_to_f32(kvli_get16(p + 2));
+    }
+    default: { /* the channel formats */
+        float code = side->format == KVL_INT8_CHANNEL ? (float)row[e] : (float)nibble;
+        return code * kvli_f16_to_f32(kvli_get16(scales + 2 * e)) + kvli_f16_to_f32(kvli_get16(scales + 2 * dim + 2 * e));
+    }
+    }
+}
+
+static void kvli_decode_tile(const kvli_side *side, const void *tile, float *rows) {
+    if (kvli_is_exact(side->format)) {
+        kvli_load_scalar(side->format, tile, 0, 1, side->tokens * side->dim, rows);
+        return;
+    }
+    for (uint32_t t = 0; t < side->tokens; t++) {
+        for (uint32_t e = 0; e < side->dim; e++) rows[t * side->dim + e] = kvli_decode_one(side, (const uint8_t *)tile, t, e);
+    }
+}
+
+static kvl_result kvli_tile_side(kvl_format f, uint32_t tokens, uint32_t dim, float global, kvli_side *side) {
+    if (!kvli_side_supported(f, true, tokens, dim, NULL)) return KVL_UNSUPPORTED;
+    if (!(global >= 0.0f && global <= FLT_MAX) || (global > 0.0f && global < FLT_MIN)) return KVL_INVALID_ARG;
+    side->format = f & ~(kvl_format)KVL_ROTATED;
+    side->rotated = side->format != f;
+    side->global = global > 0.0f ? global : 1.0f / 16.0f;
+    side->tokens = tokens;
+    side->dim = dim;
+    side->tile_bytes = kvli_tile_size(f, tokens, dim);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const float *rows,
+                                   void *tile) {
+    kvli_side side;
+    if (!rows || !tile) return KVL_INVALID_ARG;
+    kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
+    if (r == KVL_OK) kvli_seal_tile(&side, KVL_F32, rows, tile, kvli_simd_best());
+    return r;
+}
+
+KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const void *tile,
+                                   bool unrotate, float *rows) {
+    kvli_side side;
+    if (!rows || !tile) return KVL_INVALID_ARG;
+    kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
+    if (r != KVL_OK) return r;
+    kvli_decode_tile(&side, tile, rows);
+    if (side.rotated && unrotate) kvli_hadamard(rows, dim, block_tokens, kvli_simd_best());
+    return KVL_OK;
+}
+
+/* ==== >>backend: what a backend must do ================================================================================== */
+/* All calls come from the owner thread, between or inside steps. Addresses are the backend's own (host pointers on the CPU). */
+typedef struct kvli_backend {
+    const char *name;
+    kvl_backend_kind kind;
+    bool has_memory; /* false: addresses are only numbers */
+    bool (*supports)(kvl_format format, bool is_key, uint32_t block_tokens, uint32_t dim, const char **why);
+    uint64_t (*buffer_alloc)(kvl_context *ctx, size_t bytes); /* 0 = none; 128-byte aligned */
+    void (*buffer_free)(kvl_context *ctx, uint64_t address, size_t bytes);
+    void (*copy)(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes);
+    void (*poison)(kvl_context *ctx, uint64_t address, size_t bytes);
+    size_t (*workspace)(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens);
+    void (*attend)(kvl_context *ctx, const kvli_attend *args);
+} kvli_backend;
+
+/* ==== >>blocks: slabs, classes, block ids ================================================================================ */
+enum {
+    KVLI_MAX_GROUPS = 16,
+    KVLI_MAX_CLASSES = 2 * KVLI_MAX_GROUPS,
+    KVLI_PRIORITIES = 8,
+    KVLI_SCAN = 32, /* siblings looked at for a partial match */
+    KVLI_NO_LRU = 255
+};
+
+typedef struct kvli_class {
+    size_t bytes;         /* of a block; 0 = the class does not exist */
+    uint32_t per_slab;
+    uint32_t partial;     /* list of slabs of this class with free slots */
+    uint32_t slabs, live; /* live = slots taken */
+    uint32_t cached;      /* of them, evictable */
+    uint32_t pinned, shared;
+} kvli_class;
+
+typedef struct kvli_slab {
+    uint64_t address; /* 0 = not mapped */
+    uint32_t klass;   /* KVL_NONE = free */
+    uint32_t live, n_free;
+    uint32_t prev, next; /* in the class's partial list, or next in the free list */
+} kvli_slab;
+
+typedef struct kvli_block {
+    uint32_t slab, slot; /* slab KVL_NONE = the id is free */
+    uint32_t refs;       /* tables and open steps that hold it */
+    uint32_t node;       /* prefix-tree node that holds it, or KVL_NONE */
+    uint32_t prev, next; /* LRU, or next in a reserve list */
+    uint8_t klass, lru;  /* lru: which list, KVLI_NO_LRU = none */
+    bool reserved;       /* came from a sequence's reserve: goes back there if its step is aborted */
+} kvli_block;
+
+typedef struct kvli_reserve { uint32_t head, count; } kvli_reserve;
+
+typedef struct kvli_group {
+    uint32_t window, sink_tokens;
+    bool two_class;
+    size_t bytes[2]; /* of a block */
+} kvli_group;
+
+/* ---- prefix tree ---- */
+typedef struct kvli_node {
+    uint32_t parent; /* KVL_NONE: a root */
+    uint32_t first_child, first_partial, prev, next; /* next/prev: siblings, or roots */
+    uint32_t bucket_next, hash;
+    uint32_t depth;    /* full blocks up to and including this one; of a partial leaf, of its parent */
+    uint32_t n_tokens; /* block_tokens, fewer in a partial leaf, 0 in a root */
+    uint32_t n_slots;  /* filled */
+    uint32_t seqs;     /* sequences whose deepest node this is */
+    uint32_t pins;
+    uint8_t priority;
+    bool used;
+    uint64_t name_space, salt; /* of a root */
+} kvli_node;
+
+typedef struct kvli_seq {
+    uint32_t generation;
+    bool open, keep, tainted, attached; /* attached: node covers all full blocks, so new ones can be hung under it */
+    bool tail_known;           /* tails[] holds the tokens of the open block */
+    uint8_t priority;
+    uint32_t length, n_blocks; /* committed tokens, table entries in use */
+    uint32_t node;             /* deepest tree node over its full blocks, KVL_NONE without one */
+    uint32_t pin_node;         /* deepest node that it pinned, or KVL_NONE */
+    uint32_t step_span;        /* in the open step, or KVL_NONE */
+    void *user;
+} kvli_seq;
+
+typedef struct kvli_undo { /* what a step changed in a table */
+    uint32_t seq, group, index;
+    uint32_t old_entry;  /* held by the step until it ends; KVL_NONE = there was none */
+    uint32_t own_entry;  /* exact block of this step that is not the table's, or KVL_NONE; held by the step */
+} kvli_undo;
+
+typedef struct kvli_step_state {
+    bool open;
+    uint64_t id;
+    uint32_t n_undo, n_own, n_copies, n_scratch, n_spans, n_rows, n_logits, layers_done;
+    kvli_undo *undo;
+    uint32_t *own;
+    kvl_copy *copies;
+    kvl_step_span *spans;
+    kvl_span_blocks *blocks;    /* [group][span] as the public step has it */
+    kvli_attend_span *attend;   /* [group][span] */
+    int32_t *tokens;
+    uint32_t *positions, *row_span, *logit_rows, *logit_requests;
+    void **logit_users;
+    uint8_t *done, *taint;
+    kvl_step view;
+} kvli_step_state;
+
+typedef struct kvli_histogram { uint64_t count, bucket[256]; double max; } kvli_histogram;
+
+struct kvl_cache {
+    kvl_context *ctx;
+    bool own_ctx;
+    void *arena, *layer_arena;
+    size_t arena_bytes, layer_bytes;
+    kvl_cache_desc desc;
+    kvli_geometry geo;
+    kvli_group groups[KVLI_MAX_GROUPS];
+    kvli_class classes[KVLI_MAX_CLASSES]; /* group * 2 + exact */
+    uint32_t max_blocks, max_slabs, max_per_slab, max_nodes, max_seqs, seq_blocks, max_spans, max_logits, n_buckets;
+    uint64_t fixed_bytes; /* scratch + workspace */
+    size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
+    uint64_t scratch, workspace; /* addresses, 0 while the budget is below them */
+    kvli_slab *slabs;
+    uint32_t *slot_block, *slot_free; /* [max_slabs][max_per_slab] */
+    uint32_t n_slabs, free_slab, n_free_slabs, unmapped_slab;
+    kvli_block *blocks;
+    uint64_t *address;
+    uint32_t *free_ids, n_free_ids, *check;
+    uint32_t lru_head[KVLI_PRIORITIES], lru_tail[KVLI_PRIORITIES];
+    kvli_node *nodes;
+    int32_t *node_tokens;
+    uint32_t *node_slots, *buckets, free_node, n_nodes, roots;
+    kvli_seq *seqs;
+    uint32_t *tables;    /* [seq][group][seq_blocks] */
+    int32_t *tails;      /* [seq][block_tokens]: tokens of the open block */
+    kvli_reserve *reserves; /* [seq][class] blocks taken ahead by kvl_seq_extend */
+    uint32_t *free_seqs, n_free_seqs, *path;
+    uint32_t *layer_group;
+    kvli_step_state step;
+    uint64_t epoch;      /* grows when memory moves: part of graph_key */
+    kvl_sched *sched;
+    kvl_stats stats, published;
+    kvli_mutex lock;     /* published stats, and the scheduler's queue */
+    char error[256];
+};
+
+static kvli_text kvli_err(kvl_cache *c) { return kvli_text_at(c->error, sizeof c->error); }
+#define KVLI_ERROR(cache, result, ...) kvli_fail((cache)->ctx, kvli_err(cache), result, __VA_ARGS__)
+
+static uint32_t *kvli_table(const kvl_cache *c, uint32_t seq, uint32_t group) {
+    return c->tables + ((size_t)seq * c->geo.n_groups + group) * c->seq_blocks;
+}
+static uint32_t kvli_class_of(const kvl_cache *c, uint32_t group, bool exact) {
+    return group * 2 + (exact || !c->groups[group].two_class);
+}
+/* Does block `index` of a sequence stay exact when it is full? */
+static bool kvli_stays_exact(const kvl_cache *c, uint32_t group, uint32_t index) {
+    return !c->groups[group].two_class || index < c->geo.sink_blocks;
+}
+static uint32_t kvli_entry(const kvl_cache *c, uint32_t block) {
+    return block | (c->blocks[block].klass & 1 ? KVL_ENTRY_EXACT : 0);
+}
+static kvli_block *kvli_block_at(kvl_cache *c, uint32_t entry) { return &c->blocks[entry & KVL_ENTRY_ID]; }
+static uint32_t *kvli_slots(const kvl_cache *c, uint32_t node) { return c->node_slots + (size_t)node * c->geo.n_groups; }
+static int32_t *kvli_node_toks(const kvl_cache *c, uint32_t node) { return c->node_tokens + (size_t)node * c->geo.block_tokens; }
+
+/* ---- slabs ---- */
+static void kvli_partial_link(kvl_cache *c, uint32_t s) {
+    kvli_class *k = &c->classes[c->slabs[s].klass];
+    c->slabs[s].prev = KVL_NONE;
+    c->slabs[s].next = k->partial;
+    if (k->partial != KVL_NONE) c->slabs[k->partial].prev = s;
+    k->partial = s;
+}
+
+static void kvli_partial_unlink(kvl_cache *c, uint32_t s) {
+    kvli_slab *slab = &c->slabs[s];
+    if (slab->prev != KVL_NONE) c->slabs[slab->prev].next = slab->next;
+    else c->classes[slab->klass].partial = slab->next;
+    if (slab->next != KVL_NONE) c->slabs[slab->next].prev = slab->prev;
+}
+
+static void kvli_slab_release(kvl_cache *c, uint32_t s) { /* its last block has gone */
+    kvli_partial_unlink(c, s);
+    c->classes[c->slabs[s].klass].slabs--;
+    c->slabs[s].klass = KVL_NONE;
+    c->slabs[s].next = c->free_slab;
+    c->free_slab = s;
+    c->n_free_slabs++;
+}
+
+static void kvli_slab_take(kvl_cache *c, uint32_t klass) { /* gives a free slab to a class */
+    uint32_t s = c->free_slab;
+    kvli_slab *slab = &c->slabs[s];
+    uint32_t *slots = c->slot_free + (size_t)s * c->max_per_slab;
+    c->free_slab = slab->next;
+    c->n_free_slabs--;
+    slab->klass = klass;
+    slab->live = 0;
+    slab->n_free = c->classes[klass].per_slab;
+    for (uint32_t i = 0; i < slab->n_free; i++) slots[i] = slab->n_free - 1 - i;
+    c->classes[klass].slabs++;
+    kvli_partial_link(c, s);
+}
+
+static void kvli_slot_take(kvl_cache *c, uint32_t klass, uint32_t id) { /* the class has a partial slab */
+    uint32_t s = c->classes[klass].partial;
+    kvli_slab *slab = &c->slabs[s];
+    uint32_t slot = c->slot_free[(size_t)s * c->max_per_slab + --slab->n_free];
+    if (!slab->n_free) kvli_partial_unlink(c, s);
+    slab->live++;
+    c->slot_block[(size_t)s * c->max_per_slab + slot] = id;
+    c->blocks[id].slab = s;
+    c->blocks[id].slot = slot;
+    c->address[id] = slab->address + (uint64_t)slot * c->classes[klass].bytes;
+}
+
+static void kvli_slot_give(kvl_cache *c, uint32_t s, uint32_t slot) {
+    kvli_slab *slab = &c->slabs[s];
+    c->slot_block[(size_t)s * c->max_per_slab + slot] = KVL_NONE;
+    c->slot_free[(size_t)s * c->max_per_slab + slab->n_free++] = slot;
+    slab->live--;
+    if (slab->n_free == 1) kvli_partial_link(c, s);
+    if (!slab->live) kvli_slab_release(c, s);
+}
+
+/* Moves every block of a slab into other slabs of its class, which must have room. */
+static void kvli_slab_empty(kvl_cache *c, uint32_t s) {
+    uint32_t klass = c->slabs[s].klass, per = c->classes[klass].per_slab;
+    if (c->slabs[s].n_free) kvli_partial_unlink(c, s);
+    for (uint32_t slot = 0; slot < per; slot++) {
+        uint32_t id = c->slot_block[(size_t)s * c->max_per_slab + slot];
+        if (id == KVL_NONE) continue;
+        uint64_t from = c->address[id];
+        kvli_slot_take(c, klass, id);
+        c->ctx->backend->copy(c->ctx, c->address[id], from, c->classes[klass].bytes);
+        c->slot_block[(size_t)s * c->max_per_slab + slot] = KVL_NONE;
+    }
+    c->slabs[s].live = 0;
+    c->slabs[s].n_free = per;
+    kvli_partial_link(c, s);
+    kvli_slab_release(c, s);
+    c->epoch++;
+    c->stats.compactions++;
+}
+
+/* Empties the emptiest slab whose blocks fit elsewhere. False: there is none. O(slabs), and only tried where some class has a slab's worth
+   of free slots. */
+static bool kvli_compact(kvl_cache *c) {
+    uint32_t best = KVL_NONE, best_live = KVL_NONE;
+    bool possible = false;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        kvli_class *class_ = &c->classes[k];
+        possible = possible || (class_->slabs && (class_->slabs - 1) * class_->per_slab >= class_->live);
+    }
+    if (!possible) return false;
+    for (uint32_t s = 0; s < c->max_slabs; s++) {
+        uint32_t k = c->slabs[s].klass;
+        if (k == KVL_NONE || (c->classes[k].slabs - 1) * c->classes[k].per_slab < c->classes[k].live) continue;
+        if (c->slabs[s].live < best_live) { best = s; best_live = c->slabs[s].live; }
+    }
+    kvli_slab_empty(c, best);
+    return true;
+}
+
+/* ---- LRU of blocks that only the tree holds ---- */
+static void kvli_lru_remove(kvl_cache *c, uint32_t id) {
+    kvli_block *b = &c->blocks[id];
+    if (b->lru == KVLI_NO_LRU) return;
+    if (b->prev != KVL_NONE) c->blocks[b->prev].next = b->next;
+    else c->lru_head[b->lru] = b->next;
+    if (b->next != KVL_NONE) c->blocks[b->next].prev = b->prev;
+    else c->lru_tail[b->lru] = b->prev;
+    b->lru = KVLI_NO_LRU;
+    c->classes[b->klass].cached--;
+}
+
+static void kvli_lru_push(kvl_cache *c, uint32_t id) { /* as the most recent */
+    kvli_block *b = &c->blocks[id];
+    uint8_t list = c->nodes[b->node].priority;
+    b->lru = list;
+    b->next = KVL_NONE;
+    b->prev = c->lru_tail[list];
+    if (b->prev != KVL_NONE) c->blocks[b->prev].next = id;
+    else c->lru_head[list] = id;
+    c->lru_tail[list] = id;
+    c->classes[b->klass].cached++;
+}
+
+/* ---- blocks ---- */
+static void kvli_block_free(kvl_cache *c, uint32_t id) {
+    kvli_block *b = &c->blocks[id];
+    if (c->desc.poison) c->ctx->backend->poison(c->ctx, c->address[id], c->classes[b->klass].bytes);
+    c->classes[b->klass].live--;
+    kvli_slot_give(c, b->slab, b->slot);
+    b->slab = KVL_NONE;
+    c->address[id] = 0;
+    c->free_ids[c->n_free_ids++] = id;
+}
+
+static void kvli_ref(kvl_cache *c, uint32_t entry) {
+    kvli_block *b = kvli_block_at(c, entry);
+    kvli_lru_remove(c, entry & KVL_ENTRY_ID);
+    if (b->refs == 0 && b->node != KVL_NONE && c->nodes[b->node].pins) c->classes[b->klass].pinned--;
+    if (b->refs == 1) c->classes[b->klass].shared++;
+    b->refs++;
+}
+
+/* The tree or nobody holds it now: make it evictable, or free it. */
+static void kvli_settle(kvl_cache *c, uint32_t id) {
+    kvli_block *b = &c->blocks[id];
+    if (b->node == KVL_NONE) kvli_block_free(c, id);
+    else if (c->nodes[b->node].pins) c->classes[b->klass].pinned++;
+    else kvli_lru_push(c, id);
+}
+
+static void kvli_unref(kvl_cache *c, uint32_t entry) {
+    kvli_block *b = kvli_block_at(c, entry);
+    b->refs--;
+    if (b->refs == 1) c->classes[b->klass].shared--;
+    if (b->refs == 0) kvli_settle(c, entry & KVL_ENTRY_ID);
+}
+
+static bool kvli_evict_one(kvl_cache *c);
+
+/* A block with one reference, or KVL_NONE. Takes a free slot, a free slab, a compacted one, or evicts, in this order. O(1) but for the last
+   two. */
+static uint32_t kvli_block_alloc(kvl_cache *c, uint32_t klass) {
+    kvli_class *k = &c->classes[klass];
+    while (k->partial == KVL_NONE) {
+        if (c->n_free_slabs) { kvli_slab_take(c, klass); break; }
+        if (!kvli_compact(c) && !kvli_evict_one(c)) return KVL_NONE;
+    }
+    uint32_t id = c->free_ids[--c->n_free_ids];
+    kvli_block *b = &c->blocks[id];
+    b->refs = 1;
+    b->node = KVL_NONE;
+    b->klass = (uint8_t)klass;
+    b->lru = KVLI_NO_LRU;
+    b->reserved = false;
+    k->live++;
+    kvli_slot_take(c, klass, id);
+    if (c->desc.poison) c->ctx->backend->poison(c->ctx, c->address[id], k->bytes);
+    return kvli_entry(c, id);
+}
+
+/* Would so many more blocks of each class fit, with everything evictable evicted and slabs compacted? */
+static bool kvli_fits(const kvl_cache *c, const uint32_t *need, uint32_t n_slabs, bool empty, uint64_t *slabs_needed) {
+    uint64_t slabs = 0;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        const kvli_class *class_ = &c->classes[k];
+        if (!class_->bytes) continue;
+        uint64_t n = (uint64_t)need[k] + (empty ? 0 : class_->live - class_->cached);
+        slabs += (n + class_->per_slab - 1) / class_->per_slab;
+    }
+    if (slabs_needed) *slabs_needed = slabs;
+    return slabs <= n_slabs;
+}
+
+/* Most blocks that one sequence holds at once while it grows to n_tokens in steps of at most chunk tokens. */
+static void kvli_need(const kvl_cache *c, uint32_t n_tokens, uint32_t chunk, uint32_t *need) {
+    uint32_t T = c->geo.block_tokens, all = kvli_div_up(n_tokens, T);
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        const kvli_group *group = &c->groups[g];
+        uint32_t blocks = all;
+        if (group->window) {
+            uint64_t live = ((uint64_t)group->window + chunk + T - 2) / T + 1 + kvli_div_up(group->sink_tokens, T);
+            if (live < blocks) blocks = (uint32_t)live;
+        }
+        need[2 * g] = need[2 * g + 1] = 0;
+        if (!group->two_class) {
+            need[2 * g + 1] = blocks + 1; /* one more while a shared one is copied */
+        } else {
+            uint32_t sinks = kvli_min_u32(c->geo.sink_blocks, blocks);
+            need[2 * g] = blocks - sinks;
+            need[2 * g + 1] = sinks + 2; /* the open one, and one more while a shared one is copied */
+        }
+    }
+}
+
+/* ==== >>prefix: the tree of cached blocks ================================================================================ */
+static uint32_t kvli_hash(const kvl_cache *c, uint32_t parent, const int32_t *tokens) {
+    uint64_t h = (parent + 1) * 0x9E3779B97F4A7C15ull;
+    for (uint32_t i = 0; i < c->geo.block_tokens; i += 2) { /* block_tokens is even */
+        uint64_t pair = (uint32_t)tokens[i] | (uint64_t)(uint32_t)tokens[i + 1] << 32;
+        h = (h ^ pair) * 0xD6E8FEB86659FD93ull;
+        h ^= h >> 32;
+    }
+    uint32_t bits = c->desc.lookup_hash_bits;
+    return bits && bits < 32 ? (uint32_t)h & ((1u << bits) - 1) : (uint32_t)h;
+}
+
+/* The full child of a node with exactly these tokens, or KVL_NONE. A hash only leads here: parent and tokens decide. */
+static uint32_t kvli_child(const kvl_cache *c, uint32_t parent, const int32_t *tokens) {
+    uint32_t hash = kvli_hash(c, parent, tokens);
+    uint32_t n = c->buckets[hash & (c->n_buckets - 1)];
+    for (; n != KVL_NONE; n = c->nodes[n].bucket_next)
+        if (c->nodes[n].hash == hash && c->nodes[n].parent == parent &&
+            memcmp(kvli_node_toks(c, n), tokens, c->geo.block_tokens * sizeof *tokens) == 0)
+            return n;
+    return KVL_NONE;
+}
+
+static uint32_t kvli_root_find(const kvl_cache *c, uint64_t name_space, uint64_t salt) {
+    for (uint32_t n = c->roots; n != KVL_NONE; n = c->nodes[n].next)
+        if (c->nodes[n].name_space == name_space && c->nodes[n].salt == salt) return n;
+    return KVL_NONE;
+}
+
+static void kvli_sibling_link(kvl_cache *c, uint32_t *head, uint32_t n) {
+    c->nodes[n].prev = KVL_NONE;
+    c->nodes[n].next = *head;
+    if (*head != KVL_NONE) c->nodes[*head].prev = n;
+    *head = n;
+}
+
+static uint32_t *kvli_sibling_head(kvl_cache *c, uint32_t n) {
+    const kvli_node *node = &c->nodes[n];
+    if (node->parent == KVL_NONE) return &c->roots;
+    if (node->n_tokens < c->geo.block_tokens) return &c->nodes[node->parent].first_partial;
+    return &c->nodes[node->parent].first_child;
+}
+
+static uint32_t kvli_node_new(kvl_cache *c, uint32_t parent, const int32_t *tokens, uint32_t n_tokens) {
+    uint32_t n = c->free_node;
+    if (n == KVL_NONE) return KVL_NONE;
+    kvli_node *node = &c->nodes[n];
+    c->free_node = node->next;
+    c->n_nodes++;
+    memset(node, 0, sizeof *node);
+    node->used = true;
+    node->parent = parent;
+    node->first_child = node->first_partial = node->bucket_next = KVL_NONE;
+    node->n_tokens = n_tokens;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) kvli_slots(c, n)[g] = KVL_NONE;
+    if (parent != KVL_NONE) {
+        memcpy(kvli_node_toks(c, n), tokens, n_tokens * sizeof *tokens);
+        node->depth = c->nodes[parent].depth + (n_tokens == c->geo.block_tokens);
+        node->name_space = c->nodes[parent].name_space;
+        node->salt = c->nodes[parent].salt;
+    }
+    if (n_tokens == c->geo.block_tokens) {
+        node->hash = kvli_hash(c, parent, tokens);
+        uint32_t *bucket = &c->buckets[node->hash & (c->n_buckets - 1)];
+        node->bucket_next = *bucket;
+        *bucket = n;
+    }
+    kvli_sibling_link(c, kvli_sibling_head(c, n), n);
+    return n;
+}
+
+static uint32_t kvli_root_get(kvl_cache *c, uint64_t name_space, uint64_t salt) {
+    uint32_t n = kvli_root_find(c, name_space, salt);
+    if (n != KVL_NONE) return n;
+    n = kvli_node_new(c, KVL_NONE, NULL, 0);
+    if (n == KVL_NONE) return n;
+    c->nodes[n].name_space = name_space;
+    c->nodes[n].salt = salt;
+    return n;
+}
+
+static void kvli_bucket_remove(kvl_cache *c, uint32_t n) {
+    uint32_t *at = &c->buckets[c->nodes[n].hash & (c->n_buckets - 1)];
+    while (*at != n) at = &c->nodes[*at].bucket_next;
+    *at = c->nodes[n].bucket_next;
+}
+
+/* Removes a node that holds and leads to nothing, and then its ancestors likewise. */
+static void kvli_node_tidy(kvl_cache *c, uint32_t n) {
+    while (n != KVL_NONE) {
+        kvli_node *node = &c->nodes[n];
+        if (node->n_slots || node->seqs || node->pins || node->first_child != KVL_NONE || node->first_partial != KVL_NONE) return;
+        uint32_t parent = node->parent;
+        if (node->n_tokens == c->geo.block_tokens) kvli_bucket_remove(c, n);
+        if (node->prev != KVL_NONE) c->nodes[node->prev].next = node->next;
+        else *kvli_sibling_head(c, n) = node->next;
+        if (node->next != KVL_NONE) c->nodes[node->next].prev = node->prev;
+        node->used = false;
+        node->next = c->free_node;
+        c->free_node = n;
+        c->n_nodes--;
+        n = parent;
+    }
+}
+
+static void kvli_slot_fill(kvl_cache *c, uint32_t n, uint32_t group, uint32_t entry) {
+    kvli_slots(c, n)[group] = entry;
+    c->nodes[n].n_slots++;
+    kvli_block_at(c, entry)->node = n;
+}
+
+/* Takes a block out of the tree; the caller settles what becomes of the block and tidies the node. */
+static void kvli_slot_clear(kvl_cache *c, uint32_t n, uint32_t group) {
+    kvli_block_at(c, kvli_slots(c, n)[group])->node = KVL_NONE;
+    kvli_slots(c, n)[group] = KVL_NONE;
+    c->nodes[n].n_slots--;
+}
+
+static void kvli_evict_block(kvl_cache *c, uint32_t id) {
+    uint32_t n = c->blocks[id].node, group = c->blocks[id].klass / 2u;
+    kvli_lru_remove(c, id);
+    kvli_slot_clear(c, n, group);
+    kvli_block_free(c, id);
+    kvli_node_tidy(c, n);
+    c->stats.evicted_blocks++;
+}
+
+/* Evicts the least recent block of the lowest priority. Paths are released deepest first and a node's priority is at least its children's,
+   so that a full-attention slot never goes before its children's. */
+static bool kvli_evict_one(kvl_cache *c) {
+    for (uint32_t p = 0; p < KVLI_PRIORITIES; p++) {
+        if (c->lru_head[p] == KVL_NONE) continue;
+        kvli_evict_block(c, c->lru_head[p]);
+        return true;
+    }
+    return false;
+}
+
+static void kvli_path_priority(kvl_cache *c, uint32_t n, uint8_t priority) {
+    for (; n != KVL_NONE && c->nodes[n].priority < priority; n = c->nodes[n].parent) c->nodes[n].priority = priority;
+}
+
+/* ---- matching ---- */
+typedef struct kvli_match {
+    uint32_t root, depth; /* c->path[0..depth) are the nodes of the full blocks that match */
+    uint32_t partial;     /* node whose first `rows` tokens go on from there, or KVL_NONE */
+    uint32_t rows;
+    uint32_t length;      /* from which computing can go on */
+    uint32_t differs;     /* longest common length with anything cached */
+    bool ended;           /* what is cached ends there */
+    kvl_match_reason reason;
+} kvli_match;
+
+static uint32_t kvli_common(const int32_t *a, const int32_t *b, uint32_t n) {
+    uint32_t i = 0;
+    while (i < n && a[i] == b[i]) i++;
+    return i;
+}
+
+/* The sibling that shares the most first tokens: of the most recent ones of a list. */
+static void kvli_best_sibling(const kvl_cache *c, uint32_t n, const int32_t *tokens, uint32_t n_tokens, uint32_t *best, uint32_t *rows) {
+    for (uint32_t i = 0; n != KVL_NONE && i < KVLI_SCAN; i++, n = c->nodes[n].next) {
+        uint32_t common = kvli_common(kvli_node_toks(c, n), tokens, kvli_min_u32(n_tokens, c->nodes[n].n_tokens));
+        if (common > *rows) { *rows = common; *best = n; }
+    }
+}
+
+static bool kvli_all_exact(const kvl_cache *c, uint32_t n) {
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        uint32_t entry = kvli_slots(c, n)[g];
+        if (entry == KVL_NONE || !(entry & KVL_ENTRY_EXACT)) return false;
+    }
+    return true;
+}
+
+/* Which block would serve position block `index` of a sequence: its own table's, else the tree's. */
+static uint32_t kvli_have(const kvl_cache *c, const uint32_t *table, uint32_t n_table, uint32_t depth, uint32_t group, uint32_t index,
+                          uint32_t partial) {
+    if (table && index < n_table && table[index] != KVL_NONE) return table[index];
+    if (index < depth) return kvli_slots(c, c->path[index])[group];
+    return partial != KVL_NONE ? kvli_slots(c, partial)[group] : KVL_NONE;
+}
+
+/* First block that a query at position `length` needs and that has gone, in one group; KVL_NONE if all are there. */
+static uint32_t kvli_first_missing(const kvl_cache *c, uint32_t seq, uint32_t group, const kvli_match *m, uint32_t length) {
+    const uint32_t *table = seq == KVL_NONE ? NULL : kvli_table(c, seq, group);
+    uint32_t n_table = seq == KVL_NONE ? 0 : c->seqs[seq].n_blocks, T = c->geo.block_tokens, end = kvli_div_up(length, T);
+    uint32_t window = c->groups[group].window, sinks = kvli_div_up(c->groups[group].sink_tokens, T);
+    uint32_t from = window && length + 1 > window ? (length + 1 - window) / T : 0;
+    for (uint32_t i = 0; i < end; i++) {
+        if (i >= sinks && i < from) i = from;
+        if (i >= end) break;
+        if (kvli_have(c, table, n_table, m->depth, group, i, m->partial) == KVL_NONE) return i;
+    }
+    return KVL_NONE;
+}
+
+/* Lowers a length to one from which computing can go on: not inside a packed block, and with every group's slots there. */
+static uint32_t kvli_lower(const kvl_cache *c, uint32_t seq, const kvli_match *m, uint32_t length) {
+    uint32_t T = c->geo.block_tokens;
+    for (uint32_t g = 0; g < c->geo.n_groups && length % T; g++) {
+        uint32_t n_table = seq == KVL_NONE ? 0 : c->seqs[seq].n_blocks;
+        uint32_t entry = kvli_have(c, seq == KVL_NONE ? NULL : kvli_table(c, seq, g), n_table, m->depth, g, length / T, m->partial);
+        if (entry == KVL_NONE || !(entry & KVL_ENTRY_EXACT)) length -= length % T;
+    }
+    for (uint32_t g = 0; g < c->geo.n_groups && length;) {
+        uint32_t missing = kvli_first_missing(c, seq, g, m, length);
+        if (missing == KVL_NONE) { g++; continue; }
+        length = missing * T;
+        g = 0;
+    }
+    return length;
+}
+
+static bool kvli_known_elsewhere(const kvl_cache *c, const kvl_seq_desc *d) {
+    uint32_t T = c->geo.block_tokens;
+    for (uint32_t n = c->roots; n != KVL_NONE; n = c->nodes[n].next) {
+        uint32_t best = KVL_NONE, rows = 0;
+        if (d->n_tokens >= T && kvli_child(c, n, d->tokens) != KVL_NONE) return true;
+        kvli_best_sibling(c, c->nodes[n].first_partial, d->tokens, kvli_min_u32(T, d->n_tokens), &best, &rows);
+        if (rows) return true;
+    }
+    return false;
+}
+
+static kvl_match_reason kvli_reason(const kvl_cache *c, const kvl_seq_desc *d, const kvli_match *m, uint32_t full) {
+    if (c->n_nodes == 0 || d->no_match) return KVL_MATCH_EMPTY;
+    if (m->root == KVL_NONE) return kvli_known_elsewhere(c, d) ? KVL_MATCH_NAMESPACE : KVL_MATCH_END;
+    if (m->length + 1 >= d->n_tokens) return KVL_MATCH_ALL;
+    if (m->length < full - full % c->geo.block_tokens) return KVL_MATCH_EVICTED;
+    if (m->differs + 1 >= d->n_tokens) return KVL_MATCH_ALL; /* the rest stands in a packed block and is needed for logits */
+    if (m->length < m->differs) return KVL_MATCH_FORMAT;
+    return m->ended ? KVL_MATCH_END : KVL_MATCH_TOKEN;
+}
+
+/* Finds the longest cached prefix of desc's tokens that can be gone on from, leaving at least one to run. Changes nothing but c->path. */
+static kvli_match kvli_match_find(kvl_cache *c, const kvl_seq_desc *d) {
+    kvli_match m;
+    uint32_t T = c->geo.block_tokens;
+    memset(&m, 0, sizeof m);
+    m.partial = KVL_NONE;
+    m.root = d->n_tokens && !d->no_match ? kvli_root_find(c, d->name_space, d->salt) : KVL_NONE;
+    if (m.root != KVL_NONE) {
+        uint32_t at = m.root, left, rows = 0, best = KVL_NONE;
+        while ((m.depth + 1) * T <= d->n_tokens) {
+            uint32_t next = kvli_child(c, at, d->tokens + m.depth * T);
+            if (next == KVL_NONE) break;
+            c->path[m.depth++] = at = next;
+        }
+        left = d->n_tokens - m.depth * T;
+        kvli_best_sibling(c, c->nodes[at].first_partial, d->tokens + m.depth * T, kvli_min_u32(left, T), &best, &rows);
+        uint32_t exact_rows = rows;
+        kvli_best_sibling(c, c->nodes[at].first_child, d->tokens + m.depth * T, kvli_min_u32(left, T), &best, &rows);
+        m.differs = m.depth * T + rows;
+        m.ended = rows ? c->nodes[best].n_tokens == rows
+                       : c->nodes[at].first_child == KVL_NONE && c->nodes[at].first_partial == KVL_NONE;
+        if (rows > exact_rows && !kvli_all_exact(c, best)) { /* the shared rows are packed: a partial leaf may still serve some */
+            best = KVL_NONE;
+            rows = 0;
+            kvli_best_sibling(c, c->nodes[at].first_partial, d->tokens + m.depth * T, kvli_min_u32(left, T), &best, &rows);
+        }
+        m.partial = best;
+        m.rows = rows;
+    }
+    uint32_t full = kvli_min_u32(m.depth * T + m.rows, d->n_tokens ? d->n_tokens - 1 : 0);
+    m.length = kvli_lower(c, KVL_NONE, &m, full);
+    m.reason = kvli_reason(c, d, &m, full);
+    return m;
+}
+
+/* ---- sequences ---- */
+static uint32_t kvli_seq_index(kvl_cache *c, kvl_seq h) { /* KVL_NONE if the handle is not of an open sequence */
+    uint32_t i = (h.id & 0xffff) - 1;
+    if (!h.id || i >= c->max_seqs || !c->seqs[i].open || c->seqs[i].generation != h.id >> 16) return KVL_NONE;
+    return i;
+}
+static kvl_seq kvli_seq_handle(const kvl_cache *c, uint32_t i) {
+    kvl_seq h;
+    h.id = (i + 1) | c->seqs[i].generation << 16;
+    return h;
+}
+static int32_t *kvli_tail(const kvl_cache *c, uint32_t seq) { return c->tails + (size_t)seq * c->geo.block_tokens; }
+static kvli_reserve *kvli_reserve_of(const kvl_cache *c, uint32_t seq, uint32_t klass) {
+    return &c->reserves[(size_t)seq * c->geo.n_groups * 2 + klass];
+}
+
+/* Moves a sequence's hold from one tree node to another (either may be KVL_NONE). */
+static void kvli_seq_node(kvl_cache *c, uint32_t seq, uint32_t node) {
+    uint32_t old = c->seqs[seq].node;
+    if (node != KVL_NONE) c->nodes[node].seqs++;
+    c->seqs[seq].node = node;
+    if (old == KVL_NONE) return;
+    c->nodes[old].seqs--;
+    kvli_node_tidy(c, old);
+}
+
+static uint32_t kvli_node_depth(const kvl_cache *c, uint32_t node) { return node == KVL_NONE ? 0 : c->nodes[node].depth; }
+
+static bool kvli_node_room(kvl_cache *c) {
+    while (c->free_node == KVL_NONE)
+        if (!kvli_evict_one(c)) return false;
+    return true;
+}
+
+/* References the blocks that a sequence of this length needs and does not have yet, from path and partial node of a match. */
+static void kvli_seq_acquire(kvl_cache *c, uint32_t seq, const kvli_match *m, uint32_t length) {
+    uint32_t T = c->geo.block_tokens, end = kvli_div_up(length, T);
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        uint32_t *table = kvli_table(c, seq, g), n_table = c->seqs[seq].n_blocks, window = c->groups[g].window;
+        uint32_t sinks = kvli_div_up(c->groups[g].sink_tokens, T), from = window && length + 1 > window ? (length + 1 - window) / T : 0;
+        for (uint32_t i = 0; i < end; i++) {
+            bool had = i < n_table && table[i] != KVL_NONE;
+            if (had) continue;
+            table[i] = i < sinks || i >= from ? kvli_have(c, NULL, 0, m->depth, g, i, m->partial) : KVL_NONE;
+            if (table[i] != KVL_NONE) kvli_ref(c, table[i]);
+        }
+    }
+    c->seqs[seq].n_blocks = end;
+    c->seqs[seq].length = length;
+}
+
+static uint32_t kvli_seq_slot(kvl_cache *c) {
+    uint32_t i = c->free_seqs[--c->n_free_seqs], generation = c->seqs[i].generation;
+    memset(&c->seqs[i], 0, sizeof c->seqs[i]);
+    c->seqs[i].generation = generation;
+    c->seqs[i].open = true;
+    c->seqs[i].node = c->seqs[i].pin_node = c->seqs[i].step_span = KVL_NONE;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        kvli_reserve_of(c, i, k)->head = KVL_NONE;
+        kvli_reserve_of(c, i, k)->count = 0;
+    }
+    c->stats.sequences++;
+    return i;
+}
+
+/* Opens a sequence on a match that was just found. There must be a free slot. */
+static uint32_t kvli_seq_start(kvl_cache *c, const kvl_seq_desc *d, const kvli_match *m) {
+    uint32_t i = kvli_seq_slot(c), T = c->geo.block_tokens, full = m->length / T, root = m->root;
+    kvli_seq *seq = &c->seqs[i];
+    seq->keep = !d->no_keep && !c->desc.no_prefix_cache;
+    seq->priority = (uint8_t)d->priority;
+    seq->user = d->user;
+    kvli_seq_acquire(c, i, m, m->length); /* first: what it references cannot be evicted for the root below */
+    if (full) kvli_seq_node(c, i, c->path[full - 1]);
+    else if (root != KVL_NONE) kvli_seq_node(c, i, root);
+    else if (seq->keep && kvli_node_room(c)) kvli_seq_node(c, i, kvli_root_get(c, d->name_space, d->salt));
+    seq->attached = seq->keep && seq->node != KVL_NONE;
+    seq->tail_known = true;
+    if (m->length % T) memcpy(kvli_tail(c, i), d->tokens + full * T, (m->length % T) * sizeof *d->tokens);
+    kvli_path_priority(c, seq->node, seq->priority);
+    c->stats.opened++;
+    c->stats.open_tokens += d->n_tokens;
+    c->stats.hit_tokens += m->length;
+    return i;
+}
+
+static void kvli_reuse_report(const kvl_seq_desc *d, const kvli_match *m, kvl_reuse *out) {
+    memset(out, 0, sizeof *out);
+    out->matched = m->length;
+    out->recomputed = d->n_tokens - m->length;
+    out->reason = m->reason;
+    if (m->reason == KVL_MATCH_TOKEN) out->first_differing = m->differs;
+}
+
+/* Leaves the open block in the tree as an exact partial leaf. */
+static void kvli_leave_partial(kvl_cache *c, uint32_t i) {
+    kvli_seq *seq = &c->seqs[i];
+    uint32_t rows = seq->length % c->geo.block_tokens, index = seq->length / c->geo.block_tokens, n;
+    if (!rows || !seq->attached || !seq->tail_known || kvli_node_depth(c, seq->node) != index) return;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        kvli_block *b = kvli_block_at(c, kvli_table(c, i, g)[index]);
+        if (b->node != KVL_NONE || b->refs != 1) return; /* shared: its source is still there */
+    }
+    uint32_t scanned = 0, next;
+    for (n = c->nodes[seq->node].first_partial; n != KVL_NONE && scanned < KVLI_SCAN; n = next, scanned++) {
+        const kvli_node *leaf = &c->nodes[n];
+        uint32_t first = kvli_slots(c, n)[0], have = leaf->n_tokens;
+        next = leaf->next;
+        if (kvli_common(kvli_node_toks(c, n), kvli_tail(c, i), kvli_min_u32(rows, have)) < kvli_min_u32(rows, have)) continue;
+        if (have >= rows && leaf->n_slots == c->geo.n_groups) return; /* it holds all of ours */
+        if (first == KVL_NONE || kvli_block_at(c, first)->lru == KVLI_NO_LRU) continue;
+        for (uint32_t g = 0; g < c->geo.n_groups; g++) { /* ours goes on from it: it is not needed any more */
+            uint32_t entry = kvli_slots(c, n)[g];
+            if (entry != KVL_NONE && kvli_block_at(c, entry)->lru != KVLI_NO_LRU) kvli_evict_block(c, entry & KVL_ENTRY_ID);
+        }
+    }
+    if (!kvli_node_room(c)) return;
+    n = kvli_node_new(c, seq->node, kvli_tail(c, i), rows);
+    c->nodes[n].priority = seq->priority;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) kvli_slot_fill(c, n, g, kvli_table(c, i, g)[index]);
+}
+
+static void kvli_seq_cut(kvl_cache *c, uint32_t i, uint32_t n_blocks) { /* lets go of the blocks from n_blocks on, deepest first */
+    for (uint32_t j = c->seqs[i].n_blocks; j-- > n_blocks;)
+        for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+            uint32_t *entry = &kvli_table(c, i, g)[j];
+            if (*entry != KVL_NONE) kvli_unref(c, *entry);
+            *entry = KVL_NONE;
+        }
+    c->seqs[i].n_blocks = kvli_min_u32(c->seqs[i].n_blocks, n_blocks);
+}
+
+static void kvli_seq_stop(kvl_cache *c, uint32_t i) {
+    kvli_leave_partial(c, i);
+    kvli_seq_cut(c, i, 0);
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        uint32_t id = kvli_reserve_of(c, i, k)->head, next;
+        for (; id != KVL_NONE; id = next) {
+            next = c->blocks[id].next;
+            kvli_unref(c, id);
+        }
+    }
+    kvli_seq_node(c, i, KVL_NONE);
+    c->seqs[i].open = false;
+    c->seqs[i].generation = (c->seqs[i].generation + 1) & 0xffff;
+    c->free_seqs[c->n_free_seqs++] = i;
+    c->stats.sequences--;
+}
+
+/* c->path becomes the nodes from the root's child down to `node`; returns how many. */
+static uint32_t kvli_path_of(kvl_cache *c, uint32_t node) {
+    uint32_t depth = kvli_node_depth(c, node);
+    for (uint32_t i = depth; i-- > 0; node = c->nodes[node].parent) c->path[i] = node;
+    return depth;
+}
+
+static uint32_t kvli_seq_shorten(kvl_cache *c, uint32_t i, uint32_t n_tokens) {
+    kvli_seq *seq = &c->seqs[i];
+    uint32_t T = c->geo.block_tokens;
+    if (n_tokens >= seq->length) return seq->length;
+    kvli_match m;
+    memset(&m, 0, sizeof m);
+    m.partial = KVL_NONE;
+    m.depth = kvli_path_of(c, seq->node);
+    uint32_t length = kvli_lower(c, i, &m, n_tokens), index = length / T;
+    if (length % T && index < m.depth) {
+        memcpy(kvli_tail(c, i), kvli_node_toks(c, c->path[index]), (length % T) * sizeof(int32_t));
+        seq->tail_known = true;
+    } else if (length % T && index != seq->length / T) {
+        seq->tail_known = false;
+    }
+    seq->tail_known = seq->tail_known || length % T == 0;
+    kvli_seq_cut(c, i, kvli_div_up(length, T));
+    kvli_seq_acquire(c, i, &m, length);
+    if (index < m.depth) {
+        uint32_t node = c->path[m.depth - 1];
+        for (uint32_t d = m.depth; d > index; d--) node = c->nodes[node].parent;
+        kvli_seq_node(c, i, node);
+    }
+    seq->attached = seq->keep && !seq->tainted && seq->tail_known && seq->node != KVL_NONE && kvli_node_depth(c, seq->node) == index;
+    return length;
+}
+
+static uint32_t kvli_seq_copy(kvl_cache *c, uint32_t from) { /* there must be a free slot */
+    uint32_t i = kvli_seq_slot(c), generation = c->seqs[i].generation;
+    c->seqs[i] = c->seqs[from];
+    c->seqs[i].generation = generation;
+    c->seqs[i].pin_node = c->seqs[i].step_span = KVL_NONE;
+    if (c->seqs[i].node != KVL_NONE) c->nodes[c->seqs[i].node].seqs++;
+    memcpy(kvli_tail(c, i), kvli_tail(c, from), c->geo.block_tokens * sizeof(int32_t));
+    for (uint32_t g = 0; g < c->geo.n_groups; g++)
+        for (uint32_t j = 0; j < c->seqs[i].n_blocks; j++) {
+            uint32_t entry = kvli_table(c, from, g)[j];
+            kvli_table(c, i, g)[j] = entry;
+            if (entry != KVL_NONE) kvli_ref(c, entry);
+        }
+    return i;
+}
+
+/* ---- reserves ---- */
+static void kvli_reserve_push(kvl_cache *c, uint32_t seq, uint32_t entry) {
+    uint32_t id = entry & KVL_ENTRY_ID;
+    kvli_reserve *r = kvli_reserve_of(c, seq, c->blocks[id].klass);
+    c->blocks[id].next = r->head;
+    r->head = id;
+    r->count++;
+}
+
+static uint32_t kvli_seq_alloc(kvl_cache *c, uint32_t seq, uint32_t klass) {
+    kvli_reserve *r = kvli_reserve_of(c, seq, klass);
+    uint32_t id = r->head;
+    if (id == KVL_NONE) return kvli_block_alloc(c, klass);
+    r->head = c->blocks[id].next;
+    r->count--;
+    c->blocks[id].reserved = true;
+    return kvli_entry(c, id);
+}
+
+static bool kvli_is_private(kvl_cache *c, uint32_t entry) {
+    const kvli_block *b = kvli_block_at(c, entry);
+    return b->refs == 1 && b->node == KVL_NONE;
+}
+
+/* Blocks of a class that growing to `end` tokens takes beyond what the sequence has. */
+static void kvli_growth(kvl_cache *c, uint32_t i, uint32_t end, uint32_t *need) {
+    uint32_t T = c->geo.block_tokens, length = c->seqs[i].length;
+    memset(need, 0, KVLI_MAX_CLASSES * sizeof *need);
+    if (end <= length) return;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        bool open = false;
+        for (uint32_t j = length / T; j <= (end - 1) / T; j++) {
+            bool had = j * T < length, complete = (j + 1) * T <= end, stays = kvli_stays_exact(c, g, j);
+            bool fresh = !had || !kvli_is_private(c, kvli_table(c, i, g)[j]);
+            if (stays) {
+                need[kvli_class_of(c, g, true)] += fresh;
+            } else {
+                need[kvli_class_of(c, g, false)] += complete;
+                open = open || fresh; /* one at a time */
+            }
+        }
+        need[kvli_class_of(c, g, true)] += open;
+    }
+}
+
+/* ==== >>steps: rows into pages =========================================================================================== */
+static void kvli_step_reset(kvl_cache *c) {
+    kvli_step_state *st = &c->step;
+    st->open = true;
+    st->id++;
+    st->n_undo = st->n_own = st->n_copies = st->n_scratch = st->n_spans = st->n_rows = st->n_logits = st->layers_done = 0;
+    memset(st->done, 0, c->geo.n_layers);
+}
+
+/* Gives up a block that this step took. */
+static void kvli_step_drop(kvl_cache *c, uint32_t seq, uint32_t entry) {
+    if (kvli_block_at(c, entry)->reserved) kvli_reserve_push(c, seq, entry);
+    else kvli_unref(c, entry);
+}
+
+static void kvli_step_undo(kvl_cache *c, uint32_t mark) {
+    kvli_step_state *st = &c->step;
+    while (st->n_undo > mark) {
+        const kvli_undo *u = &st->undo[--st->n_undo];
+        uint32_t *entry = &kvli_table(c, u->seq, u->group)[u->index];
+        kvli_step_drop(c, u->seq, *entry);
+        if (u->own_entry != KVL_NONE) kvli_step_drop(c, u->seq, u->own_entry);
+        *entry = u->old_entry;
+    }
+}
+
+/* Finds places for one block of one group that a span writes: its sealed or lasting place goes into the table, where its exact rows stand
+   during the step into *own. */
+static bool kvli_step_block(kvl_cache *c, uint32_t seq, uint32_t g, uint32_t j, uint32_t end, uint32_t scratch, uint32_t *own) {
+    kvli_step_state *st = &c->step;
+    uint32_t T = c->geo.block_tokens, *entry = &kvli_table(c, seq, g)[j], old = j * T < c->seqs[seq].length ? *entry : KVL_NONE;
+    bool packs = (j + 1) * T <= end && !kvli_stays_exact(c, g, j);
+    bool copies = old != KVL_NONE && !kvli_is_private(c, old), takes = copies || (old == KVL_NONE && !packs);
+    uint32_t exact = old, target;
+    if (old != KVL_NONE && !copies && !packs) { *own = old; return true; } /* the common case: a row more */
+    if (takes) exact = kvli_seq_alloc(c, seq, kvli_class_of(c, g, true));
+    if (takes && exact == KVL_NONE) return false;
+    target = packs ? kvli_seq_alloc(c, seq, kvli_class_of(c, g, false)) : exact;
+    if (target == KVL_NONE) {
+        if (takes) kvli_step_drop(c, seq, exact);
+        return false;
+    }
+    kvli_undo *u = &st->undo[st->n_undo++];
+    u->seq = seq;
+    u->group = g;
+    u->index = j;
+    u->old_entry = old;
+    u->own_entry = copies && packs ? exact : KVL_NONE;
+    if (copies) {
+        kvl_copy *copy = &st->copies[st->n_copies++];
+        copy->group = g;
+        copy->src = old;
+        copy->dst = exact;
+    }
+    *entry = target;
+    *own = exact != KVL_NONE ? exact : KVL_ENTRY_SCRATCH | scratch;
+    return true;
+}
+
+/* A sequence that alone holds a partial leaf and goes on from its end takes the leaf's blocks instead of copying them. */
+static void kvli_take_partial(kvl_cache *c, uint32_t i) {
+    uint32_t T = c->geo.block_tokens, index = c->seqs[i].length / T, n = KVL_NONE;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        const kvli_block *b = kvli_block_at(c, kvli_table(c, i, g)[index]);
+        if (b->refs != 1 || b->node == KVL_NONE || (g && b->node != n)) return;
+        n = b->node;
+        if (c->nodes[n].n_tokens != c->seqs[i].length % T || c->nodes[n].pins) return;
+    }
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) kvli_slot_clear(c, n, g);
+    kvli_node_tidy(c, n);
+}
+
+/* Adds rows of a sequence to the open step. NO_BLOCKS: this span changed nothing. */
+static kvl_result kvli_step_add(kvl_cache *c, uint32_t i, const kvl_span *span, uint32_t request) {
+    kvli_step_state *st = &c->step;
+    uint32_t T = c->geo.block_tokens, position = c->seqs[i].length, end = position + span->n_tokens, first = position / T;
+    uint32_t n_own = (end - 1) / T - first + 1, mark = st->n_undo, own_mark = st->n_own, copy_mark = st->n_copies, s = st->n_spans;
+    uint32_t whole = position % T ? first + 1 : first; /* first block that starts in this step */
+    if (position % T) kvli_take_partial(c, i);
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        kvl_span_blocks *b = &st->attend[(size_t)g * c->max_spans + s].blocks;
+        b->table = kvli_table(c, i, g);
+        b->n_blocks = first + n_own;
+        b->first_own = first;
+        b->n_own = n_own;
+        b->own = st->own + st->n_own;
+        for (uint32_t j = first; j < first + n_own; j++)
+            if (!kvli_step_block(c, i, g, j, end, st->n_scratch + (j - whole), &st->own[st->n_own++])) {
+                kvli_step_undo(c, mark);
+                st->n_own = own_mark;
+                st->n_copies = copy_mark;
+                return KVL_NO_BLOCKS;
+            }
+    }
+    if (end / T > whole) st->n_scratch += end / T - whole;
+    kvl_step_span *out = &st->spans[s];
+    out->seq = kvli_seq_handle(c, i);
+    out->first_row = st->n_rows;
+    out->n_rows = span->n_tokens;
+    out->position = position;
+    out->n_logits = span->n_logits;
+    out->request = request;
+    out->user = span->user;
+    memcpy(st->tokens + st->n_rows, span->tokens, span->n_tokens * sizeof *span->tokens);
+    for (uint32_t r = 0; r < span->n_tokens; r++) {
+        st->positions[st->n_rows + r] = position + r;
+        st->row_span[st->n_rows + r] = s;
+    }
+    st->taint[s] = 0;
+    st->n_rows += span->n_tokens;
+    st->n_spans++;
+    c->seqs[i].step_span = s;
+    return KVL_OK;
+}
+
+/* Another logits row of the step: row of `span` for `request`. */
+static void kvli_step_logit(kvl_cache *c, uint32_t row, uint32_t request, void *user) {
+    kvli_step_state *st = &c->step;
+    st->logit_rows[st->n_logits] = row;
+    st->logit_requests[st->n_logits] = request;
+    st->logit_users[st->n_logits++] = user;
+}
+
+/* The step is complete: does its copies, and shows it. */
+static const kvl_step *kvli_step_finish(kvl_cache *c) {
+    kvli_step_state *st = &c->step;
+    kvl_step *v = &st->view;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++)
+        for (uint32_t s = 0; s < st->n_spans; s++) {
+            kvli_attend_span *a = &st->attend[(size_t)g * c->max_spans + s];
+            a->first_row = st->spans[s].first_row;
+            a->n_rows = st->spans[s].n_rows;
+            a->position = st->spans[s].position;
+            st->blocks[(size_t)g * st->n_spans + s] = a->blocks;
+        }
+    for (uint32_t i = 0; i < st->n_copies; i++) {
+        const kvl_copy *copy = &st->copies[i];
+        c->ctx->backend->copy(c->ctx, c->address[copy->dst & KVL_ENTRY_ID], c->address[copy->src & KVL_ENTRY_ID],
+                              c->groups[copy->group].bytes[KVLI_EXACT]);
+    }
+    v->id = st->id;
+    v->n_tokens = st->n_rows;
+    v->n_spans = st->n_spans;
+    v->n_logits = st->n_logits;
+    v->n_copies = st->n_copies;
+    v->graph_key = (c->epoch * 0x9E3779B97F4A7C15ull) ^ ((uint64_t)st->n_rows << 32 | st->n_spans);
+    return v;
+}
+
+/* Hangs the block that a sequence has just filled under its node. An equal block that is there already takes the place of ours. */
+static void kvli_seq_hang(kvl_cache *c, uint32_t i, uint32_t index) {
+    kvli_seq *seq = &c->seqs[i];
+    if (!seq->attached || kvli_node_depth(c, seq->node) != index) return;
+    uint32_t n = kvli_child(c, seq->node, kvli_tail(c, i));
+    if (n == KVL_NONE && kvli_node_room(c)) n = kvli_node_new(c, seq->node, kvli_tail(c, i), c->geo.block_tokens);
+    if (n == KVL_NONE) { seq->attached = false; return; }
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        uint32_t *entry = &kvli_table(c, i, g)[index], there = kvli_slots(c, n)[g];
+        if (there == KVL_NONE) { kvli_slot_fill(c, n, g, *entry); continue; }
+        if (there == *entry) continue;
+        kvli_ref(c, there);
+        kvli_unref(c, *entry);
+        *entry = there;
+        c->stats.duplicate_blocks++;
+    }
+    kvli_seq_node(c, i, n);
+    kvli_path_priority(c, n, seq->priority);
+}
+
+/* Lets go of the blocks that no later query of this sequence can see. */
+static void kvli_seq_slide(kvl_cache *c, uint32_t i) {
+    uint32_t T = c->geo.block_tokens, length = c->seqs[i].length;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        uint32_t window = c->groups[g].window, sinks = kvli_div_up(c->groups[g].sink_tokens, T), *table = kvli_table(c, i, g);
+        if (!window || length + 1 <= window) continue;
+        for (uint32_t j = (length + 1 - window) / T; j-- > sinks && table[j] != KVL_NONE;) {
+            kvli_unref(c, table[j]);
+            table[j] = KVL_NONE;
+        }
+    }
+}
+
+static void kvli_span_commit(kvl_cache *c, uint32_t s) {
+    kvli_step_state *st = &c->step;
+    const kvl_step_span *span = &st->spans[s];
+    uint32_t i = (span->seq.id & 0xffff) - 1, T = c->geo.block_tokens, n = span->n_rows;
+    const int32_t *tokens = st->tokens + span->first_row;
+    kvli_seq *seq = &c->seqs[i];
+    if (st->taint[s] && !seq->tainted) {
+        seq->tainted = true;
+        seq->attached = false;
+        c->stats.tainted_sequences++;
+    }
+    seq->step_span = KVL_NONE;
+    seq->n_blocks = kvli_div_up(seq->length + n, T);
+    while (n) {
+        uint32_t row = seq->length % T, k = kvli_min_u32(T - row, n);
+        memcpy(kvli_tail(c, i) + row, tokens, k * sizeof *tokens);
+        if (row == 0) seq->tail_known = true;
+        tokens += k;
+        n -= k;
+        seq->length += k;
+        if (seq->length % T == 0) kvli_seq_hang(c, i, seq->length / T - 1);
+    }
+    kvli_seq_slide(c, i);
+}
+
+static void kvli_step_commit(kvl_cache *c) {
+    kvli_step_state *st = &c->step;
+    for (uint32_t u = 0; u < st->n_undo; u++) {
+        if (st->undo[u].old_entry != KVL_NONE) kvli_unref(c, st->undo[u].old_entry);
+        if (st->undo[u].own_entry != KVL_NONE) kvli_unref(c, st->undo[u].own_entry);
+    }
+    st->n_undo = 0;
+    for (uint32_t s = 0; s < st->n_spans; s++) kvli_span_commit(c, s);
+    st->open = false;
+}
+
+static void kvli_step_rollback(kvl_cache *c) {
+    kvli_step_state *st = &c->step;
+    kvli_step_undo(c, 0);
+    for (uint32_t s = 0; s < st->n_spans; s++) c->seqs[(st->spans[s].seq.id & 0xffff) - 1].step_span = KVL_NONE;
+    st->open = false;
+}
+
+static kvl_result kvli_step_is(kvl_cache *c, const kvl_step *step, const char *call) {
+    if (!c->step.open || step != &c->step.view) return KVLI_ERROR(c, KVL_MISMATCH, "%s: this is not the open step", call);
+    return KVL_OK;
+}
+
+static kvl_result kvli_step_complete(kvl_cache *c, const kvl_step *step, const char *call) {
+    kvl_result r = kvli_step_is(c, step, call);
+    if (r == KVL_OK && c->step.layers_done < c->geo.n_layers)
+        r = KVLI_ERROR(c, KVL_MISMATCH, "%s: kvl_attend has run for %u of %u layers", call, c->step.layers_done, c->geo.n_layers);
+    return r;
+}
+
+/* Resident bytes, blocks by class: what the owner's calls leave for other threads to read. O(classes). */
+static void kvli_publish(kvl_cache *c) {
+    kvl_stats *s = &c->stats;
+    uint64_t used = 0, cached = 0;
+    for (uint32_t e = 0; e < 2; e++) {
+        s->blocks_used[e] = s->blocks_shared[e] = s->blocks_cached[e] = s->blocks_pinned[e] = s->blocks_free[e] = 0;
+        for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+            const kvli_class *k = &c->classes[2 * g + e];
+            uint32_t in_use = k->live - k->cached - k->pinned;
+            s->blocks_used[e] += in_use;
+            s->blocks_shared[e] += k->shared;
+            s->blocks_cached[e] += k->cached;
+            s->blocks_pinned[e] += k->pinned;
+            s->blocks_free[e] += k->slabs * k->per_slab - k->live;
+            used += (uint64_t)in_use * k->bytes;
+            cached += (uint64_t)(k->cached + k->pinned) * k->bytes;
+        }
+    }
+    s->bytes_used = used;
+    s->bytes_cached = cached;
+    s->slabs = c->n_slabs;
+    s->slabs_free = c->n_free_slabs;
+    s->bytes_slabs = (uint64_t)c->n_slabs * c->slab_bytes;
+    s->bytes_scratch = c->scratch ? c->scratch_bytes : 0;
+    s->bytes_workspace = c->workspace ? c->workspace_bytes : 0;
+    uint64_t device = s->bytes_slabs + s->bytes_scratch + s->bytes_workspace;
+    if (device > s->device_peak) s->device_peak = device;
+    s->nodes = c->n_nodes;
+    kvli_lock(&c->lock);
+    c->published = *s;
+    kvli_unlock(&c->lock);
+}
+
+/* ==== >>sched: which tokens run next ===================================================================================== */
+enum { KVLI_MAX_STOP = 8, KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES, KVLI_LOOKAHEAD = 32, KVLI_PASSED_OVER = 64 };
+
+typedef struct kvli_req {
+    uint32_t generation;
+    bool used, finished, cancel; /* under the lock: also read by other threads */
+    bool no_match, no_keep, joining, decode;
+    uint8_t klass, priority, n_stop, finish;
+    uint32_t n_prompt, n_tokens, capacity; /* tokens[0..n_tokens) are known, capacity is the limit */
+    uint32_t seq;                          /* KVL_NONE while waiting */
+    uint32_t prev, next;                   /* in a waiting list, the inbox, the finished or the free list */
+    uint32_t parent, first_fork, next_fork; /* forks that wait for their parent's next logits row */
+    uint32_t preemptions, passed_over;
+    uint64_t admitted_step, arrival, name_space, salt;
+    uint64_t submit_ns, first_ns, last_ns, finish_ns;
+    int32_t *tokens;
+    int32_t stop[KVLI_MAX_STOP];
+    kvl_reuse reuse;
+    void *user;
+} kvli_req;
+
+typedef struct kvli_list { uint32_t head, tail; } kvli_list;
+
+typedef struct kvli_budget { /* of the step being planned */
+    uint32_t rows;           /* left */
+    double ms, bound;        /* predicted so far; what it may reach, 0 = no bound */
+    uint32_t prefill_rows, decode_rows, background_rows;
+    double kv_tokens;        /* read */
+    bool starved;            /* somebody found no blocks: admit nobody */
+} kvli_budget;
+
+struct kvl_sched {
+    kvl_cache *cache;
+    kvl_sched_desc desc;
+    size_t arena_bytes;
+    kvli_req *reqs;
+    uint32_t max_reqs, *running, n_running, n_active, n_streams; /* active = neither free nor finished */
+    kvli_list waiting[KVLI_WAIT_LISTS], inbox, finished;
+    uint32_t free_req, n_records, n_waiting, n_joining, n_cancels; /* records = active and finished */
+    uint64_t arrivals, token_bytes, events, seen_events;
+    bool closed, step_open;
+    uint64_t plan_ns;
+    kvli_budget budget;
+    kvl_cost cost;
+    double a[4][4], b[4], margin; /* decayed sums of the regression; how far steps overrun its prediction */
+    kvli_cond wake;
+    kvl_output *outputs; /* [max_logits] for the short form of commit */
+    kvl_stats stats;
+    kvli_histogram gap, ttft, step;
+    char error[256];
+};
+
+static kvli_text kvli_serr(kvl_sched *s) { return kvli_text_at(s->error, sizeof s->error); }
+
+/* ---- percentiles: eight buckets a power of two, from a microsecond on ---- */
+static void kvli_histogram_add(kvli_histogram *h, double ms) {
+    double us = ms * 1000;
+    int bucket = us <= 1 ? 0 : (int)(log2(us) * 8);
+    h->bucket[bucket > 255 ? 255 : bucket]++;
+    h->count++;
+    if (ms > h->max) h->max = ms;
+}
+
+static double kvli_quantile(const kvli_histogram *h, double q) {
+    uint64_t rank = (uint64_t)(q * (double)h->count), sum = 0;
+    for (int i = 0; i < 256; i++) {
+        sum += h->bucket[i];
+        if (sum > rank) {
+            double ms = exp2((i + 0.5) / 8) / 1000;
+            return ms < h->max ? ms : h->max;
+        }
+    }
+    return h->max;
+}
+
+static kvl_percentiles kvli_percentiles(const kvli_histogram *h) {
+    kvl_percentiles p;
+    p.p50 = kvli_quantile(h, 0.5);
+    p.p95 = kvli_quantile(h, 0.95);
+    p.p99 = kvli_quantile(h, 0.99);
+    p.max = h->max;
+    p.count = h->count;
+    return p;
+}
+
+/* ---- the cost of a step, learnt: ridge regression on decayed sums, weights kept non-negative ---- */
+static void kvli_cost_solve(double a[4][4], const double *b, const bool *used, double *w) { /* Gauss-Seidel with projection: a is small and convex */
+    for (int round = 0; round < 60; round++)
+        for (int i = 0; i < 4; i++) {
+            double r = b[i];
+            if (!used[i]) continue;
+            for (int j = 0; j < 4; j++) r -= j == i ? 0 : a[i][j] * w[j];
+            w[i] = r > 0 ? r / a[i][i] : 0;
+        }
+}
+
+static void kvli_cost_learn(kvl_sched *s, double ms) {
+    static const double unit[4] = {1, 64, 8, 0.05}; /* features of about one */
+    const kvli_budget *u = &s->budget;
+    double x[4] = {1, u->prefill_rows / unit[1], u->decode_rows / unit[2], u->kv_tokens / 1e6 / unit[3]};
+    double old[4] = {s->cost.step_ms, s->cost.prefill_token_ms * unit[1], s->cost.decode_ms * unit[2], s->cost.kv_megatoken_ms * unit[3]};
+    double a[4][4], b[4], w[4], predicted = u->ms;
+    bool used[4];
+    if (predicted > 0 && ms > predicted * s->margin) s->margin += 0.25 * (ms / predicted - s->margin);
+    else s->margin += 0.02 * (1 - s->margin);
+    if (s->margin > 2) s->margin = 2;
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < 4; j++) s->a[i][j] = 0.97 * s->a[i][j] + x[i] * x[j];
+        s->b[i] = 0.97 * s->b[i] + x[i] * ms;
+    }
+    for (int i = 0; i < 4; i++) { /* a weak pull to what was known keeps directions that do not occur */
+        for (int j = 0; j < 4; j++) a[i][j] = s->a[i][j] + (i == j ? 1e-2 : 0);
+        b[i] = s->b[i] + 1e-2 * old[i];
+        w[i] = old[i];
+        used[i] = true;
+    }
+    kvli_cost_solve(a, b, used, w);
+    s->cost.step_ms = w[0];
+    s->cost.prefill_token_ms = w[1] / unit[1];
+    s->cost.decode_ms = w[2] / unit[2];
+    s->cost.kv_megatoken_ms = w[3] / unit[3];
+}
+
+static double kvli_rows_cost(const kvl_sched *s, uint32_t position, uint32_t rows, bool decode) {
+    double kv = (double)rows * position + 0.5 * (double)rows * rows;
+    return s->margin * (rows * (decode ? s->cost.decode_ms : s->cost.prefill_token_ms) + kv * s->cost.kv_megatoken_ms / 1e6);
+}
+
+static void kvli_budget_take(kvl_sched *s, uint32_t position, uint32_t rows, bool decode, bool background) {
+    kvli_budget *u = &s->budget;
+    u->rows -= rows;
+    u->ms += kvli_rows_cost(s, position, rows, decode);
+    u->kv_tokens += (double)rows * position + 0.5 * (double)rows * rows;
+    if (decode) u->decode_rows += rows;
+    else u->prefill_rows += rows;
+    if (background) u->background_rows += rows;
+}
+
+/* Rows of prefill that may still run in this step: within the bound, but once a step at least the smallest chunk. */
+static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remaining) {
+    const kvli_budget *u = &s->budget;
+    uint32_t T = s->cache->geo.block_tokens, n = kvli_min_u32(remaining, u->rows), low = 0, high = n;
+    if (u->bound > 0) {
+        bool known = s->cost.prefill_token_ms > 0;
+        while (known && low < high) {
+            uint32_t mid = low + (high - low + 1) / 2;
+            if (u->ms + kvli_rows_cost(s, position, mid, false) <= u->bound) low = mid;
+            else high = mid - 1;
+        }
+        n = kvli_min_u32(n, low);
+        if (n < s->desc.min_chunk && n < remaining) n = u->prefill_rows ? 0 : kvli_min_u32(kvli_min_u32(s->desc.min_chunk, remaining), u->rows);
+    }
+    uint32_t past = (position + n) % T; /* ends on a block where it can: no open block is left behind */
+    if (n < remaining && n > past && n - past >= s->desc.min_chunk) n -= past;
+    return n;
+}
+
+/* ---- lists ---- */
+static void kvli_list_append(kvl_sched *s, kvli_list *l, uint32_t r) {
+    s->reqs[r].next = KVL_NONE;
+    s->reqs[r].prev = l->tail;
+    if (l->tail != KVL_NONE) s->reqs[l->tail].next = r;
+    else l->head = r;
+    l->tail = r;
+}
+static void kvli_list_remove(kvl_sched *s, kvli_list *l, uint32_t r) {
+    const kvli_req *q = &s->reqs[r];
+    if (q->prev != KVL_NONE) s->reqs[q->prev].next = q->next;
+    else l->head = q->next;
+    if (q->next != KVL_NONE) s->reqs[q->next].prev = q->prev;
+    else l->tail = q->prev;
+}
+
+static kvli_list *kvli_waiting_list(kvl_sched *s, uint32_t r) {
+    uint32_t level = s->desc.policy == KVL_POLICY_PRIORITY ? KVLI_PRIORITIES - 1u - s->reqs[r].priority : 0;
+    return &s->waiting[s->reqs[r].klass * KVLI_PRIORITIES + level];
+}
+
+/* In order of arrival: the preempted come back to the front. */
+static void kvli_wait_push(kvl_sched *s, uint32_t r) {
+    kvli_list *l = kvli_waiting_list(s, r);
+    uint32_t at = l->head;
+    s->n_waiting++;
+    if (l->tail == KVL_NONE || s->reqs[l->tail].arrival < s->reqs[r].arrival) { kvli_list_append(s, l, r); return; }
+    while (s->reqs[at].arrival < s->reqs[r].arrival) at = s->reqs[at].next;
+    kvli_req *q = &s->reqs[r];
+    q->next = at;
+    q->prev = s->reqs[at].prev;
+    if (q->prev != KVL_NONE) s->reqs[q->prev].next = r;
+    else l->head = r;
+    s->reqs[at].prev = r;
+}
+static void kvli_wait_remove(kvl_sched *s, uint32_t r) {
+    kvli_list_remove(s, kvli_waiting_list(s, r), r);
+    s->n_waiting--;
+}
+
+/* Rank: class, then priority under that policy, then arrival. Memory goes to the better rank. */
+static bool kvli_outranks(const kvl_sched *s, uint32_t a, uint32_t b) {
+    const kvli_req *x = &s->reqs[a], *y = &s->reqs[b];
+    if (x->klass != y->klass) return x->klass < y->klass;
+    if (s->desc.policy == KVL_POLICY_PRIORITY && x->priority != y->priority) return x->priority > y->priority;
+    return x->arrival < y->arrival;
+}
+
+static uint32_t kvli_run_insert(kvl_sched *s, uint32_t r) { /* returns its place */
+    uint32_t at = s->n_running++;
+    for (; at && kvli_outranks(s, r, s->running[at - 1]); at--) s->running[at] = s->running[at - 1];
+    s->running[at] = r;
+    return at;
+}
+static void kvli_run_remove(kvl_sched *s, uint32_t r) {
+    uint32_t at = 0;
+    while (s->running[at] != r) at++;
+    s->n_running--;
+    memmove(s->running + at, s->running + at + 1, (s->n_running - at) * sizeof *s->running);
+}
+
+static kvl_req kvli_req_handle(const kvl_sched *s, uint32_t r) {
+    kvl_req h;
+    h.id = (r + 1) | s->reqs[r].generation << 20;
+    return h;
+}
+static uint32_t kvli_req_index(const kvl_sched *s, kvl_req h) { /* under the lock */
+    uint32_t r = (h.id & 0xfffff) - 1;
+    if (!h.id || r >= s->max_reqs || !s->reqs[r].used || s->reqs[r].generation != h.id >> 20) return KVL_NONE;
+    return r;
+}
+
+/* ---- life of a request ---- */
+static void kvli_decode_state(kvl_sched *s, uint32_t r, bool decode) {
+    kvli_req *q = &s->reqs[r];
+    if (q->klass == KVL_INTERACTIVE) s->n_streams += (uint32_t)decode - (uint32_t)q->decode;
+    q->decode = decode;
+}
+
+static void kvli_fork_unlink(kvl_sched *s, uint32_t r) {
+    kvli_req *q = &s->reqs[r];
+    uint32_t *at = &s->reqs[q->parent].first_fork;
+    while (*at != r) at = &s->reqs[*at].next_fork;
+    *at = q->next_fork;
+    q->parent = q->next_fork = KVL_NONE;
+}
+
+/* A fork that cannot join its parent goes on as a request of its own. */
+static void kvli_fork_detach(kvl_sched *s, uint32_t r) {
+    kvli_fork_unlink(s, r);
+    s->reqs[r].joining = false;
+    kvli_wait_push(s, r);
+}
+static void kvli_forks_detach(kvl_sched *s, uint32_t parent) {
+    while (s->reqs[parent].first_fork != KVL_NONE) kvli_fork_detach(s, s->reqs[parent].first_fork);
+}
+
+static void kvli_req_end(kvl_sched *s, uint32_t r, kvl_finish why) { /* under the lock; it is in no waiting list */
+    kvli_req *q = &s->reqs[r];
+    if (q->parent != KVL_NONE) kvli_fork_unlink(s, r);
+    kvli_forks_detach(s, r);
+    if (q->seq != KVL_NONE) {
+        kvli_decode_state(s, r, false);
+        kvli_run_remove(s, r);
+        kvli_seq_stop(s->cache, q->seq);
+        q->seq = KVL_NONE;
+    }
+    q->finished = true;
+    q->finish = (uint8_t)why;
+    q->finish_ns = kvli_now(s->cache->ctx);
+    kvli_list_append(s, &s->finished, r);
+    s->n_active--;
+    s->stats.finished++;
+    s->stats.cancelled += why == KVL_FINISH_CANCELLED;
+    s->stats.refused += why == KVL_FINISH_REFUSED;
+}
+
+/* Preemption by recompute: its blocks stay in the tree until others need the room, so often little is computed again. */
+static void kvli_preempt(kvl_sched *s, uint32_t r) {
+    kvli_req *q = &s->reqs[r];
+    kvli_forks_detach(s, r);
+    kvli_decode_state(s, r, false);
+    kvli_run_remove(s, r);
+    kvli_seq_stop(s->cache, q->seq);
+    q->seq = KVL_NONE;
+    q->preemptions++;
+    s->stats.preemptions++;
+    kvli_wait_push(s, r);
+}
+
+/* The worst-ranked running request behind place `after` that is not in the step. */
+static bool kvli_preempt_behind(kvl_sched *s, uint32_t after, bool background_only) {
+    for (uint32_t at = s->n_running; at-- > after;) {
+        const kvli_req *q = &s->reqs[s->running[at]];
+        if (s->cache->seqs[q->seq].step_span != KVL_NONE && s->cache->step.open) continue;
+        if (background_only && q->klass != KVL_BACKGROUND) return false;
+        kvli_preempt(s, s->running[at]);
+        return true;
+    }
+    return false;
+}
+
+static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preempt_behind(c->sched, 0, false); }
+static bool kvli_sched_owns_step(const kvl_cache *c) { return c->sched && c->sched->step_open; }
+
+/* ---- planning ---- */
+static uint32_t kvli_sched_intake(kvl_sched *s) { /* what other threads asked for since the last plan; returns how many requests live */
+    kvli_lock(&s->cache->lock);
+    s->seen_events = s->events;
+    while (s->inbox.head != KVL_NONE) {
+        uint32_t r = s->inbox.head;
+        kvli_list_remove(s, &s->inbox, r);
+        kvli_wait_push(s, r);
+    }
+    for (uint32_t r = 0; s->n_cancels && r < s->max_reqs; r++) {
+        kvli_req *q = &s->reqs[r];
+        if (!q->used || !q->cancel || q->finished) continue;
+        q->cancel = false;
+        s->n_cancels--;
+        if (q->seq == KVL_NONE && q->parent == KVL_NONE) kvli_wait_remove(s, r);
+        kvli_req_end(s, r, KVL_FINISH_CANCELLED);
+    }
+    uint32_t n = s->n_active;
+    kvli_unlock(&s->cache->lock);
+    return n;
+}
+
+/* Forks of r take their logits from the row that was just added for r. */
+static void kvli_forks_join(kvl_sched *s, uint32_t r, uint32_t row) {
+    uint32_t f = s->reqs[r].first_fork, next;
+    for (; f != KVL_NONE; f = next) {
+        kvl_cache *c = s->cache;
+        next = s->reqs[f].next_fork;
+        bool room = s->n_running + s->n_joining < s->desc.max_running && c->n_free_seqs > s->n_joining && c->step.n_logits < c->max_logits;
+        if (!room) { kvli_fork_detach(s, f); continue; }
+        s->reqs[f].joining = true;
+        s->n_joining++;
+        kvli_step_logit(c, row, kvli_req_handle(s, f).id, s->reqs[f].user);
+    }
+}
+
+/* Adds up to n rows of the request at place `at`; preempts worse-ranked ones for memory, else takes fewer rows. Returns how many. */
+static uint32_t kvli_run(kvl_sched *s, uint32_t at, uint32_t n) {
+    uint32_t r = s->running[at];
+    kvli_req *q = &s->reqs[r];
+    kvl_cache *c = s->cache;
+    uint32_t position = c->seqs[q->seq].length, T = c->geo.block_tokens;
+    kvl_span span;
+    span.seq = kvli_seq_handle(c, q->seq);
+    span.tokens = q->tokens + position;
+    span.user = q->user;
+    while (n) {
+        span.n_tokens = n;
+        span.n_logits = position + n == q->n_tokens;
+        if (kvli_step_add(c, q->seq, &span, kvli_req_handle(s, r).id) == KVL_OK) break;
+        if (kvli_preempt_behind(s, at + 1, false)) continue;
+        s->budget.starved = true;
+        n = n > T ? (n / 2 + T - 1) / T * T : n / 2;
+    }
+    if (!n) return 0;
+    kvli_budget_take(s, position, n, q->decode, q->klass == KVL_BACKGROUND);
+    if (span.n_logits) {
+        kvli_step_logit(c, c->step.n_rows - 1, kvli_req_handle(s, r).id, q->user);
+        kvli_forks_join(s, r, c->step.n_rows - 1);
+    }
+    return n;
+}
+
+static void kvli_plan_decodes(kvl_sched *s) {
+    kvli_budget *u = &s->budget;
+    for (uint32_t at = 0; at < s->n_running && u->rows; at++) {
+        const kvli_req *q = &s->reqs[s->running[at]];
+        uint32_t position = q->n_tokens - 1;
+        if (!q->decode) continue;
+        bool over = u->bound > 0 && u->ms + kvli_rows_cost(s, position, 1, true) > u->bound;
+        if (over && q->klass == KVL_BACKGROUND && u->background_rows) continue; /* one at least goes on */
+        kvli_run(s, at, 1);
+    }
+}
+
+static void kvli_plan_prefills(kvl_sched *s) {
+    for (uint32_t at = 0; at < s->n_running && s->budget.rows; at++) {
+        const kvli_req *q = &s->reqs[s->running[at]];
+        if (q->decode) continue;
+        uint32_t position = s->cache->seqs[q->seq].length, n = kvli_chunk(s, position, q->n_tokens - position);
+        if (n) kvli_run(s, at, n);
+    }
+}
+
+static kvl_seq_desc kvli_req_desc(const kvli_req *q) {
+    kvl_seq_desc d;
+    memset(&d, 0, sizeof d);
+    d.tokens = q->tokens;
+    d.n_tokens = q->n_tokens;
+    d.name_space = q->name_space;
+    d.salt = q->salt;
+    d.priority = q->priority;
+    d.no_match = q->no_match;
+    d.no_keep = q->no_keep;
+    d.user = q->user;
+    return d;
+}
+
+/* Is a running prefill about to compute the very block that this request would need next? Then wait for it. */
+static bool kvli_in_flight(const kvl_sched *s, const kvli_req *q, const kvli_match *m) {
+    const kvl_cache *c = s->cache;
+    uint32_t T = c->geo.block_tokens, done = m->depth * T;
+    if (q->no_match || done + T > q->n_tokens - 1 || m->length < done) return false;
+    for (uint32_t i = 0; i < s->n_running; i++) {
+        const kvli_req *o = &s->reqs[s->running[i]];
+        const kvli_seq *seq = &c->seqs[o->seq];
+        if (!seq->attached || o->n_tokens < done + T || seq->length < done || seq->length >= done + T) continue;
+        bool same = m->depth ? seq->node == c->path[m->depth - 1]
+                             : o->name_space == q->name_space && o->salt == q->salt && c->nodes[seq->node].depth == 0;
+        if (same && memcmp(o->tokens + done, q->tokens + done, T * sizeof *q->tokens) == 0) return true;
+    }
+    return false;
+}
+
+/* Does a request fit beside what is in use, its match counted once? */
+static bool kvli_admissible(const kvl_sched *s, const kvli_req *q, const kvli_match *m) {
+    kvl_cache *c = s->cache;
+    uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES];
+    kvli_need(c, q->n_tokens, T, need);
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        for (uint32_t i = 0; i < m->length / T; i++) {
+            uint32_t entry = kvli_slots(c, c->path[i])[g];
+            const kvli_block *b = entry == KVL_NONE ? NULL : kvli_block_at(c, entry);
+            if (b && b->lru == KVLI_NO_LRU && need[b->klass]) need[b->klass]--;
+        }
+        if (s->n_running) need[kvli_class_of(c, g, false)] += s->n_running < 16 ? 1 : s->n_running / 16; /* room to grow before preemption */
+    }
+    return kvli_fits(c, need, c->n_slabs, false, NULL);
+}
+
+typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_STOP } kvli_admission;
+
+static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
+    kvl_cache *c = s->cache;
+    kvli_req *q = &s->reqs[r];
+    kvl_seq_desc d = kvli_req_desc(q);
+    kvli_match m = kvli_match_find(c, &d);
+    if (kvli_in_flight(s, q, &m)) return KVLI_SKIP;
+    while (!kvli_admissible(s, q, &m)) {
+        if (q->klass == KVL_BACKGROUND || !kvli_preempt_behind(s, 0, true)) return KVLI_STOP;
+        m = kvli_match_find(c, &d);
+    }
+    uint32_t n = kvli_chunk(s, m.length, q->n_tokens - m.length);
+    if (!n) return KVLI_STOP;
+    kvli_wait_remove(s, r);
+    q->seq = kvli_seq_start(c, &d, &m);
+    kvli_reuse_report(&d, &m, &q->reuse);
+    q->admitted_step = c->step.id;
+    uint32_t at = kvli_run_insert(s, r);
+    if (kvli_run(s, at, n)) return KVLI_ADMITTED;
+    kvli_run_remove(s, r);
+    kvli_seq_stop(c, q->seq);
+    q->seq = KVL_NONE;
+    kvli_wait_push(s, r);
+    return KVLI_STOP;
+}
+
+/* Would one more interactive stream make even decode-only steps too long? */
+static bool kvli_gap_full(const kvl_sched *s) {
+    if (s->desc.max_gap_ms <= 0 || !s->n_streams) return false;
+    double per = kvli_rows_cost(s, 0, 1, true), decodes = s->margin * s->cost.step_ms;
+    for (uint32_t i = 0; i < s->n_running; i++) {
+        const kvli_req *q = &s->reqs[s->running[i]];
+        if (q->klass == KVL_INTERACTIVE) decodes += kvli_rows_cost(s, q->n_tokens, 1, true);
+    }
+    return decodes + per > s->desc.max_gap_ms;
+}
+
+/* The next to be admitted of a list: the first, or under longest-prefix the one with most of it cached. */
+static uint32_t kvli_candidate(kvl_sched *s, uint32_t from) {
+    uint32_t best = from, best_matched = 0, looked = 0;
+    if (s->desc.policy != KVL_POLICY_LONGEST_PREFIX || from == KVL_NONE || s->reqs[from].passed_over >= KVLI_PASSED_OVER) return from;
+    for (uint32_t r = from; r != KVL_NONE && looked < KVLI_LOOKAHEAD; r = s->reqs[r].next, looked++) {
+        kvl_seq_desc d = kvli_req_desc(&s->reqs[r]);
+        kvli_match m = kvli_match_find(s->cache, &d);
+        if (m.length > best_matched) { best = r; best_matched = m.length; }
+    }
+    if (best != from) s->reqs[from].passed_over++;
+    return best;
+}
+
+static void kvli_plan_admissions(kvl_sched *s) {
+    uint32_t skipped = 0;
+    for (uint32_t l = 0; l < KVLI_WAIT_LISTS; l++) {
+        uint32_t r = s->waiting[l].head;
+        while (r != KVL_NONE) {
+            bool slots = s->n_running + s->n_joining < s->desc.max_running && s->cache->n_free_seqs > s->n_joining;
+            if (!slots || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
+            uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
+            if (s->reqs[pick].klass == KVL_INTERACTIVE && kvli_gap_full(s)) {
+                if (!s->desc.refuse_over_gap) break; /* background work has its own place */
+                kvli_wait_remove(s, pick);
+                kvli_lock(&s->cache->lock);
+                kvli_req_end(s, pick, KVL_FINISH_REFUSED);
+                kvli_unlock(&s->cache->lock);
+                r = pick == r ? next : r;
+                continue;
+            }
+            kvli_admission a = kvli_admit(s, pick);
+            if (a == KVLI_STOP) return;
+            if (a == KVLI_SKIP) skipped++;
+            r = pick == r ? next : r;
+        }
+    }
+}
+
+static void kvli_sched_publish(kvl_sched *s) { /* under the lock */
+    s->stats.waiting = s->n_active - s->n_running;
+    s->stats.running = s->n_running;
+    s->stats.cost = s->cost;
+    s->stats.bytes_tokens = s->token_bytes;
+}
+
+static void kvli_sched_stats(kvl_cache *c, kvl_stats *out) { /* under the lock */
+    kvl_sched *s = c->sched;
+    if (!s) return;
+    kvl_stats *t = &s->stats;
+    out->waiting = t->waiting;
+    out->running = t->running;
+    out->steps = t->steps;
+    out->prefill_tokens = t->prefill_tokens;
+    out->decode_tokens = t->decode_tokens;
+    out->submitted = t->submitted;
+    out->finished = t->finished;
+    out->cancelled = t->cancelled;
+    out->refused = t->refused;
+    out->preemptions = t->preemptions;
+    out->aborts = t->aborts;
+    out->cost = t->cost;
+    out->bytes_tokens = s->token_bytes;
+    out->gap_ms = kvli_percentiles(&s->gap);
+    out->ttft_ms = kvli_percentiles(&s->ttft);
+    out->step_ms = kvli_percentiles(&s->step);
+}
+
+KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
+    if (out) *out = NULL;
+    if (!s || !out) return KVL_INVALID_ARG;
+    kvl_cache *c = s->cache;
+    if (c->step.open) return kvli_fail(c->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_plan: a step is open");
+    uint32_t active = kvli_sched_intake(s);
+    memset(&s->budget, 0, sizeof s->budget);
+    s->plan_ns = kvli_now(c->ctx);
+    s->budget.rows = s->desc.step_tokens;
+    s->budget.ms = s->margin * s->cost.step_ms;
+    s->budget.bound = s->n_streams && s->desc.max_gap_ms > 0 ? s->desc.max_gap_ms : 0;
+    kvl_result r = KVL_IDLE;
+    if (c->n_slabs && active) {
+        kvli_step_reset(c);
+        kvli_plan_decodes(s);
+        kvli_plan_prefills(s);
+        kvli_plan_admissions(s);
+        if (c->step.n_rows) *out = kvli_step_finish(c);
+        else kvli_step_rollback(c);
+    }
+    if (*out) {
+        s->step_open = true;
+        r = KVL_OK;
+    }
+    kvli_lock(&c->lock);
+    kvli_sched_publish(s);
+    if (!*out && s->closed && !s->n_active) r = KVL_DRAINED;
+    kvli_unlock(&c->lock);
+    kvli_publish(c);
+    return r;
+}
+
+/* ---- commit ---- */
+static void kvli_req_token(kvl_sched *s, uint32_t r, const kvl_output *o, uint64_t now) {
+    kvli_req *q = &s->reqs[r];
+    bool stop = false;
+    if (o->no_token) { kvli_req_end(s, r, KVL_FINISH_APP); return; }
+    q->tokens[q->n_tokens++] = o->token;
+    if (!q->first_ns) {
+        q->first_ns = now;
+        kvli_histogram_add(&s->ttft, (double)(now - q->submit_ns) / 1e6);
+    } else if (q->klass == KVL_INTERACTIVE) {
+        kvli_histogram_add(&s->gap, (double)(now - q->last_ns) / 1e6);
+    }
+    q->last_ns = now;
+    for (uint32_t i = 0; i < q->n_stop; i++) stop = stop || q->stop[i] == o->token;
+    if (stop) kvli_req_end(s, r, KVL_FINISH_STOP);
+    else if (o->finish) kvli_req_end(s, r, KVL_FINISH_APP);
+    else if (q->n_tokens == q->capacity) kvli_req_end(s, r, KVL_FINISH_LENGTH);
+    else kvli_decode_state(s, r, true);
+}
+
+static void kvli_forks_start(kvl_sched *s) { /* those that joined get their own sequence, on all that their parent has */
+    kvli_step_state *st = &s->cache->step;
+    for (uint32_t i = 0; i < st->n_logits && s->n_joining; i++) {
+        kvl_req h;
+        h.id = st->logit_requests[i];
+        uint32_t r = kvli_req_index(s, h);
+        kvli_req *q = &s->reqs[r];
+        if (!q->joining) continue;
+        q->seq = kvli_seq_copy(s->cache, s->reqs[q->parent].seq);
+        s->cache->seqs[q->seq].user = q->user;
+        q->joining = false;
+        q->reuse.matched = q->n_tokens;
+        q->reuse.recomputed = 0;
+        q->reuse.reason = KVL_MATCH_ALL;
+        kvli_fork_unlink(s, r);
+        kvli_run_insert(s, r);
+        s->n_joining--;
+    }
+}
+
+KVL_API kvl_result kvl_sched_commit_ex(kvl_sched *s, const kvl_step *step, const kvl_output *outputs) {
+    if (!s) return KVL_INVALID_ARG;
+    kvl_cache *c = s->cache;
+    kvl_result result = s->step_open ? kvli_step_complete(c, step, "kvl_sched_commit") : KVL_MISMATCH;
+    if (result != KVL_OK) return kvli_fail(NULL, kvli_serr(s), result, "%s", s->step_open ? c->error : "kvl_sched_commit: no step is open");
+    uint32_t n = c->step.n_logits;
+    if (n && !outputs) return kvli_fail(c->ctx, kvli_serr(s), KVL_INVALID_ARG, "kvl_sched_commit: %u rows have logits, outputs are null", n);
+    for (uint32_t i = 0; i < n; i++)
+        if (outputs[i].no_token && !outputs[i].finish)
+            return kvli_fail(c->ctx, kvli_serr(s), KVL_INVALID_ARG, "kvl_sched_commit: outputs[%u] has neither a token nor finish", i);
+    uint64_t now = kvli_now(c->ctx);
+    double ms = (double)(now - s->plan_ns) / 1e6;
+    kvli_step_commit(c);
+    s->step_open = false;
+    if (!s->desc.fixed_cost) kvli_cost_learn(s, ms);
+    kvli_lock(&c->lock);
+    kvli_histogram_add(&s->step, ms);
+    s->stats.steps++;
+    s->stats.prefill_tokens += s->budget.prefill_rows;
+    s->stats.decode_tokens += s->budget.decode_rows;
+    kvli_forks_start(s);
+    for (uint32_t i = 0; i < n; i++) {
+        kvl_req h;
+        h.id = c->step.logit_requests[i];
+        kvli_req_token(s, kvli_req_index(s, h), &outputs[i], now);
+    }
+    kvli_sched_publish(s);
+    kvli_unlock(&c->lock);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_sched_commit(kvl_sched *s, const kvl_step *step, const int32_t *tokens) {
+    if (!s) return KVL_INVALID_ARG;
+    uint32_t n = s->step_open && step == &s->cache->step.view ? s->cache->step.n_logits : 0;
+    if (n && !tokens) return kvli_fail(s->cache->ctx, kvli_serr(s), KVL_INVALID_ARG, "kvl_sched_commit: %u rows have logits, tokens are null", n);
+    for (uint32_t i = 0; i < n; i++) {
+        memset(&s->outputs[i], 0, sizeof *s->outputs);
+        s->outputs[i].token = tokens[i];
+    }
+    return kvl_sched_commit_ex(s, step, s->outputs);
+}
+
+KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
+    if (!s) return KVL_INVALID_ARG;
+    kvl_cache *c = s->cache;
+    if (!s->step_open || step != &c->step.view)
+        return kvli_fail(c->ctx, kvli_serr(s), KVL_MISMATCH, "kvl_sched_abort: this is not the open step");
+    kvli_step_rollback(c);
+    s->step_open = false;
+    for (uint32_t r = 0; s->n_joining && r < s->max_reqs; r++)
+        if (s->reqs[r].joining) { s->reqs[r].joining = false; s->n_joining--; }
+    for (uint32_t at = s->n_running; at-- > 0;) {
+        kvli_req *q = &s->reqs[s->running[at]];
+        uint32_t r = s->running[at];
+        if (q->admitted_step != c->step.id) continue;
+        kvli_run_remove(s, r);
+        kvli_seq_stop(c, q->seq);
+        q->seq = KVL_NONE;
+        kvli_wait_push(s, r);
+    }
+    kvli_lock(&c->lock);
+    s->stats.aborts++;
+    kvli_sched_publish(s);
+    kvli_unlock(&c->lock);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+/* ==== >>public: scheduler ================================================================================================ */
+static void kvli_sched_desc_fill(const kvl_cache *c, kvl_sched_desc *d) {
+    if (!d->max_running || d->max_running > c->max_spans) d->max_running = c->max_spans;
+    if (!d->max_waiting) d->max_waiting = 4096;
+    if (!d->token_pool_bytes) d->token_pool_bytes = 256u << 20;
+    if (!d->step_tokens || d->step_tokens > c->desc.max_step_tokens) d->step_tokens = c->desc.max_step_tokens;
+    if (!d->min_chunk) d->min_chunk = c->geo.block_tokens;
+    d->min_chunk = kvli_min_u32(d->min_chunk, d->step_tokens);
+    d->max_running = kvli_min_u32(d->max_running, d->step_tokens);
+}
+
+static kvl_result kvli_sched_desc_check(kvl_cache *c, const kvl_sched_desc *d) {
+    if ((uint32_t)d->policy > KVL_POLICY_LONGEST_PREFIX) return KVLI_ERROR(c, KVL_INVALID_ARG, "policy: %d is unknown", (int)d->policy);
+    if (d->max_waiting > 1000000) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_waiting: %u is more than 1000000", d->max_waiting);
+    if (!(d->max_gap_ms >= 0 && d->max_gap_ms < 1e12)) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_gap_ms is negative or not finite");
+    const kvl_cost *k = &d->cost;
+    if (!(k->step_ms >= 0 && k->prefill_token_ms >= 0 && k->decode_ms >= 0 && k->kv_megatoken_ms >= 0))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "cost: a coefficient is negative or not a number");
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_sched_defaults(kvl_cache *cache, const kvl_sched_desc *desc, kvl_sched_desc *out) {
+    if (!cache || !desc || !out) return KVL_INVALID_ARG;
+    *out = *desc;
+    kvli_sched_desc_fill(cache, out);
+    return kvli_sched_desc_check(cache, desc);
+}
+
+static void kvli_sched_lists(kvl_sched *s) {
+    uint32_t salt = (uint32_t)((uintptr_t)s >> 6) * 0x9E3779B9u;
+    for (uint32_t l = 0; l < KVLI_WAIT_LISTS; l++) s->waiting[l].head = s->waiting[l].tail = KVL_NONE;
+    s->inbox = s->finished = s->waiting[0];
+    for (uint32_t r = 0; r < s->max_reqs; r++) {
+        memset(&s->reqs[r], 0, sizeof *s->reqs);
+        s->reqs[r].generation = (salt + r * 31) >> 20;
+        s->reqs[r].next = r + 1 < s->max_reqs ? r + 1 : KVL_NONE;
+    }
+    s->margin = 1;
+}
+
+KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kvl_sched **out) {
+    if (out) *out = NULL;
+    if (!c) return KVL_INVALID_ARG;
+    if (!out) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_sched_create: out is null");
+    if (c->sched) return KVLI_ERROR(c, KVL_BUSY, "kvl_sched_create: the cache has a scheduler");
+    kvl_sched_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    kvl_result r = kvli_sched_desc_check(c, &d);
+    if (r != KVL_OK) return r;
+    kvli_sched_desc_fill(c, &d);
+    kvli_arena a = {NULL, 0};
+    kvl_sched *s = NULL;
+    for (int pass = 0; pass < 2; pass++) {
+        a.used = 0;
+        s = KVLI_CARVE(&a, kvl_sched, 1);
+        kvli_req *reqs = KVLI_CARVE(&a, kvli_req, d.max_waiting);
+        uint32_t *running = KVLI_CARVE(&a, uint32_t, d.max_running + 1);
+        kvl_output *outputs = KVLI_CARVE(&a, kvl_output, c->max_logits);
+        if (!pass) {
+            if (c->desc.host_bytes && c->stats.bytes_metadata + a.used > c->desc.host_bytes)
+                return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: the scheduler takes %zu bytes more", a.used);
+            a.base = (uint8_t *)kvli_alloc(c->ctx, a.used);
+            if (!a.base) return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_sched_create: the allocator returned null for %zu bytes", a.used);
+            continue;
+        }
+        memset(s, 0, sizeof *s);
+        s->reqs = reqs;
+        s->running = running;
+        s->outputs = outputs;
+    }
+    s->cache = c;
+    s->desc = d;
+    s->cost = d.cost;
+    s->max_reqs = d.max_waiting;
+    s->arena_bytes = a.used;
+    kvli_sched_lists(s);
+    if (!kvli_cond_init(&s->wake)) {
+        kvli_free(c->ctx, s, a.used);
+        return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_sched_create: no condition variable");
+    }
+    c->stats.bytes_metadata += a.used;
+    c->sched = s;
+    kvli_publish(c);
+    *out = s;
+    return KVL_OK;
+}
+
+static void kvli_req_free_tokens(kvl_sched *s, kvli_req *q) {
+    size_t bytes = (size_t)q->capacity * sizeof *q->tokens;
+    if (!q->tokens) return;
+    kvli_free(s->cache->ctx, q->tokens, bytes);
+    s->token_bytes -= bytes;
+    q->tokens = NULL;
+}
+
+KVL_API void kvl_sched_destroy(kvl_sched *s) {
+    if (!s) return;
+    kvl_cache *c = s->cache;
+    if (s->step_open) kvl_sched_abort(s, &c->step.view);
+    for (uint32_t r = 0; r < s->max_reqs; r++) {
+        kvli_req *q = &s->reqs[r];
+        if (q->used && !q->finished && q->seq != KVL_NONE) kvli_seq_stop(c, q->seq);
+        kvli_req_free_tokens(s, q);
+    }
+    kvli_lock(&c->lock);
+    c->sched = NULL;
+    kvli_unlock(&c->lock);
+    c->stats.bytes_metadata -= s->arena_bytes;
+    kvli_publish(c);
+    kvli_cond_free(&s->wake);
+    kvli_free(c->ctx, s, s->arena_bytes);
+}
+
+KVL_API const char *kvl_sched_last_error(const kvl_sched *s) { return s ? s->error : "the scheduler is null"; }
+
+/* A record and room for its tokens, under the lock; the oldest finished requests make room. */
+static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) {
+    uint64_t bytes = (uint64_t)capacity * sizeof(int32_t);
+    if (bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
+    if (s->n_active == s->max_reqs) return KVL_QUEUE_FULL;
+    while (s->n_records == s->max_reqs || s->token_bytes + bytes > s->desc.token_pool_bytes) {
+        uint32_t old = s->finished.head;
+        if (old == KVL_NONE) return KVL_QUEUE_FULL;
+        kvli_list_remove(s, &s->finished, old);
+        kvli_req *q = &s->reqs[old];
+        kvli_req_free_tokens(s, q);
+        q->used = false;
+        q->generation = (q->generation + 1) & 0xfff;
+        q->next = s->free_req;
+        s->free_req = old;
+        s->n_records--;
+    }
+    int32_t *tokens = (int32_t *)kvli_alloc(s->cache->ctx, (size_t)bytes);
+    if (!tokens) return KVL_OUT_OF_HOST_MEMORY;
+    uint32_t r = s->free_req, generation = s->reqs[r].generation;
+    s->free_req = s->reqs[r].next;
+    s->n_records++;
+    memset(&s->reqs[r], 0, sizeof *s->reqs);
+    kvli_req *q = &s->reqs[r];
+    q->generation = generation;
+    q->used = true;
+    q->tokens = tokens;
+    q->capacity = capacity;
+    q->seq = q->parent = q->first_fork = q->next_fork = KVL_NONE;
+    q->arrival = s->arrivals++;
+    q->submit_ns = kvli_now(s->cache->ctx);
+    s->token_bytes += bytes;
+    s->n_active++;
+    s->stats.submitted++;
+    s->stats.waiting++;
+    *out = r;
+    return KVL_OK;
+}
+
+static kvl_result kvli_request_check(const kvl_sched *s, const kvl_request *q, uint32_t *capacity, kvl_refusal *refusal) {
+    const kvl_cache *c = s->cache;
+    kvli_text none = kvli_text_at(NULL, 0);
+    uint32_t longest = c->desc.max_seq_tokens, need[KVLI_MAX_CLASSES], fresh = q->max_new_tokens;
+    uint64_t slabs = 0, total;
+    if (!q->tokens || !q->n_tokens) return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: a request needs at least one token");
+    if (q->n_stop_tokens > KVLI_MAX_STOP || (q->n_stop_tokens && !q->stop_tokens))
+        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: n_stop_tokens: %u is more than 8, or stop_tokens is null", q->n_stop_tokens);
+    if (q->priority >= KVLI_PRIORITIES || (uint32_t)q->klass > KVL_BACKGROUND)
+        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: priority %u or class %d is out of range", q->priority, (int)q->klass);
+    if (!fresh) fresh = q->n_tokens <= longest ? kvli_min_u32(256, longest - q->n_tokens + 1) : 1;
+    total = (uint64_t)q->n_tokens + fresh - 1; /* the last token needs no KV */
+    if (total <= longest) { *capacity = (uint32_t)total + 1; return KVL_OK; }
+    kvli_need(c, total > 1u << 28 ? 1u << 28 : (uint32_t)total, c->geo.block_tokens, need);
+    kvli_fits(c, need, c->max_slabs, true, &slabs);
+    if (refusal) {
+        refusal->n_tokens = total > KVL_NONE ? KVL_NONE : (uint32_t)total;
+        refusal->max_tokens = longest;
+        refusal->need_bytes = slabs * c->slab_bytes + c->fixed_bytes;
+        refusal->budget_bytes = c->desc.max_device_bytes;
+    }
+    return kvli_fail(c->ctx, none, KVL_NEVER_FITS, "submit: %llu tokens (%u of prompt) are more than the %u that a sequence can have here",
+                     (unsigned long long)total, q->n_tokens, longest);
+}
+
+KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request, kvl_req *out, kvl_refusal *refusal) {
+    uint32_t capacity = 0, r = 0;
+    if (out) out->id = 0;
+    if (refusal) memset(refusal, 0, sizeof *refusal);
+    if (!s || !request || !out) return KVL_INVALID_ARG;
+    kvl_result result = kvli_request_check(s, request, &capacity, refusal);
+    if (result != KVL_OK) return result;
+    kvli_lock(&s->cache->lock);
+    result = s->closed ? KVL_CLOSED : kvli_req_take(s, capacity, &r);
+    if (result == KVL_OK) {
+        kvli_req *q = &s->reqs[r];
+        memcpy(q->tokens, request->tokens, request->n_tokens * sizeof *q->tokens);
+        if (request->n_stop_tokens) memcpy(q->stop, request->stop_tokens, request->n_stop_tokens * sizeof *q->stop);
+        q->n_stop = (uint8_t)request->n_stop_tokens;
+        q->n_prompt = q->n_tokens = request->n_tokens;
+        q->klass = (uint8_t)request->klass;
+        q->priority = (uint8_t)request->priority;
+        q->name_space = request->name_space;
+        q->salt = request->salt;
+        q->no_match = request->no_match;
+        q->no_keep = request->no_keep;
+        q->user = request->user;
+        kvli_list_append(s, &s->inbox, r);
+        *out = kvli_req_handle(s, r);
+        s->events++;
+        kvli_cond_broadcast(&s->wake);
+    }
+    kvli_unlock(&s->cache->lock);
+    return result;
+}
+
+KVL_API kvl_result kvl_sched_submit(kvl_sched *s, const kvl_request *request, kvl_req *out) { return kvl_sched_submit_ex(s, request, out, NULL); }
+
+KVL_API kvl_result kvl_sched_cancel(kvl_sched *s, kvl_req req) {
+    if (!s) return KVL_INVALID_ARG;
+    kvli_lock(&s->cache->lock);
+    uint32_t r = kvli_req_index(s, req);
+    if (r != KVL_NONE && !s->reqs[r].finished && !s->reqs[r].cancel) {
+        s->reqs[r].cancel = true;
+        s->n_cancels++;
+        s->events++;
+        kvli_cond_broadcast(&s->wake);
+    }
+    kvli_unlock(&s->cache->lock);
+    return r == KVL_NONE ? KVL_INVALID_HANDLE : KVL_OK;
+}
+
+KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req *out) {
+    uint32_t r = 0;
+    if (out) out->id = 0;
+    if (!s || !out) return KVL_INVALID_ARG;
+    if (s->cache->step.open) return kvli_fail(s->cache->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_fork: a step is open");
+    kvli_lock(&s->cache->lock);
+    uint32_t parent = kvli_req_index(s, req);
+    kvl_result result = parent == KVL_NONE ? KVL_INVALID_HANDLE : s->reqs[parent].finished ? KVL_INVALID_ARG : s->closed ? KVL_CLOSED : KVL_OK;
+    if (result == KVL_OK) result = kvli_req_take(s, s->reqs[parent].capacity, &r);
+    if (result == KVL_OK) {
+        kvli_req *q = &s->reqs[r], *p = &s->reqs[parent];
+        memcpy(q->tokens, p->tokens, p->n_tokens * sizeof *q->tokens);
+        memcpy(q->stop, p->stop, sizeof q->stop);
+        q->n_stop = p->n_stop;
+        q->n_prompt = p->n_prompt;
+        q->n_tokens = p->n_tokens;
+        q->klass = p->klass;
+        q->priority = p->priority;
+        q->name_space = p->name_space;
+        q->salt = p->salt;
+        q->no_match = p->no_match;
+        q->no_keep = p->no_keep;
+        q->user = user;
+        q->parent = parent;
+        q->next_fork = p->first_fork;
+        p->first_fork = r;
+        *out = kvli_req_handle(s, r);
+    }
+    kvli_unlock(&s->cache->lock);
+    if (result != KVL_OK) kvli_fail(s->cache->ctx, kvli_serr(s), result, "kvl_sched_fork: %s", kvl_result_text(result));
+    return result;
+}
+
+KVL_API void kvl_sched_close(kvl_sched *s) {
+    if (!s) return;
+    kvli_lock(&s->cache->lock);
+    s->closed = true;
+    s->events++;
+    kvli_cond_broadcast(&s->wake);
+    kvli_unlock(&s->cache->lock);
+}
+
+KVL_API bool kvl_sched_wait(kvl_sched *s, uint32_t timeout_ms) {
+    if (!s) return false;
+    bool in_time = true;
+    kvli_lock(&s->cache->lock);
+    while (s->events == s->seen_events && in_time) in_time = kvli_cond_wait_ms(&s->wake, &s->cache->lock, timeout_ms);
+    bool woken = s->events != s->seen_events;
+    kvli_unlock(&s->cache->lock);
+    return woken;
+}
+
+KVL_API kvl_result kvl_sched_info(const kvl_sched *sched, kvl_req req, kvl_req_info *out) {
+    kvl_sched *s = (kvl_sched *)sched;
+    if (!s || !out) return KVL_INVALID_ARG;
+    memset(out, 0, sizeof *out);
+    kvli_lock(&s->cache->lock);
+    uint32_t r = kvli_req_index(s, req);
+    if (r != KVL_NONE) {
+        const kvli_req *q = &s->reqs[r];
+        out->state = q->finished ? KVL_REQ_FINISHED : q->seq == KVL_NONE ? KVL_REQ_WAITING : q->decode ? KVL_REQ_DECODE : KVL_REQ_PREFILL;
+        out->finish = (kvl_finish)q->finish;
+        out->n_prompt = q->n_prompt;
+        out->n_generated = q->n_tokens - q->n_prompt;
+        out->preemptions = q->preemptions;
+        out->reuse = q->reuse;
+        out->submit_ns = q->submit_ns;
+        out->first_token_ns = q->first_ns;
+        out->last_token_ns = q->last_ns;
+        out->finish_ns = q->finish_ns;
+        out->user = q->user;
+        if (q->seq != KVL_NONE) {
+            out->seq = kvli_seq_handle(s->cache, q->seq);
+            out->n_computed = s->cache->seqs[q->seq].length;
+        }
+    }
+    kvli_unlock(&s->cache->lock);
+    return r == KVL_NONE ? KVL_INVALID_HANDLE : KVL_OK;
+}
+
+KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity, uint32_t *n_tokens) {
+    kvl_sched *s = (kvl_sched *)sched;
+    if (!s || (!tokens && capacity)) return KVL_INVALID_ARG;
+    kvli_lock(&s->cache->lock);
+    uint32_t r = kvli_req_index(s, req), n = 0;
+    if (r != KVL_NONE) {
+        const kvli_req *q = &s->reqs[r];
+        n = q->n_tokens - q->n_prompt;
+        if (capacity) memcpy(tokens, q->tokens + q->n_prompt, kvli_min_u32(n, capacity) * sizeof *tokens);
+    }
+    kvli_unlock(&s->cache->lock);
+    if (n_tokens) *n_tokens = n;
+    return r == KVL_NONE ? KVL_INVALID_HANDLE : KVL_OK;
+}
+
+/* ==== >>cpu: attention on the CPU ===========================================================================================
+   The order in which a row is computed is fixed by its position alone, so that its bits do not depend on how rows were chunked,
+   on threads or on other sequences:
+     - keys fall into segments of geo->segment_tokens and, inside, into tiles of KVLI_CPU_TILE tokens, both counted from position 0;
+     - a score is the sum of vector-wide partial sums, each a chain over the dims in order, added up as a binary tree;
+     - a tile is one step of the online softmax (Milakov & Gimelshein 2018); values are added token after token;
+     - segments merge from left to right (split-KV: Dao et al. 2023, Flash-Decoding).
+   Tasks differ only in which rows and segments they take. Kernels take several rows at once, each with the same operations as alone.
+   What a row must not see is left out of loops or replaced by selection, never multiplied by zero: it may be NaN.
+   Scores are kept in base 2: log2(e) is folded into q. */
+enum {
+    KVLI_CPU_TILE = 128,     /* tokens of one softmax step; segments are cut into tiles from their start */
+    KVLI_CPU_STRIDE = 144,   /* floats between score rows: a 16-wide store at the end of an 8-token block may run over */
+    KVLI_CPU_CHUNK = 32,     /* tokens decoded at once where rows are decoded to memory */
+    KVLI_CPU_MAX_Q = 64,     /* query rows of a task */
+    KVLI_CPU_FLOATS = 23040, /* scratch of a task, on its stack: 90 KB */
+    KVLI_CPU_DIRECT_Q = 8    /* up to so many query rows decode in registers, more share rows decoded to memory */
+};
+static const float KVLI_LOG2E = 1.44269504088896f;
+static const float KVLI_LOW = -3.0e38f; /* below every score; finite, so that differences stay defined */
+
+/* Which tokens of a range a query sees: [0, sink) and [lo, hi), sink <= lo. */
+typedef struct kvli_cpu_run { uint32_t sink, lo, hi; } kvli_cpu_run;
+
+/* Softmax state of a query row: maximum and sum of 2^(score - maximum). */
+typedef struct kvli_cpu_stat { float m, l; } kvli_cpu_stat;
+
+/* One block's K or V tile and the query rows that read it. Rows of s are KVLI_CPU_STRIDE apart and start at the block's first token. */
+typedef struct kvli_cpu_block {
+    const kvli_side *side;
+    const uint8_t *tile;
+    uint32_t n;           /* tokens that anyone sees */
+    uint32_t first;       /* index of the block's first token in the range that runs count in */
+    uint32_t n_q;
+    const float *q;       /* keys: [n_q] rows, scaled, rotated as the tile is; one more row may be read */
+    float *s;             /* scores out (keys); probabilities in, may be overwritten (values) */
+    const kvli_cpu_run *runs;
+    float *acc;           /* values: [n_q] rows to add to */
+    size_t q_stride, acc_stride;
+    float *scratch;
+} kvli_cpu_block;
+
+/* A SIMD path. */
+typedef struct kvli_cpu_ops {
+    uint32_t dim_align;  /* rows of q and accumulators are padded with zeros to a multiple of it */
+    bool splits_nibbles; /* 4-bit rows stand as 16 even, then 16 odd elements of each 32, and INT4 values leave 16 partial sums of
+                            probability times zero point per 64 dims behind the accumulator's dims */
+    size_t (*scratch_floats)(const kvli_geometry *geo);
+    void (*score)(const kvli_cpu_block *b);
+    /* Scores to probabilities; returns what the accumulators must be multiplied with. cap: 0 or softcap * log2(e). */
+    float (*softmax)(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st);
+    void (*values)(const kvli_cpu_block *b);
+    float (*exp2)(float x);
+} kvli_cpu_ops;
+
+/* Cuts the block's query rows into groups, and each group's tokens [t0, t1) of the block into what all of it see, done together, and what
+   single rows see before and after that. Every row gets its tokens in order. */
+typedef void (*kvli_cpu_run_fn)(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1);
+
+static void kvli_cpu_group_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1, uint32_t n_q, uint32_t q0,
+                                kvli_cpu_run_fn fn, void *arg) {
+    uint32_t lo[8], hi[8], a = t0, b = t1;
+    for (uint32_t i = 0; i < n_q; i++) {
+        const kvli_cpu_run *r = &runs[i];
+        uint32_t sink = r->sink > first ? kvli_min_u32(r->sink - first, t1) : 0;
+        if (sink > t0) fn(arg, q0 + i, 1, t0, sink);
+        lo[i] = kvli_max_u32(r->lo > first ? kvli_min_u32(r->lo - first, t1) : 0, t0);
+        hi[i] = kvli_max_u32(r->hi > first ? kvli_min_u32(r->hi - first, t1) : 0, lo[i]);
+        a = kvli_max_u32(a, lo[i]);
+        b = kvli_min_u32(b, hi[i]);
+    }
+    if (a >= b) {
+        for (uint32_t i = 0; i < n_q; i++)
+            if (lo[i] < hi[i]) fn(arg, q0 + i, 1, lo[i], hi[i]);
+        return;
+    }
+    for (uint32_t i = 0; i < n_q; i++)
+        if (lo[i] < a) fn(arg, q0 + i, 1, lo[i], a);
+    fn(arg, q0, n_q, a, b);
+    for (uint32_t i = 0; i < n_q; i++)
+        if (b < hi[i]) fn(arg, q0 + i, 1, b, hi[i]);
+}
+
+/* How many of `left` rows a kernel takes at once: 7 run as 8 and 3 as 4 with a row to spare. */
+static uint32_t kvli_cpu_take(uint32_t left, uint32_t widest) {
+    if (left >= 7 && widest >= 8) return kvli_min_u32(left, 8);
+    if (left >= 3 && widest >= 4) return kvli_min_u32(left, 4);
+    return left >= 2 && widest == 2 ? 2 : 1;
+}
+
+static void kvli_cpu_spread_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1, uint32_t n_q, uint32_t widest,
+                                 kvli_cpu_run_fn fn, void *arg) {
+    for (uint32_t i = 0, n; i < n_q; i += n) {
+        n = kvli_cpu_take(n_q - i, widest);
+        kvli_cpu_group_runs(runs + i, first, t0, t1, n, i, fn, arg);
+    }
+}
+
+/* ---- scalar: the plain statement of what the other paths do ---- */
+static float kvli_s_exp2(float x) {
+    union { uint32_t u; float f; } two;
+    float n, r, p;
+    if (x != x) return x;
+    if (x < -126.0f) x = -126.0f;
+    n = floorf(x + 0.5f);
+    r = x - n;
+    p = 1.535336188319500e-4f;
+    p = p * r + 1.339887440266574e-3f;
+    p = p * r + 9.618437357674640e-3f;
+    p = p * r + 5.550332471162809e-2f;
+    p = p * r + 2.402264791363012e-1f;
+    p = p * r + 6.931472028550421e-1f;
+    two.u = (uint32_t)((int32_t)n + 127) << 23;
+    return (p * r + 1.0f) * two.f;
+}
+
+static float kvli_s_tanh(float x) {
+    float e = kvli_s_exp2(-2.0f * KVLI_LOG2E * fabsf(x)), t = (1.0f - e) / (1.0f + e);
+    return x < 0 ? -t : t;
+}
+
+static size_t kvli_s_scratch(const kvli_geometry *geo) {
+    return (size_t)geo->block_tokens * kvli_max_u32(geo->k_dim, geo->v_dim);
+}
+
+KVLI_NOINLINE float kvli_s_dot(const float *q, const float *k, uint32_t dim) {
+    float s = 0;
+    for (uint32_t d = 0; d < dim; d++) s += q[d] * k[d];
+    return s;
+}
+
+static void kvli_s_score(const kvli_cpu_block *b) {
+    uint32_t dim = b->side->dim;
+    kvli_decode_tile(b->side, b->tile, b->scratch);
+    for (uint32_t i = 0; i < b->n_q; i++)
+        for (uint32_t t = 0; t < b->n; t++)
+            b->s[(size_t)i * KVLI_CPU_STRIDE + t] = kvli_s_dot(b->q + i * b->q_stride, b->scratch + (size_t)t * dim, dim);
+}
+
+static float kvli_s_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
+    float m = st->m, sum = 0, by;
+    for (uint32_t t = 0; t < run->hi; t++) {
+        if (t >= run->sink && t < run->lo) continue;
+        if (cap != 0) s[t] = cap * kvli_s_tanh(s[t]);
+        if (!(s[t] <= m)) m = s[t];
+    }
+    by = kvli_s_exp2(st->m - m);
+    for (uint32_t t = 0; t < run->hi; t++) {
+        if (t >= run->sink && t < run->lo) continue;
+        s[t] = kvli_s_exp2(s[t] - m);
+        sum += s[t];
+    }
+    st->l = st->l * by + sum;
+    st->m = m;
+    return by;
+}
+
+static void kvli_s_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1) {
+    const kvli_cpu_block *b = (const kvli_cpu_block *)arg;
+    const float *p = b->s + (size_t)q * KVLI_CPU_STRIDE;
+    float *acc = b->acc + q * b->acc_stride;
+    uint32_t dim = b->side->dim;
+    (void)n_q; /* 1 */
+    for (uint32_t t = t0; t < t1; t++)
+        for (uint32_t d = 0; d < dim; d++) acc[d] += p[t] * b->scratch[(size_t)t * dim + d];
+}
+
+static void kvli_s_values(const kvli_cpu_block *b) {
+    kvli_decode_tile(b->side, b->tile, b->scratch);
+    kvli_cpu_spread_runs(b->runs, b->first, 0, b->side->tokens, b->n_q, 1, kvli_s_values_run, (void *)b);
+}
+
+static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_score, kvli_s_softmax, kvli_s_values, kvli_s_exp2};
+
+#if KVLI_X86
+/* ---- AVX-512: rows are decoded in registers where few query rows share them ---- */
+#if defined(__clang__)
+#define KVLI_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define KVLI_UNROLL _Pragma("GCC unroll 16")
+#else
+#define KVLI_UNROLL
+#endif
+#define KVLI_Z KVLI_INLINE KVLI_TARGET_AVX512
+
+/* Rows of a tile in some format, with its scales as f32 beside it. A pair is 32 dims of a row. */
+typedef struct kvli_z_rows {
+    const uint8_t *rows;
+    size_t stride;
+    const float *side; /* NVFP4: scales per 16 dims; INT4 keys: scale, zero per 64 dims */
+    uint32_t side_stride, n_pairs;
+} kvli_z_rows;
+
+/* The parts of a task's scratch. */
+typedef struct kvli_z_scratch {
+    float *rows;     /* [CHUNK][padded dim] */
+    float *side;     /* [64][padded dim / 16] */
+    float *token;    /* [64] scales, or scales and zeros [2][4][64] for INT4 values */
+    float *channel;  /* [2][padded dim] scales, zeros */
+    float *folded;   /* [4][padded dim] q times channel scales */
+    float *p;        /* [8][STRIDE] probabilities times scales */
+    float *spare;    /* accumulators of a row that is not there */
+} kvli_z_scratch;
+
+static inline uint32_t kvli_z_pad(uint32_t dim) { return (dim + 31u) & ~31u; }
+
+static kvli_z_scratch kvli_z_carve(float *at, uint32_t dim) {
+    kvli_z_scratch s;
+    s.rows = at;
+    s.side = s.rows + KVLI_CPU_CHUNK * dim;
+    s.token = s.side + 4 * dim;
+    s.channel = s.token + 512;
+    s.folded = s.channel + 2 * dim;
+    s.spare = s.folded + 4 * dim;
+    s.p = s.spare + dim;
+    return s;
+}
+
+static size_t kvli_z_scratch_floats(const kvli_geometry *geo) {
+    uint32_t dim = kvli_z_pad(kvli_max_u32(geo->k_dim, geo->v_dim));
+    return (size_t)(KVLI_CPU_CHUNK + 4 + 2 + 4 + 1) * dim + 512 + 8 * KVLI_CPU_STRIDE;
+}
+
+/* 16 numbers of a row whose elements are whole bytes. FP8 becomes 2^-8 of its value; the scale makes up for that. */
+KVLI_Z __m512 kvli_z_16(kvl_format f, const uint8_t *row, uint32_t i) {
+    switch (f) {
+    case KVL_F32: return _mm512_loadu_ps((const float *)(const void *)row + 16 * i);
+    case KVL_F16: return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)row + i));
+    case KVL_BF16: {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)row + i);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    }
+    case KVL_INT8:
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)row + i)));
+    case KVL_FP8_E4M3: {
+        __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)row + i));
+        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((short)0xbfff)));
+    }
+    default: /* INT8_CHANNEL */
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)row + i)));
+    }
+}
+
+/* Pair j of a row. Nibbles come out as 16 even, then 16 odd elements; vpermps takes the low four bits of a lane as its index. A tail is the
+   last 16 dims where 32 does not divide the dims: the rest becomes zero. */
+KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uint32_t j, bool tail, __m512 *v0, __m512 *v1) {
+    const __m512 e2m1 = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+    const __m512 u4 = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    if (f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL) {
+        const __m128i *at = (const __m128i *)(const void *)row + j;
+        __m512i x = _mm512_cvtepu8_epi32(tail ? _mm_loadl_epi64(at) : _mm_loadu_si128(at));
+        __m512 table = f == KVL_NVFP4 ? e2m1 : u4;
+        *v0 = _mm512_permutexvar_ps(x, table);
+        *v1 = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
+        if (f == KVL_NVFP4) {
+            __m128i two = _mm_loadl_epi64((const __m128i *)(const void *)(side + 2 * j));
+            __m512 scale = _mm512_permutexvar_ps(halves, _mm512_broadcast_f32x2(_mm_castsi128_ps(two)));
+            *v0 = _mm512_mul_ps(*v0, scale);
+            *v1 = _mm512_mul_ps(*v1, scale);
+        } else if (f == KVL_INT4) {
+            __m512 scale = _mm512_set1_ps(side[j / 2 * 2]), zero = _mm512_set1_ps(side[j / 2 * 2 + 1]);
+            *v0 = _mm512_fmadd_ps(*v0, scale, zero);
+            *v1 = _mm512_fmadd_ps(*v1, scale, zero);
+        }
+    } else {
+        *v0 = kvli_z_16(f, row, 2 * j);
+        *v1 = tail ? _mm512_setzero_ps() : kvli_z_16(f, row, 2 * j + 1);
+    }
+}
+
+/* Decodes rows [t0, t0 + n) to f32, pairs as they come. */
+KVLI_Z void kvli_z_decode_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, bool tail, float *out) {
+    uint32_t whole = r->n_pairs - tail;
+    for (uint32_t t = 0; t < n; t++) {
+        const uint8_t *row = r->rows + (t0 + t) * r->stride;
+        const float *side = r->side + (t0 + t) * r->side_stride;
+        for (uint32_t j = 0; j < r->n_pairs; j++, out += 32) {
+            __m512 v0, v1;
+            if (j < whole)
+                kvli_z_pair(f, row, side, j, false, &v0, &v1);
+            else
+                kvli_z_pair(f, row, side, j, true, &v0, &v1);
+            _mm512_storeu_ps(out, v0);
+            _mm512_storeu_ps(out + 16, v1);
+        }
+    }
+}
+
+/* Calls CALL with each format as a constant. */
+#define KVLI_Z_FORMATS(f, CALL)                                                                                        \
+    switch (f) {                                                                                                       \
+    case KVL_F32: CALL(KVL_F32); break;                                                                                \
+    case KVL_F16: CALL(KVL_F16); break;                                                                                \
+    case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
+    case KVL_INT8: CALL(KVL_INT8); break;                                                                              \
+    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;                                                                      \
+    case KVL_NVFP4: CALL(KVL_NVFP4); break;                                                                            \
+    case KVL_INT4: CALL(KVL_INT4); break;                                                                              \
+    case KVL_INT4_CHANNEL: CALL(KVL_INT4_CHANNEL); break;                                                              \
+    default: CALL(KVL_INT8_CHANNEL); break;                                                                            \
+    }
+
+static KVLI_TARGET_AVX512 void kvli_z_decode(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, bool tail, float *out) {
+#define KVLI_CALL(F) kvli_z_decode_as(F, r, t0, n, tail, out)
+    KVLI_Z_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
+}
+
+/* Lane l of the result is the sum over the lanes of a[l], always as the tree (l, l+8), (l, l+4), (l, l+2), (l, l+1). */
+KVLI_Z __m512 kvli_z_sum16(__m512 *a) {
+    KVLI_UNROLL for (int i = 0; i < 8; i++)
+        a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a[i], a[i + 8]), _mm512_shuffle_f32x4(a[i], a[i + 8], 0x4e));
+    KVLI_UNROLL for (int i = 0; i < 4; i++) {
+        __m512 swap = _mm512_mask_blend_ps(0xf0f0, a[i + 4], a[i]);
+        a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a[i], a[i + 4]), _mm512_shuffle_f32x4(swap, swap, 0xb1));
+    }
+    KVLI_UNROLL for (int i = 0; i < 2; i++)
+        a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a[i], a[i + 2]), _mm512_shuffle_ps(a[i], a[i + 2], 0x4e));
+    a[2] = _mm512_mask_blend_ps(0xaaaa, a[1], a[0]);
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, a[0], a[1]), _mm512_permute_ps(a[2], 0xb1));
+}
+
+KVLI_Z float kvli_z_sum(__m512 a) {
+    a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
+    a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4e));
+    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
+    return _mm512_cvtss_f32(a);
+}
+
+/* Scores of H query rows with tokens [0, n): n is rounded up to 16 / H. */
+KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const kvli_z_rows *r, uint32_t n, const float *q, size_t q_stride, __m512 zero,
+                            const float *token, float *s, float *last) {
+    const uint32_t NT = 16 / (uint32_t)H;
+    for (uint32_t t0 = 0; t0 < n; t0 += NT) {
+        const uint8_t *row = r->rows + t0 * r->stride;
+        const float *side = r->side + t0 * r->side_stride;
+        __m512 a[16], sum;
+        KVLI_UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_setzero_ps();
+        for (uint32_t j = 0; j < r->n_pairs; j++) {
+            if (H == 1) {
+                __m512 q0 = _mm512_loadu_ps(q + 32 * j), q1 = _mm512_loadu_ps(q + 32 * j + 16);
+                KVLI_UNROLL for (uint32_t t = 0; t < 16; t++) {
+                    __m512 v0, v1;
+                    kvli_z_pair(f, row + t * r->stride, side + t * r->side_stride, j, false, &v0, &v1);
+                    a[t] = _mm512_fmadd_ps(q1, v1, _mm512_fmadd_ps(q0, v0, a[t]));
+                }
+            } else {
+                __m512 v0[4], v1[4];
+                KVLI_UNROLL for (uint32_t t = 0; t < NT; t++)
+                    kvli_z_pair(f, row + t * r->stride, side + t * r->side_stride, j, false, &v0[t], &v1[t]);
+                KVLI_UNROLL for (uint32_t h = 0; h < (uint32_t)H; h++) {
+                    const float *at = q + h * q_stride + 32 * j;
+                    __m512 q0 = _mm512_loadu_ps(at), q1 = _mm512_loadu_ps(at + 16);
+                    KVLI_UNROLL for (uint32_t t = 0; t < NT; t++)
+                        a[h * NT + t] = _mm512_fmadd_ps(q1, v1[t], _mm512_fmadd_ps(q0, v0[t], a[h * NT + t]));
+                }
+            }
+        }
+        if (H == 1) {
+            sum = _mm512_fmadd_ps(kvli_z_sum16(a), _mm512_loadu_ps(token + t0), zero);
+            _mm512_storeu_ps(s + t0, sum);
+        } else {
+            sum = _mm512_fmadd_ps(kvli_z_sum16(a), _mm512_broadcast_f32x4(_mm_loadu_ps(token + t0)), zero);
+            _mm_storeu_ps(s + t0, _mm512_castps512_ps128(sum));
+            _mm_storeu_ps(s + KVLI_CPU_STRIDE + t0, _mm512_extractf32x4_ps(sum, 1));
+            _mm_storeu_ps(s + 2 * KVLI_CPU_STRIDE + t0, _mm512_extractf32x4_ps(sum, 2));
+            _mm_storeu_ps(last + t0, _mm512_extractf32x4_ps(sum, 3));
+        }
+    }
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n, const float *q, float zero,
+                                             const float *token, float *s) {
+    const __m512 z = _mm512_set1_ps(zero);
+#define KVLI_CALL(F) kvli_z_score_as(F, 1, r, n, q, 0, z, token, s, s)
+    KVLI_Z_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_score4(kvl_format f, const kvli_z_rows *r, uint32_t n, const float *q, size_t q_stride,
+                                             const float *zero, const float *token, float *s, float *last) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512 z = _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(zero)));
+#define KVLI_CALL(F) kvli_z_score_as(F, 4, r, n, q, q_stride, z, token, s, last)
+    KVLI_Z_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_f16(const uint8_t *src, uint32_t n, float by, float *dst) {
+    const __m256 m = _mm256_set1_ps(by);
+    for (uint32_t i = 0; i < n; i += 8)
+        _mm256_storeu_ps(dst + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i))), m));
+}
+
+/* NVFP4's scales as f32, rows padded to whole pairs. FP8 bits shifted into f16 are 2^-8 of the value. */
+static KVLI_TARGET_AVX512 void kvli_z_scales16(const uint8_t *src, uint32_t n, uint32_t groups, float global, float *dst) {
+    if (groups % 2) {
+        for (uint32_t t = 0; t < n; t++, dst += groups + 1) {
+            for (uint32_t g = 0; g < groups; g++) dst[g] = kvli_e4m3_to_f32(src[t * groups + g]) * global;
+            dst[groups] = 0;
+        }
+        return;
+    }
+    for (uint32_t i = 0; i < n * groups; i += 16) {
+        __m512 x = kvli_z_16(KVL_FP8_E4M3, src + i, 0);
+        _mm512_storeu_ps(dst + i, _mm512_mul_ps(x, _mm512_set1_ps(256.0f * global)));
+    }
+}
+
+/* Splits n × groups × (f16 scale, f16 zero) into scales [groups][64] and, 256 floats later, zeros. */
+static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t n, uint32_t groups, float *dst) {
+    const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                          _mm512_set1_epi32((int)groups));
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    for (uint32_t t = 0; t < n; t += 16) {
+        __mmask16 some = (__mmask16)(n - t < 16 ? 0xffu : 0xffffu);
+        for (uint32_t g = 0; g < groups; g++) {
+            const uint8_t *from = src + 4 * (t * groups + g);
+            __m512i x;
+            if (groups == 1)
+                x = _mm512_maskz_loadu_epi32(some, from);
+            else if (groups == 2 && some == 0xffff)
+                x = _mm512_permutex2var_epi32(_mm512_loadu_si512(src + 8 * t),
+                                              _mm512_add_epi32(even, _mm512_set1_epi32((int)g)),
+                                              _mm512_loadu_si512(src + 8 * t + 64));
+            else
+                x = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, at, from, 4);
+            _mm512_storeu_ps(dst + g * 64 + t, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
+            _mm512_storeu_ps(dst + 256 + g * 64 + t, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
+        }
+    }
+}
+
+/* Channel scales and zeros as f32, in the order in which pairs come. */
+static KVLI_TARGET_AVX512 void kvli_z_channels(const uint8_t *src, uint32_t dim, bool split, float *dst) {
+    for (uint32_t i = 0; i < dim; i += 32) {
+        __mmask32 some = dim - i < 32 ? 0xffffu : 0xffffffffu;
+        __m512i x = _mm512_maskz_loadu_epi16(some, src + 2 * i);
+        __m256i a = _mm512_castsi512_si256(x), b = _mm512_extracti64x4_epi64(x, 1);
+        if (split) {
+            a = _mm512_cvtepi32_epi16(x);
+            b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16));
+        }
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(a));
+        _mm512_storeu_ps(dst + i + 16, _mm512_cvtph_ps(b));
+    }
+}
+
+/* q times channel scales, and q · zeros. */
+static KVLI_TARGET_AVX512 float kvli_z_fold(const float *q, const float *channel, uint32_t dim, float *folded) {
+    __m512 sum = _mm512_setzero_ps();
+    for (uint32_t i = 0; i < dim; i += 16) {
+        __m512 x = _mm512_loadu_ps(q + i);
+        _mm512_storeu_ps(folded + i, _mm512_mul_ps(x, _mm512_loadu_ps(channel + i)));
+        sum = _mm512_fmadd_ps(x, _mm512_loadu_ps(channel + dim + i), sum);
+    }
+    return kvli_z_sum(sum);
+}
+
+/* Scales of a tile to scratch, and where its rows are. */
+static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_side *side, const uint8_t *tile, bool is_key, const kvli_z_scratch *z) {
+    kvli_z_rows r;
+    uint32_t T = side->tokens, D = side->dim, padded = kvli_z_pad(D), groups = (D + 63) / 64;
+    kvl_format f = side->format;
+    size_t bits = f == KVL_F32 ? 32 : f == KVL_F16 || f == KVL_BF16 ? 16 : f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL ? 4 : 8;
+    const uint8_t *scales;
+    r.rows = tile;
+    r.stride = D * bits / 8;
+    r.side = z->side;
+    r.side_stride = 0;
+    r.n_pairs = padded / 32;
+    scales = tile + T * r.stride;
+    if (f == KVL_INT8 || f == KVL_FP8_E4M3) {
+        kvli_z_f16(scales, T, f == KVL_INT8 ? 1.0f : 256.0f, z->token);
+    } else if (is_key) {
+        for (uint32_t t = 0; t < T; t += 8) _mm256_storeu_ps(z->token + t, _mm256_set1_ps(1.0f));
+    }
+    if (f == KVL_NVFP4) {
+        r.side_stride = padded / 16;
+        kvli_z_scales16(scales, T, D / 16, side->global, z->side);
+    } else if (f == KVL_INT4 && is_key) {
+        r.side_stride = 2 * groups;
+        kvli_z_f16(scales, T * 2 * groups, 1.0f, z->side);
+    } else if (f == KVL_INT4) {
+        kvli_z_split_groups(scales, T, groups, z->token);
+    } else if (f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL) {
+        kvli_z_channels(scales, D, f == KVL_INT4_CHANNEL, z->channel);
+        kvli_z_channels(scales + 2 * D, D, f == KVL_INT4_CHANNEL, z->channel + padded);
+    }
+    return r;
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
+    uint32_t D = b->side->dim, padded = kvli_z_pad(D), T = b->side->tokens, step = T, take;
+    kvli_z_scratch z = kvli_z_carve(b->scratch, padded);
+    kvli_z_rows rows = kvli_z_open(b->side, b->tile, true, &z), decoded = {(const uint8_t *)z.rows, padded * sizeof(float), z.side, 0, padded / 32};
+    kvl_format f = b->side->format, as = f;
+    bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL, direct = b->n_q <= KVLI_CPU_DIRECT_Q && D % 32 == 0 && T >= 16;
+    if (!direct) step = kvli_min_u32(T, KVLI_CPU_CHUNK), as = KVL_F32;
+    for (uint32_t t = 0; t < b->n; t += step) {
+        uint32_t n = kvli_min_u32(b->n - t, step);
+        if (!direct) kvli_z_decode(f, &rows, t, kvli_min_u32((n + 15) & ~15u, T - t), D % 32 != 0, z.rows);
+        for (uint32_t i = 0; i < b->n_q; i += take) {
+            float zero[4] = {0, 0, 0, 0}, *s = b->s + (size_t)i * KVLI_CPU_STRIDE + t;
+            const float *q = b->q + i * b->q_stride;
+            size_t q_stride = b->q_stride;
+            take = kvli_cpu_take(b->n_q - i, 4);
+            if (channel) {
+                for (uint32_t h = 0; h < take; h++) zero[h] = kvli_z_fold(q + h * q_stride, z.channel, padded, z.folded + h * padded);
+                q = z.folded;
+                q_stride = padded;
+            }
+            if (take == 1)
+                kvli_z_score1(as, direct ? &rows : &decoded, n, q, zero[0], z.token + t, s);
+            else
+                kvli_z_score4(as, direct ? &rows : &decoded, n, q, q_stride, zero, z.token + t, s, take == 4 ? s + 3 * KVLI_CPU_STRIDE : z.p);
+        }
+    }
+}
+
+/* 2^x for x <= 0 in [-126, 0]: Taylor-like polynomial of degree 6, relative error about 1e-7; 2^0 is 1 exactly. NaN stays NaN. */
+KVLI_Z __m512 kvli_z_exp2v(__m512 x) {
+    __m512 n, r, p;
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
+    n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm512_sub_ps(x, n);
+    p = _mm512_set1_ps(1.535336188319500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.339887440266574e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357674640e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471162809e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791363012e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028550421e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+}
+
+static KVLI_TARGET_AVX512 float kvli_z_exp2(float x) { return _mm512_cvtss_f32(kvli_z_exp2v(_mm512_set1_ps(x))); }
+
+/* cap * tanh(x), by tanh |x| = (1 - e) / (1 + e), e = exp(-2 |x|). */
+KVLI_Z __m512 kvli_z_softcap(__m512 x, float cap) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 e = kvli_z_exp2v(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f * KVLI_LOG2E)));
+    __m512 t = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), _mm512_set1_ps(cap));
+    __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_mask_sub_ps(t, negative, _mm512_setzero_ps(), t);
+}
+
+static KVLI_TARGET_AVX512 float kvli_z_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lo = _mm512_set1_epi32((int)run->lo), hi = _mm512_set1_epi32((int)run->hi), sink = _mm512_set1_epi32((int)run->sink);
+    __m512 x[8], top, m;
+    __mmask16 seen[8];
+    float by;
+    KVLI_UNROLL for (int i = 0; i < 8; i++) {
+        __m512i t = _mm512_add_epi32(lane, _mm512_set1_epi32(16 * i));
+        seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) | _mm512_cmplt_epi32_mask(t, sink));
+        x[i] = _mm512_loadu_ps(s + 16 * i);
+        if (cap != 0) x[i] = kvli_z_softcap(x[i], cap);
+        x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(KVLI_LOW), seen[i], x[i]);
+    }
+    top = _mm512_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])),
+                        _mm512_max_ps(_mm512_max_ps(x[4], x[5]), _mm512_max_ps(x[6], x[7])));
+    top = _mm512_max_ps(_mm512_set1_ps(st->m), top);
+    top = _mm512_max_ps(top, _mm512_shuffle_f32x4(top, top, 0x4e));
+    top = _mm512_max_ps(top, _mm512_shuffle_f32x4(top, top, 0xb1));
+    top = _mm512_max_ps(top, _mm512_permute_ps(top, 0x4e));
+    m = _mm512_max_ps(top, _mm512_permute_ps(top, 0xb1));
+    by = kvli_z_exp2(st->m - _mm512_cvtss_f32(m));
+    KVLI_UNROLL for (int i = 0; i < 8; i++) {
+        x[i] = _mm512_maskz_mov_ps(seen[i], kvli_z_exp2v(_mm512_sub_ps(x[i], m)));
+        _mm512_storeu_ps(s + 16 * i, x[i]);
+    }
+    KVLI_UNROLL for (int i = 0; i < 4; i++) x[i] = _mm512_add_ps(x[i], x[i + 4]);
+    x[0] = _mm512_add_ps(_mm512_add_ps(x[0], x[2]), _mm512_add_ps(x[1], x[3]));
+    st->l = st->l * by + kvli_z_sum(x[0]);
+    st->m = _mm512_cvtss_f32(m);
+    return by;
+}
+
+/* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and NP pairs from pair j on. */
+KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli_z_rows *r, uint32_t t0, uint32_t t1, const float *p,
+                             uint32_t j, float *acc, size_t acc_stride, float *last) {
+    __m512 a[16];
+    const int W = 2 * NP;
+    KVLI_UNROLL for (int h = 0; h < H; h++) {
+        const float *from = (h < H - 1 ? acc + (size_t)h * acc_stride : last) + 32 * j;
+        KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_loadu_ps(from + 16 * i);
+    }
+    for (uint32_t t = t0; t < t1; t++) {
+        __m512 v[8];
+        KVLI_UNROLL for (int i = 0; i < NP; i++)
+            kvli_z_pair(f, r->rows + t * r->stride, r->side + t * r->side_stride, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
+        KVLI_UNROLL for (int h = 0; h < H; h++) {
+            __m512 w = _mm512_set1_ps(p[h * KVLI_CPU_STRIDE + (int)t]);
+            KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_fmadd_ps(w, v[i], a[h * W + i]);
+        }
+    }
+    KVLI_UNROLL for (int h = 0; h < H; h++) {
+        float *to = (h < H - 1 ? acc + (size_t)h * acc_stride : last) + 32 * j;
+        KVLI_UNROLL for (int i = 0; i < W; i++) _mm512_storeu_ps(to + 16 * i, a[h * W + i]);
+    }
+}
+
+/* What kvli_z_values_run needs: the format that rows stand in, and pairs [j0, j1). */
+typedef struct kvli_z_values_job {
+    kvl_format format;
+    kvli_z_rows rows;
+    const float *p;
+    float *acc, *spare;
+    size_t acc_stride;
+    uint32_t j0, j1;
+} kvli_z_values_job;
+
+/* Values of an INT4 tile stand as bare codes, like channel formats. */
+#define KVLI_Z_VALUE_FORMATS(f, CALL)                                                                                  \
+    switch (f) {                                                                                                       \
+    case KVL_F32: CALL(KVL_F32); break;                                                                                \
+    case KVL_F16: CALL(KVL_F16); break;                                                                                \
+    case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
+    case KVL_INT8: CALL(KVL_INT8); break;                                                                              \
+    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;                                                                      \
+    case KVL_NVFP4: CALL(KVL_NVFP4); break;                                                                            \
+    default: CALL(KVL_INT4_CHANNEL); break;                                                                            \
+    }
+
+static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1) {
+    const kvli_z_values_job *w = (const kvli_z_values_job *)arg;
+    const float *p = w->p + (size_t)q * KVLI_CPU_STRIDE;
+    float *acc = w->acc + q * w->acc_stride, *last = acc + (n_q - 1) * w->acc_stride;
+    size_t stride = w->acc_stride;
+    uint32_t j = w->j0;
+    if (n_q == 3 || n_q == 7) last = w->spare;
+    while (j < w->j1) {
+        uint32_t left = w->j1 - j;
+        if (n_q >= 7) {
+#define KVLI_CALL(F) kvli_z_values_as(F, 8, 1, &w->rows, t0, t1, p, j, acc, stride, last)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
+#undef KVLI_CALL
+            j += 1;
+        } else if (n_q >= 3 && left >= 2) {
+#define KVLI_CALL(F) kvli_z_values_as(F, 4, 2, &w->rows, t0, t1, p, j, acc, stride, last)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
+#undef KVLI_CALL
+            j += 2;
+        } else if (n_q >= 3) {
+#define KVLI_CALL(F) kvli_z_values_as(F, 4, 1, &w->rows, t0, t1, p, j, acc, stride, last)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
+#undef KVLI_CALL
+            j += 1;
+        } else if (left >= 4) {
+#define KVLI_CALL(F) kvli_z_values_as(F, 1, 4, &w->rows, t0, t1, p, j, acc, stride, last)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
+#undef KVLI_CALL
+            j += 4;
+        } else if (left >= 2) {
+#define KVLI_CALL(F) kvli_z_values_as(F, 1, 2, &w->rows, t0, t1, p, j, acc, stride, last)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
+#undef KVLI_CALL
+            j += 2;
+        } else {
+#define KVLI_CALL(F) kvli_z_values_as(F, 1, 1, &w->rows, t0, t1, p, j, acc, stride, last)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
+#undef KVLI_CALL
+            j += 1;
+        }
+    }
+}
+
+/* p times one group's scales, and the sums of p times zeros. A probability of 0 is either not seen or too small to count: its scale and zero
+   are not looked at. */
+static KVLI_TARGET_AVX512 void kvli_z_weigh(const float *p, const float *scale, const float *zero, uint32_t n, float *out, float *sums) {
+    __m512 sum = _mm512_loadu_ps(sums);
+    for (uint32_t t = 0; t < n; t += 16) {
+        __mmask16 some = (__mmask16)(n - t < 16 ? 0xffu : 0xffffu);
+        __m512 x = _mm512_maskz_loadu_ps(some, p + t);
+        __mmask16 k = _mm512_test_epi32_mask(_mm512_castps_si512(x), _mm512_castps_si512(x));
+        _mm512_mask_storeu_ps(out + t, some, _mm512_maskz_mul_ps(k, x, _mm512_loadu_ps(scale + t)));
+        sum = _mm512_mask3_fmadd_ps(x, _mm512_loadu_ps(zero + t), sum, k);
+    }
+    _mm512_storeu_ps(sums, sum);
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_scale_tokens(float *p, const float *token, uint32_t n) {
+    for (uint32_t t = 0; t < n; t += 8) _mm256_storeu_ps(p + t, _mm256_mul_ps(_mm256_loadu_ps(p + t), _mm256_loadu_ps(token + t)));
+}
+
+/* One chunk of a tile's tokens, its rows being those of `job` from t0 on. INT4: eight query rows and one group of 64 dims at a time. */
+static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, const kvli_z_scratch *z, uint32_t t0, uint32_t n) {
+    uint32_t n_pairs = w->rows.n_pairs, dim = kvli_z_pad(b->side->dim);
+    w->spare = z->spare;
+    w->acc_stride = b->acc_stride;
+    if (b->side->format != KVL_INT4) {
+        w->p = b->s + t0;
+        w->acc = b->acc;
+        w->j0 = 0;
+        w->j1 = n_pairs;
+        kvli_cpu_spread_runs(b->runs, b->first + t0, 0, n, b->n_q, 8, kvli_z_values_run, w);
+        return;
+    }
+    for (uint32_t i = 0; i < b->n_q; i += 8) {
+        uint32_t n_q = kvli_min_u32(b->n_q - i, 8);
+        w->p = z->p;
+        w->acc = b->acc + i * b->acc_stride;
+        for (uint32_t g = 0; 2 * g < n_pairs; g++) {
+            const float *scale = z->token + g * 64 + t0;
+            for (uint32_t h = 0; h < n_q; h++)
+                kvli_z_weigh(b->s + (size_t)(i + h) * KVLI_CPU_STRIDE + t0, scale, scale + 256, n, z->p + h * KVLI_CPU_STRIDE,
+                             w->acc + h * b->acc_stride + dim + 16 * g);
+            w->j0 = 2 * g;
+            w->j1 = kvli_min_u32(w->j0 + 2, n_pairs);
+            kvli_cpu_spread_runs(b->runs + i, b->first + t0, 0, n, n_q, 8, kvli_z_values_run, w);
+        }
+    }
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_values(const kvli_cpu_block *b) {
+    uint32_t D = b->side->dim, padded = kvli_z_pad(D), T = b->side->tokens;
+    kvli_z_scratch z = kvli_z_carve(b->scratch, padded);
+    kvli_z_rows rows = kvli_z_open(b->side, b->tile, false, &z);
+    kvl_format f = b->side->format == KVL_INT4 ? (kvl_format)KVL_INT4_CHANNEL : b->side->format;
+    kvli_z_values_job w;
+    if (f == KVL_INT8 || f == KVL_FP8_E4M3)
+        for (uint32_t i = 0; i < b->n_q; i++) kvli_z_scale_tokens(b->s + (size_t)i * KVLI_CPU_STRIDE, z.token, T);
+    if (b->n_q <= KVLI_CPU_DIRECT_Q && D % 32 == 0) {
+        w.format = f;
+        w.rows = rows;
+        kvli_z_values_chunk(b, &w, &z, 0, b->n);
+        return;
+    }
+    w.format = KVL_F32;
+    w.rows.rows = (const uint8_t *)z.rows;
+    w.rows.stride = padded * sizeof(float);
+    w.rows.side = z.side;
+    w.rows.side_stride = 0;
+    w.rows.n_pairs = padded / 32;
+    for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
+        uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
+        kvli_z_decode(f, &rows, t, n, D % 32 != 0, z.rows);
+        kvli_z_values_chunk(b, &w, &z, t, n);
+    }
+}
+
+static const kvli_cpu_ops KVLI_CPU_AVX512 = {32, true, kvli_z_scratch_floats, kvli_z_score, kvli_z_softmax, kvli_z_values, kvli_z_exp2};
+
+/* ---- AVX2: rows are decoded to memory, with their scales ---- */
+#define KVLI_Y KVLI_INLINE KVLI_TARGET_AVX2
+
+static size_t kvli_y_scratch_floats(const kvli_geometry *geo) {
+    return (size_t)(KVLI_CPU_CHUNK + 3) * kvli_max_u32(geo->k_dim, geo->v_dim) + KVLI_CPU_STRIDE;
+}
+
+KVLI_Y __m256 kvli_y_f16(const uint8_t *at) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)at)); }
+
+KVLI_Y float kvli_y_f16_at(const uint8_t *at) {
+    uint16_t h;
+    memcpy(&h, at, sizeof h);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
+
+/* 16 codes of 4 bits as 16 bytes. */
+KVLI_Y __m128i kvli_y_nibbles(const uint8_t *at) {
+    __m128i x = _mm_loadl_epi64((const __m128i *)(const void *)at), low = _mm_set1_epi8(15);
+    return _mm_unpacklo_epi8(_mm_and_si128(x, low), _mm_and_si128(_mm_srli_epi16(x, 4), low));
+}
+
+/* 16 numbers of a row, scaled. channel: f32 scales and, dim later, zeros of the channel formats. */
+KVLI_Y void kvli_y_16(kvl_format f, const uint8_t *row, uint32_t i, __m256 scale, __m256 zero, __m256 *v0, __m256 *v1) {
+    const __m128i e2m1 = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12); /* twice the value */
+    __m128i x;
+    switch (f) {
+    case KVL_F32:
+        *v0 = _mm256_loadu_ps((const float *)(const void *)row + 16 * i);
+        *v1 = _mm256_loadu_ps((const float *)(const void *)row + 16 * i + 8);
+        return;
+    case KVL_F16:
+        *v0 = kvli_y_f16(row + 32 * i);
+        *v1 = kvli_y_f16(row + 32 * i + 16);
+        return;
+    case KVL_BF16: {
+        const __m128i *at = (const __m128i *)(const void *)(row + 32 * i);
+        *v0 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at)), 16));
+        *v1 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at + 1)), 16));
+        return;
+    }
+    case KVL_FP8_E4M3: { /* bits shifted into f16 are 2^-8 of the value */
+        __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(row + 16 * i)));
+        h = _mm256_and_si256(_mm256_slli_epi16(h, 7), _mm256_set1_epi16((short)0xbfff));
+        *v0 = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), scale);
+        *v1 = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), scale);
+        return;
+    }
+    case KVL_INT8:
+    case KVL_NVFP4:
+        x = f == KVL_INT8 ? _mm_loadu_si128((const __m128i *)(const void *)(row + 16 * i))
+                          : _mm_shuffle_epi8(e2m1, kvli_y_nibbles(row + 8 * i));
+        *v0 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), scale);
+        *v1 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))), scale);
+        return;
+    default: /* INT4, and the channel formats with a scale of one and no zero */
+        x = f == KVL_INT8_CHANNEL ? _mm_loadu_si128((const __m128i *)(const void *)(row + 16 * i)) : kvli_y_nibbles(row + 8 * i);
+        *v0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), scale, zero);
+        *v1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))), scale, zero);
+        return;
+    }
+}
+
+/* Rows [t0, t0 + n) of a tile as f32. */
+static KVLI_TARGET_AVX2 void kvli_y_decode(const kvli_side *side, const uint8_t *tile, uint32_t t0, uint32_t n, float *out) {
+    kvl_format f = side->format;
+    uint32_t D = side->dim, T = side->tokens, groups = (D + 63) / 64;
+    size_t bits = f == KVL_F32 ? 32 : f == KVL_F16 || f == KVL_BF16 ? 16 : f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL ? 4 : 8;
+    size_t stride = D * bits / 8;
+    const uint8_t *scales = tile + T * stride;
+    for (uint32_t t = t0; t < t0 + n; t++) {
+        const uint8_t *row = tile + t * stride;
+        __m256 scale = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
+        if (f == KVL_INT8) scale = _mm256_set1_ps(kvli_y_f16_at(scales + 2 * t));
+        if (f == KVL_FP8_E4M3) scale = _mm256_set1_ps(256.0f * kvli_y_f16_at(scales + 2 * t));
+        for (uint32_t i = 0; i < D / 16; i++, out += 16) {
+            __m256 v0, v1;
+            if (f == KVL_NVFP4) {
+                scale = _mm256_set1_ps(kvli_e4m3_to_f32(scales[t * (D / 16) + i]) * (0.5f * side->global));
+            } else if (f == KVL_INT4 && i % 4 == 0) {
+                scale = _mm256_set1_ps(kvli_y_f16_at(scales + 4 * (t * groups + i / 4)));
+                zero = _mm256_set1_ps(kvli_y_f16_at(scales + 4 * (t * groups + i / 4) + 2));
+            }
+            kvli_y_16(f, row, i, scale, zero, &v0, &v1);
+            if (f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL) {
+                const uint8_t *c = scales + 32 * i;
+                v0 = _mm256_fmadd_ps(v0, kvli_y_f16(c), kvli_y_f16(c + 2 * D));
+                v1 = _mm256_fmadd_ps(v1, kvli_y_f16(c + 16), kvli_y_f16(c + 2 * D + 16));
+            }
+            _mm256_storeu_ps(out, v0);
+            _mm256_storeu_ps(out + 8, v1);
+        }
+    }
+}
+
+/* Lane l of the result is the sum over the lanes of a[l], as the tree (l, l+4), (l, l+2), (l, l+1). */
+KVLI_Y __m256 kvli_y_sum8(__m256 *a) {
+    KVLI_UNROLL for (int i = 0; i < 4; i++)
+        a[i] = _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 4], 0xf0), _mm256_permute2f128_ps(a[i], a[i + 4], 0x21));
+    KVLI_UNROLL for (int i = 0; i < 2; i++)
+        a[i] = _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 2], 0xcc), _mm256_shuffle_ps(a[i], a[i + 2], 0x4e));
+    a[2] = _mm256_blend_ps(a[1], a[0], 0xaa);
+    return _mm256_add_ps(_mm256_blend_ps(a[0], a[1], 0xaa), _mm256_permute_ps(a[2], 0xb1));
+}
+
+KVLI_Y void kvli_y_score_as(const int H, const float *rows, uint32_t dim, uint32_t n, const float *q, size_t q_stride, float *s) {
+    const uint32_t NT = 8 / (uint32_t)H;
+    for (uint32_t t0 = 0; t0 < n; t0 += NT, rows += NT * dim) {
+        __m256 a[8], sum;
+        KVLI_UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_setzero_ps();
+        for (uint32_t d = 0; d < dim; d += 8) {
+            KVLI_UNROLL for (uint32_t h = 0; h < (uint32_t)H; h++) {
+                __m256 x = _mm256_loadu_ps(q + h * q_stride + d);
+                KVLI_UNROLL for (uint32_t t = 0; t < NT; t++)
+                    a[h * NT + t] = _mm256_fmadd_ps(x, _mm256_loadu_ps(rows + t * dim + d), a[h * NT + t]);
+            }
+        }
+        sum = kvli_y_sum8(a);
+        if (H == 1) {
+            _mm256_storeu_ps(s + t0, sum);
+        } else {
+            _mm_storeu_ps(s + t0, _mm256_castps256_ps128(sum));
+            _mm_storeu_ps(s + KVLI_CPU_STRIDE + t0, _mm256_extractf128_ps(sum, 1));
+        }
+    }
+}
+
+static KVLI_TARGET_AVX2 void kvli_y_score(const kvli_cpu_block *b) {
+    uint32_t dim = b->side->dim;
+    for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
+        uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
+        kvli_y_decode(b->side, b->tile, t, (n + 7) & ~7u, b->scratch);
+        for (uint32_t i = 0; i < b->n_q; i += 2) {
+            float *s = b->s + (size_t)i * KVLI_CPU_STRIDE + t;
+            const float *q = b->q + i * b->q_stride;
+            if (i + 1 < b->n_q)
+                kvli_y_score_as(2, b->scratch, dim, n, q, b->q_stride, s);
+            else
+                kvli_y_score_as(1, b->scratch, dim, n, q, 0, s);
+        }
+    }
+}
+
+KVLI_Y __m256 kvli_y_exp2v(__m256 x) { /* as kvli_z_exp2v */
+    __m256 n, r, p;
+    __m256i two;
+    x = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);
+    n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm256_sub_ps(x, n);
+    p = _mm256_set1_ps(1.535336188319500e-4f);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.339887440266574e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(9.618437357674640e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.550332471162809e-2f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(2.402264791363012e-1f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(6.931472028550421e-1f));
+    two = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(_mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f)), _mm256_castsi256_ps(two));
+}
+
+static KVLI_TARGET_AVX2 float kvli_y_exp2(float x) { return _mm256_cvtss_f32(kvli_y_exp2v(_mm256_set1_ps(x))); }
+
+KVLI_Y __m256 kvli_y_softcap(__m256 x, float cap) { /* as kvli_z_softcap */
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+    __m256 e = kvli_y_exp2v(_mm256_mul_ps(_mm256_andnot_ps(sign, x), _mm256_set1_ps(-2.0f * KVLI_LOG2E)));
+    __m256 t = _mm256_mul_ps(_mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e)), _mm256_set1_ps(cap));
+    return _mm256_or_ps(t, _mm256_and_ps(sign, x));
+}
+
+/* All ones where a token is seen, of the eight from t on. */
+KVLI_Y __m256 kvli_y_seen(const kvli_cpu_run *run, uint32_t t) {
+    __m256i at = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32((int)t));
+    __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->lo), at),
+                                     _mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->hi), at));
+    return _mm256_castsi256_ps(_mm256_or_si256(in, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->sink), at)));
+}
+
+static KVLI_TARGET_AVX2 float kvli_y_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
+    __m256 m = _mm256_set1_ps(st->m), sum[4];
+    __m128 half;
+    float by;
+    for (uint32_t t = 0; t < KVLI_CPU_TILE; t += 8) {
+        __m256 x = _mm256_loadu_ps(s + t);
+        if (cap != 0) x = kvli_y_softcap(x, cap);
+        x = _mm256_blendv_ps(_mm256_set1_ps(KVLI_LOW), x, kvli_y_seen(run, t));
+        m = _mm256_max_ps(m, x);
+        _mm256_storeu_ps(s + t, x);
+    }
+    m = _mm256_max_ps(m, _mm256_permute2f128_ps(m, m, 0x01));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4e));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xb1));
+    by = kvli_y_exp2(st->m - _mm256_cvtss_f32(m));
+    KVLI_UNROLL for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
+    for (uint32_t t = 0; t < KVLI_CPU_TILE; t += 32) {
+        KVLI_UNROLL for (uint32_t i = 0; i < 4; i++) {
+            __m256 x = _mm256_and_ps(kvli_y_seen(run, t + 8 * i), kvli_y_exp2v(_mm256_sub_ps(_mm256_loadu_ps(s + t + 8 * i), m)));
+            sum[i] = _mm256_add_ps(sum[i], x);
+            _mm256_storeu_ps(s + t + 8 * i, x);
+        }
+    }
+    sum[0] = _mm256_add_ps(_mm256_add_ps(sum[0], sum[2]), _mm256_add_ps(sum[1], sum[3]));
+    half = _mm_add_ps(_mm256_castps256_ps128(sum[0]), _mm256_extractf128_ps(sum[0], 1));
+    half = _mm_add_ps(half, _mm_permute_ps(half, 0x4e));
+    half = _mm_add_ps(half, _mm_permute_ps(half, 0xb1));
+    st->l = st->l * by + _mm_cvtss_f32(half);
+    st->m = _mm256_cvtss_f32(m);
+    return by;
+}
+
+/* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and 8 * W dims. */
+KVLI_Y void kvli_y_values_as(const int H, const int W, const float *rows, uint32_t dim, uint32_t t0, uint32_t t1, const float *p, float *acc,
+                             size_t acc_stride) {
+    __m256 a[8];
+    KVLI_UNROLL for (int h = 0; h < H; h++) {
+        KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm256_loadu_ps(acc + (size_t)h * acc_stride + 8 * i);
+    }
+    for (uint32_t t = t0; t < t1; t++) {
+        KVLI_UNROLL for (int h = 0; h < H; h++) {
+            __m256 w = _mm256_set1_ps(p[h * KVLI_CPU_STRIDE + (int)t]);
+            KVLI_UNROLL for (int i = 0; i < W; i++)
+                a[h * W + i] = _mm256_fmadd_ps(w, _mm256_loadu_ps(rows + t * dim + 8 * i), a[h * W + i]);
+        }
+    }
+    KVLI_UNROLL for (int h = 0; h < H; h++) {
+        KVLI_UNROLL for (int i = 0; i < W; i++) _mm256_storeu_ps(acc + (size_t)h * acc_stride + 8 * i, a[h * W + i]);
+    }
+}
+
+static KVLI_TARGET_AVX2 void kvli_y_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1) {
+    const kvli_cpu_block *b = (const kvli_cpu_block *)arg;
+    const float *p = b->s + (size_t)q * KVLI_CPU_STRIDE, *rows = b->scratch;
+    float *acc = b->acc + q * b->acc_stride;
+    uint32_t dim = b->side->dim, d = 0;
+    if (n_q == 2) {
+        for (; d + 32 <= dim; d += 32) kvli_y_values_as(2, 4, rows + d, dim, t0, t1, p, acc + d, b->acc_stride);
+        if (d < dim) kvli_y_values_as(2, 2, rows + d, dim, t0, t1, p, acc + d, b->acc_stride);
+        return;
+    }
+    for (; d + 64 <= dim; d += 64) kvli_y_values_as(1, 8, rows + d, dim, t0, t1, p, acc + d, 0);
+    for (; d < dim; d += 16) kvli_y_values_as(1, 2, rows + d, dim, t0, t1, p, acc + d, 0);
+}
+
+static KVLI_TARGET_AVX2 void kvli_y_values(const kvli_cpu_block *b) {
+    for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
+        kvli_cpu_block chunk = *b;
+        uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
+        kvli_y_decode(b->side, b->tile, t, n, b->scratch);
+        chunk.s += t;
+        kvli_cpu_spread_runs(b->runs, b->first + t, 0, n, b->n_q, 2, kvli_y_values_run, &chunk);
+    }
+}
+
+static const kvli_cpu_ops KVLI_CPU_AVX2 = {16, false, kvli_y_scratch_floats, kvli_y_score, kvli_y_softmax, kvli_y_values, kvli_y_exp2};
+#endif /* KVLI_X86 */
+
+/* ---- a step ---- */
+/* One span as tasks: n_blocks query blocks of max_q rows × KV heads × n_parts ranges of segments. */
+typedef struct kvli_cpu_plan {
+    uint32_t first_write, first_unit;  /* tasks before this span's */
+    uint32_t n_query_blocks, n_segments, n_parts; /* n_parts 1: a task goes through all segments */
+    size_t partial;                    /* where the span's partial results start: [KV head][query row][segment][2 + v_dim] */
+} kvli_cpu_plan;
+
+typedef struct kvli_cpu_job {
+    const kvli_attend *a;
+    const kvli_cpu_ops *ops;
+    kvl_simd simd;
+    kvli_cpu_plan *plan; /* [n_spans + 1] */
+    uint8_t *bad;        /* by write task: a row was not finite */
+    float *partial;
+    uint32_t max_q, k_pad, v_pad, acc_floats;
+    bool two_q, two_acc; /* packed tiles want q, or add to accumulators, of their own: rotated, or in another order */
+} kvli_cpu_job;
+
+static uint32_t kvli_cpu_span_of(const kvli_cpu_job *job, uint32_t task, bool write) {
+    uint32_t lo = 0, hi = job->a->n_spans;
+    while (hi - lo > 1) {
+        uint32_t mid = (lo + hi) / 2;
+        if ((write ? job->plan[mid].first_write : job->plan[mid].first_unit) <= task)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    return lo;
+}
+
+static size_t kvli_dtype_size(kvl_dtype t) { return t == KVL_DTYPE_F32 ? 4 : 2; }
+
+static uint8_t *kvli_tensor_at(const kvl_tensor *t, uint32_t row, uint32_t head) {
+    return (uint8_t *)t->data + ((size_t)row * t->row_stride + (size_t)head * t->head_stride) * kvli_dtype_size(t->dtype);
+}
+
+/* The K tile of a head in a block or a scratch slot; *cls is its class. */
+static uint8_t *kvli_cpu_tile(const kvli_attend *a, uint32_t entry, uint32_t head, uint32_t *cls) {
+    uint32_t id = entry & KVL_ENTRY_ID;
+    const kvli_layer *L = a->layer;
+    if (entry & KVL_ENTRY_SCRATCH) {
+        *cls = KVLI_EXACT;
+        return a->scratch + id * a->scratch_slot + head * L->head_stride[KVLI_EXACT];
+    }
+    *cls = entry & KVL_ENTRY_EXACT ? KVLI_EXACT : KVLI_PACKED;
+    return (uint8_t *)(uintptr_t)a->block_address[id] + L->offset[*cls] + head * L->head_stride[*cls];
+}
+
+static void kvli_cpu_seal(const kvli_cpu_job *job, uint32_t own, uint32_t entry, uint32_t head) {
+    const kvli_attend *a = job->a;
+    const kvli_layer *L = a->layer;
+    uint32_t from_cls, to_cls;
+    const uint8_t *from = kvli_cpu_tile(a, own, head, &from_cls);
+    uint8_t *to = kvli_cpu_tile(a, entry, head, &to_cls);
+    if (to_cls == KVLI_EXACT) {
+        memcpy(to, from, L->k[KVLI_EXACT].tile_bytes);
+        memcpy(to + L->v_offset[to_cls], from + L->v_offset[from_cls], L->v[KVLI_EXACT].tile_bytes);
+        return;
+    }
+    kvli_seal_tile(&L->k[KVLI_PACKED], a->geo->exact, from, to, job->simd);
+    kvli_seal_tile(&L->v[KVLI_PACKED], a->geo->exact, from + L->v_offset[from_cls], to + L->v_offset[to_cls], job->simd);
+}
+
+/* Task: one head's new rows of one block; seals the block if they complete it. */
+static void kvli_cpu_write(void *arg, uint32_t task) {
+    const kvli_cpu_job *job = (const kvli_cpu_job *)arg;
+    const kvli_attend *a = job->a;
+    const kvli_geometry *geo = a->geo;
+    uint32_t si = kvli_cpu_span_of(job, task, true), local = task - job->plan[si].first_write, T = geo->block_tokens, cls;
+    const kvli_attend_span *span = &a->spans[si];
+    const kvl_span_blocks *blocks = &span->blocks;
+    uint32_t i = local / geo->n_kv_heads, head = local % geo->n_kv_heads, b = blocks->first_own + i, end = span->position + span->n_rows;
+    uint32_t from = kvli_max_u32(b * T, span->position), n = kvli_min_u32((b + 1) * T, end) - from;
+    uint32_t row = span->first_row + (from - span->position);
+    uint8_t *tile = kvli_cpu_tile(a, blocks->own[i], head, &cls);
+    bool ok = kvli_write_rows(geo->exact, geo->k_dim, kvli_tensor_at(&a->k, row, head), a->k.dtype, a->k.row_stride, n, tile, from - b * T,
+                              job->simd);
+    ok &= kvli_write_rows(geo->exact, geo->v_dim, kvli_tensor_at(&a->v, row, head), a->v.dtype, a->v.row_stride, n,
+                          tile + a->layer->v_offset[cls], from - b * T, job->simd);
+    job->bad[task] = !ok;
+    if (end >= (b + 1) * T && b < blocks->n_blocks && blocks->table[b] != blocks->own[i] && blocks->table[b] != KVL_NONE)
+        kvli_cpu_seal(job, blocks->own[i], blocks->table[b], head);
+}
+
+/* A task's query rows: rows [q0, q0 + n_q) of the span's rows × the query heads of one KV head. */
+typedef struct kvli_cpu_unit {
+    const kvli_cpu_job *job;
+    const kvli_attend_span *span;
+    uint32_t head, q0, n_q;
+    float *q[2], *acc[2], *run_acc, *s, *scratch; /* [KVLI_PACKED], [KVLI_EXACT]: the same array unless two_q, two_acc */
+    kvli_cpu_stat stat[KVLI_CPU_MAX_Q], run_stat[KVLI_CPU_MAX_Q];
+    kvli_cpu_run runs[KVLI_CPU_MAX_Q];            /* of the tile at hand */
+} kvli_cpu_unit;
+
+static uint32_t kvli_cpu_position(const kvli_cpu_unit *u, uint32_t i) {
+    return u->span->position + (u->q0 + i) / u->job->a->geo->gqa;
+}
+
+/* The first of the unit's query rows at this position or later. */
+static uint32_t kvli_cpu_first_at(const kvli_cpu_unit *u, uint64_t position) {
+    uint64_t i;
+    if (position <= u->span->position) return 0;
+    i = (position - u->span->position) * u->job->a->geo->gqa;
+    return i <= u->q0 ? 0 : i - u->q0 < u->n_q ? (uint32_t)(i - u->q0) : u->n_q;
+}
+
+static void kvli_cpu_load(const kvl_tensor *t, uint32_t row, uint32_t head, uint32_t dim, float *out) {
+    const uint8_t *at = kvli_tensor_at(t, row, head);
+    if (t->dtype == KVL_DTYPE_F32) {
+        memcpy(out, at, dim * sizeof(float));
+        return;
+    }
+    for (uint32_t d = 0; d < dim; d++) {
+        uint16_t h;
+        memcpy(&h, at + 2 * d, sizeof h);
+        out[d] = t->dtype == KVL_DTYPE_F16 ? kvli_f16_to_f32(h) : kvli_bf16_to_f32(h);
+    }
+}
+
+static void kvli_cpu_store(const kvl_tensor *t, uint32_t row, uint32_t head, uint32_t dim, const float *x) {
+    uint8_t *at = kvli_tensor_at(t, row, head);
+    if (t->dtype == KVL_DTYPE_F32) {
+        memcpy(at, x, dim * sizeof(float));
+        return;
+    }
+    for (uint32_t d = 0; d < dim; d++) {
+        uint16_t h = t->dtype == KVL_DTYPE_F16 ? kvli_f32_to_f16(x[d]) : kvli_f32_to_bf16(x[d]);
+        memcpy(at + 2 * d, &h, sizeof h);
+    }
+}
+
+static bool kvli_is_nibbles(kvl_format f) { return f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL; }
+
+/* Where element d of a row stands where nibbles are split. */
+static inline uint32_t kvli_cpu_split(uint32_t d) { return (d & ~31u) + (d & 1) * 16 + (d & 31) / 2; }
+
+/* q rows as f32, scaled (softmax scale, softcap, base 2), and once more as packed keys want them. */
+KVLI_NOINLINE void kvli_cpu_prepare_q(kvli_cpu_unit *u) {
+    const kvli_cpu_job *job = u->job;
+    const kvli_attend *a = job->a;
+    const kvli_side *packed = &a->layer->k[KVLI_PACKED];
+    uint32_t gqa = a->geo->gqa, dim = a->geo->k_dim;
+    float by = a->layer->softcap != 0 ? a->layer->scale / a->layer->softcap : a->layer->scale * KVLI_LOG2E;
+    memset(u->q[KVLI_EXACT], 0, (size_t)(u->n_q + 1) * job->k_pad * sizeof(float));
+    if (job->two_q) memset(u->q[KVLI_PACKED], 0, (size_t)(u->n_q + 1) * job->k_pad * sizeof(float));
+    for (uint32_t i = 0; i < u->n_q; i++) {
+        float *q = u->q[KVLI_EXACT] + (size_t)i * job->k_pad, *p = u->q[KVLI_PACKED] + (size_t)i * job->k_pad, x[256];
+        uint32_t at = u->q0 + i;
+        kvli_cpu_load(&a->q, u->span->first_row + at / gqa, u->head * gqa + at % gqa, dim, q);
+        for (uint32_t d = 0; d < dim; d++) q[d] *= by;
+        if (!job->two_q) continue;
+        memcpy(x, q, dim * sizeof(float));
+        if (packed->rotated) kvli_hadamard(x, dim, 1, job->simd);
+        if (job->ops->splits_nibbles && kvli_is_nibbles(packed->format)) {
+            for (uint32_t d = 0; d < dim; d++) p[kvli_cpu_split(d)] = x[d];
+        } else {
+            memcpy(p, x, dim * sizeof(float));
+        }
+    }
+}
+
+/* Accumulators of packed values, undone, are added to those of exact ones. */
+KVLI_NOINLINE void kvli_cpu_join(const kvli_cpu_unit *u, uint32_t i) {
+    const kvli_cpu_job *job = u->job;
+    const kvli_side *packed = &job->a->layer->v[KVLI_PACKED];
+    uint32_t dim = packed->dim;
+    const float *from = u->acc[KVLI_PACKED] + (size_t)i * job->acc_floats;
+    float *to = u->acc[KVLI_EXACT] + (size_t)i * job->acc_floats, x[256];
+    if (job->ops->splits_nibbles && kvli_is_nibbles(packed->format)) {
+        for (uint32_t d = 0; d < dim; d++) x[d] = from[kvli_cpu_split(d)];
+        for (uint32_t g = 0; packed->format == KVL_INT4 && g * 64 < dim; g++) {
+            float sum = 0;
+            for (uint32_t l = 0; l < 16; l++) sum += from[job->v_pad + 16 * g + l];
+            for (uint32_t d = 64 * g; d < kvli_min_u32(64 * g + 64, dim); d++) x[d] += sum;
+        }
+    } else {
+        memcpy(x, from, dim * sizeof(float));
+    }
+    if (packed->rotated) kvli_hadamard(x, dim, 1, job->simd);
+    for (uint32_t d = 0; d < dim; d++) to[d] += x[d];
+}
+
+/* Folds one segment's result into what came before it. l is 0 where nothing was seen. */
+KVLI_NOINLINE void kvli_cpu_merge(const kvli_cpu_ops *ops, kvli_cpu_stat *st, float *acc, const kvli_cpu_stat *next, const float *next_acc,
+                                  uint32_t dim) {
+    float m = st->m > next->m ? st->m : next->m, a, b;
+    if (next->l == 0) return;
+    if (st->l == 0) {
+        *st = *next;
+        memcpy(acc, next_acc, dim * sizeof(float));
+        return;
+    }
+    a = ops->exp2(st->m - m);
+    b = ops->exp2(next->m - m);
+    st->m = m;
+    st->l = st->l * a + next->l * b;
+    for (uint32_t d = 0; d < dim; d++) acc[d] = acc[d] * a + next_acc[d] * b;
+}
+
+/* A finished row: the sink logit joins the sum, then the division. */
+KVLI_NOINLINE void kvli_cpu_finish(const kvli_cpu_job *job, const kvli_attend_span *span, uint32_t at, uint32_t head, kvli_cpu_stat st,
+                                   const float *acc) {
+    const kvli_attend *a = job->a;
+    uint32_t gqa = a->geo->gqa, h = head * gqa + at % gqa, dim = a->geo->v_dim;
+    float x[256], by = 0;
+    if (a->layer->sink_logits && st.l != 0) {
+        float sink = a->layer->sink_logits[h] * KVLI_LOG2E, m = sink > st.m ? sink : st.m;
+        by = job->ops->exp2(st.m - m);
+        by /= st.l * by + job->ops->exp2(sink - m);
+    } else if (st.l != 0) {
+        by = 1.0f / st.l;
+    }
+    for (uint32_t d = 0; d < dim; d++) x[d] = st.l != 0 ? acc[d] * by : 0.0f;
+    kvli_cpu_store(&a->out, span->first_row + at / gqa, h, dim, x);
+}
+
+/* Which tokens of tile [t0, t0 + n) each query row sees; false: none sees any. */
+static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
+    const kvli_layer *L = u->job->a->layer;
+    bool any = false;
+    for (uint32_t i = 0; i < u->n_q; i++) {
+        uint32_t p = kvli_cpu_position(u, i), lo = L->window && p + 1 > L->window ? p + 1 - L->window : 0;
+        uint32_t sink = kvli_min_u32(L->window ? L->sink_tokens : 0, lo);
+        kvli_cpu_run *r = &u->runs[i];
+        r->sink = sink > t0 ? kvli_min_u32(sink - t0, n) : 0;
+        r->hi = p + 1 > t0 ? kvli_min_u32(p + 1 - t0, n) : 0;
+        r->lo = lo > t0 ? kvli_min_u32(lo - t0, n) : 0;
+        if (r->lo > r->hi) r->lo = r->hi;
+        any |= r->sink > 0 || r->lo < r->hi;
+    }
+    return any;
+}
+
+/* A block of the tile at hand, and the query rows [q0, q0 + n_q) that read this version of it. */
+typedef struct kvli_cpu_part { const uint8_t *at; uint32_t cls, first, n, q0, n_q; } kvli_cpu_part;
+enum { KVLI_CPU_PARTS = 2 * KVLI_CPU_TILE / 8 };
+
+/* Leaves out query rows at both ends that see nothing of tokens [first, first + n) of the tile. */
+static void kvli_cpu_add_part(const kvli_cpu_unit *u, uint32_t entry, uint32_t first, uint32_t n, uint32_t q0, uint32_t q1,
+                              kvli_cpu_part *parts, uint32_t *n_parts) {
+    const kvli_cpu_run *r = u->runs;
+    kvli_cpu_part *p = &parts[*n_parts];
+#define KVLI_SEES(i) (r[i].sink > first || (r[i].lo < first + n && r[i].hi > first && r[i].lo < r[i].hi))
+    while (q0 < q1 && !KVLI_SEES(q0)) q0++;
+    while (q0 < q1 && !KVLI_SEES(q1 - 1)) q1--;
+#undef KVLI_SEES
+    if (q0 == q1) return;
+    p->at = kvli_cpu_tile(u->job->a, entry, u->head, &p->cls);
+    p->first = first;
+    p->n = 0;
+    for (uint32_t i = q0; i < q1; i++) p->n = kvli_max_u32(p->n, kvli_max_u32(r[i].sink, r[i].hi));
+    p->n = kvli_min_u32(p->n - first, n);
+    p->q0 = q0;
+    p->n_q = q1 - q0;
+    ++*n_parts;
+}
+
+/* A row sees its own block exact and earlier ones as the table has them. */
+static uint32_t kvli_cpu_tile_parts(const kvli_cpu_unit *u, uint32_t t0, uint32_t n, kvli_cpu_part *parts) {
+    const kvl_span_blocks *blocks = &u->span->blocks;
+    uint32_t T = u->job->a->geo->block_tokens, n_parts = 0;
+    for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
+        uint32_t own = kvli_cpu_first_at(u, (uint64_t)b * T), later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
+        if (own < later) kvli_cpu_add_part(u, blocks->own[b - blocks->first_own], b * T - t0, T, own, later, parts, &n_parts);
+        if (later < u->n_q) kvli_cpu_add_part(u, blocks->table[b], b * T - t0, T, later, u->n_q, parts, &n_parts);
+    }
+    return n_parts;
+}
+
+static kvli_cpu_block kvli_cpu_block_of(const kvli_cpu_unit *u, const kvli_cpu_part *p, bool is_key) {
+    const kvli_cpu_job *job = u->job;
+    const kvli_layer *L = job->a->layer;
+    kvli_cpu_block b;
+    b.side = is_key ? &L->k[p->cls] : &L->v[p->cls];
+    b.tile = is_key ? p->at : p->at + L->v_offset[p->cls];
+    b.n = p->n;
+    b.first = p->first;
+    b.n_q = p->n_q;
+    b.q = u->q[p->cls] + (size_t)p->q0 * job->k_pad;
+    b.q_stride = job->k_pad;
+    b.s = u->s + (size_t)p->q0 * KVLI_CPU_STRIDE + p->first;
+    b.runs = u->runs + p->q0;
+    b.acc = u->acc[p->cls] + (size_t)p->q0 * job->acc_floats;
+    b.acc_stride = job->acc_floats;
+    b.scratch = u->scratch;
+    return b;
+}
+
+KVLI_NOINLINE void kvli_cpu_scale(float *x, uint32_t n, float by) {
+    for (uint32_t d = 0; d < n; d++) x[d] *= by;
+}
+
+static void kvli_cpu_tile_step(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
+    const kvli_cpu_job *job = u->job;
+    const kvli_layer *L = job->a->layer;
+    kvli_cpu_part parts[KVLI_CPU_PARTS];
+    uint32_t n_parts;
+    if (!kvli_cpu_tile_runs(u, t0, n)) return;
+    n_parts = kvli_cpu_tile_parts(u, t0, n, parts);
+    for (uint32_t i = 0; i < n_parts; i++) {
+        kvli_cpu_block b = kvli_cpu_block_of(u, &parts[i], true);
+        job->ops->score(&b);
+    }
+    for (uint32_t i = 0; i < u->n_q; i++) {
+        const kvli_cpu_run *r = &u->runs[i];
+        float by;
+        if (r->sink == 0 && r->lo == r->hi) continue;
+        by = job->ops->softmax(u->s + (size_t)i * KVLI_CPU_STRIDE, r, L->softcap * KVLI_LOG2E, &u->stat[i]);
+        if (by == 1.0f) continue;
+        kvli_cpu_scale(u->acc[KVLI_EXACT] + (size_t)i * job->acc_floats, job->acc_floats, by);
+        if (job->two_acc) kvli_cpu_scale(u->acc[KVLI_PACKED] + (size_t)i * job->acc_floats, job->acc_floats, by);
+    }
+    for (uint32_t i = 0; i < n_parts; i++) {
+        kvli_cpu_block b = kvli_cpu_block_of(u, &parts[i], false);
+        job->ops->values(&b);
+    }
+}
+
+/* One segment of the unit's rows, from nothing: stat and acc[KVLI_EXACT]. */
+static void kvli_cpu_segment(kvli_cpu_unit *u, uint32_t segment) {
+    const kvli_cpu_job *job = u->job;
+    const kvli_layer *L = job->a->layer;
+    uint32_t length = job->a->geo->segment_tokens, start = segment * length, first = kvli_cpu_position(u, 0);
+    uint32_t end = kvli_min_u32(kvli_cpu_position(u, u->n_q - 1) + 1, start + length);
+    uint32_t lo = L->window && first + 1 > L->window ? first + 1 - L->window : 0, sinks = L->window ? L->sink_tokens : 0;
+    size_t floats = (size_t)u->n_q * job->acc_floats;
+    for (uint32_t i = 0; i < u->n_q; i++) {
+        u->stat[i].m = KVLI_LOW;
+        u->stat[i].l = 0;
+    }
+    memset(u->acc[KVLI_EXACT], 0, floats * sizeof(float));
+    if (job->two_acc) memset(u->acc[KVLI_PACKED], 0, floats * sizeof(float));
+    for (uint32_t t = start; t < end; t += KVLI_CPU_TILE) {
+        uint32_t n = kvli_min_u32(start + length - t, KVLI_CPU_TILE);
+        if (t + n > lo || t < sinks) kvli_cpu_tile_step(u, t, n);
+    }
+    for (uint32_t i = 0; i < u->n_q && job->two_acc; i++)
+        if (u->stat[i].l != 0) kvli_cpu_join(u, i);
+}
+
+/* Whether a segment lies between the sinks and the windows of all of the unit's rows. */
+static bool kvli_cpu_segment_unseen(const kvli_cpu_unit *u, uint32_t segment) {
+    const kvli_layer *L = u->job->a->layer;
+    uint32_t length = u->job->a->geo->segment_tokens, first = kvli_cpu_position(u, 0);
+    return L->window && segment * length >= L->sink_tokens && (uint64_t)(segment + 1) * length + L->window <= (uint64_t)first + 1;
+}
+
+static float *kvli_cpu_partial(const kvli_cpu_job *job, const kvli_cpu_plan *plan, const kvli_attend_span *span, uint32_t head, uint32_t at,
+                               uint32_t segment) {
+    size_t rows = (size_t)span->n_rows * job->a->geo->gqa;
+    return job->partial + plan->partial + ((head * rows + at) * plan->n_segments + segment) * (2 + job->a->geo->v_dim);
+}
+
+static void kvli_cpu_unit_run(kvli_cpu_unit *u, const kvli_cpu_plan *plan, uint32_t part) {
+    const kvli_cpu_job *job = u->job;
+    uint32_t dim = job->a->geo->v_dim, s0 = (uint32_t)((uint64_t)plan->n_segments * part / plan->n_parts);
+    uint32_t s1 = (uint32_t)((uint64_t)plan->n_segments * (part + 1) / plan->n_parts);
+    kvli_cpu_prepare_q(u);
+    for (uint32_t i = 0; i < u->n_q; i++) {
+        u->run_stat[i].m = KVLI_LOW;
+        u->run_stat[i].l = 0;
+    }
+    for (uint32_t s = s0; s < s1; s++) {
+        bool unseen = kvli_cpu_segment_unseen(u, s);
+        if (!unseen) kvli_cpu_segment(u, s);
+        for (uint32_t i = 0; i < u->n_q; i++) {
+            const float *acc = u->acc[KVLI_EXACT] + (size_t)i * job->acc_floats;
+            if (plan->n_parts > 1) {
+                float *to = kvli_cpu_partial(job, plan, u->span, u->head, u->q0 + i, s);
+                to[0] = u->stat[i].m;
+                to[1] = unseen ? 0 : u->stat[i].l;
+                if (!unseen) memcpy(to + 2, acc, dim * sizeof(float));
+            } else if (!unseen) {
+                kvli_cpu_merge(job->ops, &u->run_stat[i], u->run_acc + (size_t)i * dim, &u->stat[i], acc, dim);
+            }
+        }
+    }
+    for (uint32_t i = 0; i < u->n_q && plan->n_parts == 1; i++)
+        kvli_cpu_finish(job, u->span, u->q0 + i, u->head, u->run_stat[i], u->run_acc + (size_t)i * dim);
+}
+
+/* Task: some query rows of one KV head of one span, over all segments or some. */
+static void kvli_cpu_unit_task(void *arg, uint32_t task) {
+    const kvli_cpu_job *job = (const kvli_cpu_job *)arg;
+    const kvli_geometry *geo = job->a->geo;
+    KVLI_ALIGN(64) float memory[KVLI_CPU_FLOATS];
+    uint32_t si = kvli_cpu_span_of(job, task, false), local = task - job->plan[si].first_unit, rows;
+    const kvli_cpu_plan *plan = &job->plan[si];
+    size_t q_floats, acc_floats;
+    kvli_cpu_unit u;
+    u.job = job;
+    u.span = &job->a->spans[si];
+    u.head = local / (plan->n_query_blocks * plan->n_parts);
+    u.q0 = local / plan->n_parts % plan->n_query_blocks * job->max_q;
+    rows = u.span->n_rows * geo->gqa;
+    u.n_q = kvli_min_u32(rows - u.q0, job->max_q);
+    q_floats = (size_t)(u.n_q + 1) * job->k_pad;
+    acc_floats = (size_t)u.n_q * job->acc_floats;
+    u.q[KVLI_EXACT] = memory;
+    u.q[KVLI_PACKED] = job->two_q ? memory + q_floats : memory;
+    u.acc[KVLI_EXACT] = u.q[KVLI_PACKED] + q_floats;
+    u.acc[KVLI_PACKED] = job->two_acc ? u.acc[KVLI_EXACT] + acc_floats : u.acc[KVLI_EXACT];
+    u.run_acc = u.acc[KVLI_PACKED] + acc_floats;
+    u.s = u.run_acc + (size_t)u.n_q * geo->v_dim;
+    u.scratch = u.s + (size_t)(u.n_q + 1) * KVLI_CPU_STRIDE;
+    kvli_cpu_unit_run(&u, plan, local % plan->n_parts);
+}
+
+/* Task: merges the partial results of one KV head of one span, left to right. */
+static void kvli_cpu_merge_task(void *arg, uint32_t task) {
+    const kvli_cpu_job *job = (const kvli_cpu_job *)arg;
+    const kvli_geometry *geo = job->a->geo;
+    uint32_t si = task / geo->n_kv_heads, head = task % geo->n_kv_heads;
+    const kvli_cpu_plan *plan = &job->plan[si];
+    const kvli_attend_span *span = &job->a->spans[si];
+    if (plan->n_parts == 1) return;
+    for (uint32_t at = 0; at < span->n_rows * geo->gqa; at++) {
+        kvli_cpu_stat st = {KVLI_LOW, 0}, next;
+        float acc[256];
+        for (uint32_t s = 0; s < plan->n_segments; s++) {
+            const float *from = kvli_cpu_partial(job, plan, span, head, at, s);
+            next.m = from[0];
+            next.l = from[1];
+            kvli_cpu_merge(job->ops, &st, acc, &next, from + 2, geo->v_dim);
+        }
+        kvli_cpu_finish(job, span, at, head, st, acc);
+    }
+}
+
+/* Query rows that a task's scratch holds, and how wide its rows are. */
+static void kvli_cpu_shape(kvli_cpu_job *job) {
+    const kvli_geometry *geo = job->a->geo;
+    const kvli_layer *L = job->a->layer;
+    const kvli_side *k = &L->k[KVLI_PACKED], *v = &L->v[KVLI_PACKED];
+    uint32_t align = job->ops->dim_align;
+    bool split = job->ops->splits_nibbles;
+    size_t row, left;
+    job->k_pad = kvli_div_up(geo->k_dim, align) * align;
+    job->v_pad = kvli_div_up(geo->v_dim, align) * align;
+    job->two_q = k->rotated || (split && kvli_is_nibbles(k->format));
+    job->two_acc = v->rotated || (split && kvli_is_nibbles(v->format));
+    job->acc_floats = job->v_pad + (split && v->format == KVL_INT4 ? 16 * kvli_div_up(geo->v_dim, 64) : 0);
+    row = (job->two_q ? 2 : 1) * job->k_pad + (job->two_acc ? 2 : 1) * job->acc_floats + geo->v_dim + KVLI_CPU_STRIDE;
+    left = KVLI_CPU_FLOATS - job->ops->scratch_floats(geo) - 2 * job->k_pad - KVLI_CPU_STRIDE;
+    job->max_q = (uint32_t)(left / row);
+    if (job->max_q > KVLI_CPU_MAX_Q) job->max_q = KVLI_CPU_MAX_Q;
+    if (job->max_q > 4) job->max_q &= ~3u;
+}
+
+/* Cuts spans into tasks. A span whose tasks are long against all work over the threads is cut along segments as well. */
+static uint32_t kvli_cpu_split_units(const kvli_cpu_job *job, uint32_t n_threads, size_t partial_floats) {
+    const kvli_attend *a = job->a;
+    const kvli_geometry *geo = a->geo;
+    uint64_t work = 0;
+    uint32_t n_units = 0;
+    size_t used = 0;
+    for (uint32_t s = 0; s < a->n_spans; s++) {
+        kvli_cpu_plan *p = &job->plan[s];
+        uint32_t end = a->spans[s].position + a->spans[s].n_rows;
+        p->n_query_blocks = kvli_div_up(a->spans[s].n_rows * geo->gqa, job->max_q);
+        p->n_segments = kvli_div_up(end, geo->segment_tokens);
+        work += (uint64_t)p->n_query_blocks * geo->n_kv_heads * end;
+    }
+    for (uint32_t s = 0; s < a->n_spans; s++) {
+        kvli_cpu_plan *p = &job->plan[s];
+        uint32_t end = a->spans[s].position + a->spans[s].n_rows;
+        uint64_t parts = ((uint64_t)end * 4 * n_threads + work - 1) / work;
+        size_t floats = (size_t)a->spans[s].n_rows * geo->n_q_heads * p->n_segments * (2 + geo->v_dim);
+        if (parts > p->n_segments) parts = p->n_segments;
+        if (n_threads == 1 || floats > partial_floats - used) parts = 1;
+        p->n_parts = (uint32_t)parts;
+        p->partial = used;
+        if (parts > 1) used += floats;
+        p->first_unit = n_units;
+        n_units += p->n_query_blocks * geo->n_kv_heads * p->n_parts;
+    }
+    return n_units;
+}
+
+/* Writes and seals; with few rows and nothing to seal, waking threads would cost more than it gives. */
+static void kvli_cpu_write_all(struct kvl_context *ctx, kvli_cpu_job *job) {
+    const kvli_attend *a = job->a;
+    uint32_t n = 0, heads = a->geo->n_kv_heads, T = a->geo->block_tokens;
+    bool seals = false;
+    for (uint32_t s = 0; s < a->n_spans; s++) {
+        const kvli_attend_span *span = &a->spans[s];
+        job->plan[s].first_write = n;
+        n += span->blocks.n_own * heads;
+        seals |= span->position / T != (span->position + span->n_rows) / T;
+    }
+    if (seals || a->n_rows >= 16) {
+        kvli_parallel(ctx, n, kvli_cpu_write, job);
+    } else {
+        for (uint32_t i = 0; i < n; i++) kvli_cpu_write(job, i);
+    }
+    for (uint32_t s = 0, i = 0; s < a->n_spans; s++)
+        for (uint32_t end = i + a->spans[s].blocks.n_own * heads; i < end; i++)
+            if (job->bad[i]) a->taint[s] = 1;
+}
+
+static size_t kvli_cpu_align64(size_t n) { return (n + 63) & ~(size_t)63; }
+
+/* Plans and flags of a step, and room for the partial results of as many query rows as splitting along segments can pay for. */
+static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens) {
+    size_t fixed = kvli_cpu_align64(max_step_tokens * sizeof(kvli_cpu_plan)) + kvli_cpu_align64((size_t)max_step_tokens * geo->n_kv_heads);
+    uint64_t row = (uint64_t)kvli_div_up(max_seq_tokens, geo->segment_tokens) * (2 + geo->v_dim) * sizeof(float);
+    uint64_t rows = (uint64_t)kvli_min_u32(max_step_tokens, 4 * n_threads) * geo->n_q_heads;
+    uint64_t most = 16u << 20, partial = row * rows < most ? row * rows : most;
+    return fixed + (n_threads > 1 ? (size_t)partial : 0);
+}
+
+static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a) {
+    uint32_t n_threads = kvli_threads(ctx), n_units;
+    uint8_t *at = (uint8_t *)a->workspace;
+    bool merge = false;
+    size_t fixed;
+    kvli_cpu_job job;
+    job.a = a;
+    job.simd = kvli_simd(ctx);
+    job.ops = &KVLI_CPU_SCALAR;
+#if KVLI_X86
+    if (job.simd == KVL_SIMD_AVX512) job.ops = &KVLI_CPU_AVX512;
+    if (job.simd == KVL_SIMD_AVX2) job.ops = &KVLI_CPU_AVX2;
+#endif
+    job.plan = (kvli_cpu_plan *)a->workspace;
+    job.bad = at + kvli_cpu_align64(a->n_spans * sizeof(kvli_cpu_plan));
+    fixed = (size_t)(job.bad - at) + kvli_cpu_align64((size_t)a->n_rows * a->geo->n_kv_heads);
+    job.partial = (float *)(void *)(at + fixed);
+    kvli_cpu_shape(&job);
+    kvli_cpu_write_all(ctx, &job);
+    n_units = kvli_cpu_split_units(&job, n_threads, (a->workspace_bytes - fixed) / sizeof(float));
+    kvli_parallel(ctx, n_units, kvli_cpu_unit_task, &job);
+    for (uint32_t s = 0; s < a->n_spans; s++) merge |= job.plan[s].n_parts > 1;
+    if (merge) kvli_parallel(ctx, a->n_spans * a->geo->n_kv_heads, kvli_cpu_merge_task, &job);
+}
+
+/* ==== >>null: no math and no memory: scheduler tests, capacity planning ===================================================== */
+static bool kvli_null_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
+    return kvli_side_supported(f, is_key, tokens, dim, why);
+}
+static uint64_t kvli_null_alloc(kvl_context *ctx, size_t bytes) {
+    uint64_t at = ctx->null_address;
+    ctx->null_address += (bytes + 127) & ~(size_t)127;
+    return at;
+}
+static void kvli_null_free(kvl_context *ctx, uint64_t address, size_t bytes) { (void)ctx; (void)address; (void)bytes; }
+static void kvli_null_copy(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes) { (void)ctx; (void)dst; (void)src; (void)bytes; }
+static size_t kvli_null_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens) {
+    (void)geo; (void)n_threads; (void)max_step_tokens; (void)max_seq_tokens;
+    return 0;
+}
+static void kvli_null_attend(kvl_context *ctx, const kvli_attend *args) { (void)ctx; (void)args; }
+
+/* The CPU's memory; its attention is in >>cpu. */
+static uint64_t kvli_cpu_alloc(kvl_context *ctx, size_t bytes) {
+    size_t size = bytes + 128 + sizeof(void *);
+    if (size < bytes) return 0;
+    uint8_t *raw = (uint8_t *)kvli_alloc(ctx, size);
+    if (!raw) return 0;
+    uintptr_t at = ((uintptr_t)raw + sizeof(void *) + 127) & ~(uintptr_t)127;
+    ((void **)at)[-1] = raw;
+    return (uint64_t)at;
+}
+static void kvli_cpu_free(kvl_context *ctx, uint64_t address, size_t bytes) {
+    kvli_free(ctx, ((void **)(uintptr_t)address)[-1], bytes + 128 + sizeof(void *));
+}
+static void kvli_cpu_copy(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes) {
+    (void)ctx;
+    memcpy((void *)(uintptr_t)dst, (const void *)(uintptr_t)src, bytes);
+}
+static void kvli_cpu_poison(kvl_context *ctx, uint64_t address, size_t bytes) { /* all ones: NaN in every float format */
+    (void)ctx;
+    memset((void *)(uintptr_t)address, 0xff, bytes);
+}
+
+static const kvli_backend kvli_backends[] = { /* in the order that AUTO tries them */
+    {"cpu", KVL_BACKEND_CPU, true, kvli_side_supported, kvli_cpu_alloc, kvli_cpu_free, kvli_cpu_copy, kvli_cpu_poison, kvli_cpu_workspace,
+     kvli_cpu_attend},
+    {"null", KVL_BACKEND_NULL, false, kvli_null_supports, kvli_null_alloc, kvli_null_free, kvli_null_copy, kvli_null_free, kvli_null_workspace,
+     kvli_null_attend},
+};
+
+/* ==== >>public: context ================================================================================================== */
+KVL_API const char *kvl_result_name(kvl_result r) {
+    switch ((int)r) {
+#define KVL_RESULT_NAME_(name, value, text) case value: return #name;
+        KVL_RESULTS(KVL_RESULT_NAME_)
+#undef KVL_RESULT_NAME_
+    default: return "UNKNOWN";
+    }
+}
+KVL_API const char *kvl_result_text(kvl_result r) {
+    switch ((int)r) {
+#define KVL_RESULT_TEXT_(name, value, text) case value: return text;
+        KVL_RESULTS(KVL_RESULT_TEXT_)
+#undef KVL_RESULT_TEXT_
+    default: return "not a result of kvlite";
+    }
+}
+KVL_API const char *kvl_match_reason_text(kvl_match_reason r) {
+    static const char *const text[] = {"all that can be reused was",      "the next tokens differ",
+                                       "nothing cached goes on from here", "cached only under another namespace or salt",
+                                       "evicted",                          "the shared rows stand in a packed block",
+                                       "nothing is cached"};
+    return (uint32_t)r < sizeof text / sizeof *text ? text[r] : "unknown";
+}
+
+static void kvli_pool_destroy(kvl_context *ctx) {
+    kvli_pool *p = ctx->pool;
+    if (!p) return;
+    kvli_lock(&p->sleep);
+    kvli_atomic_store(&p->stop, 1);
+    kvli_cond_broadcast(&p->wake);
+    kvli_unlock(&p->sleep);
+    uint32_t capacity = ctx->desc.n_threads - 1;
+    for (uint32_t i = 0; i < p->n_threads; i++) kvli_thread_join(p->threads[i]);
+    kvli_cond_free(&p->wake);
+    kvli_cond_free(&p->done);
+    kvli_mutex_free(&p->sleep);
+    kvli_mutex_free(&p->job);
+    kvli_free(ctx, p, sizeof *p + capacity * sizeof(kvli_thread));
+    ctx->pool = NULL;
+}
+
+static bool kvli_pool_create(kvl_context *ctx) {
+    uint32_t workers = ctx->desc.n_threads - 1;
+    size_t size = sizeof(kvli_pool) + workers * sizeof(kvli_thread);
+    kvli_pool *p = (kvli_pool *)kvli_alloc(ctx, size);
+    if (!p) return false;
+    memset(p, 0, size);
+    p->threads = (kvli_thread *)(p + 1);
+    if (!kvli_mutex_init(&p->job) || !kvli_mutex_init(&p->sleep) || !kvli_cond_init(&p->wake) || !kvli_cond_init(&p->done)) {
+        kvli_free(ctx, p, size);
+        return false;
+    }
+    ctx->pool = p;
+    while (p->n_threads < workers && kvli_thread_start(&p->threads[p->n_threads], kvli_pool_main, p)) p->n_threads++;
+    if (p->n_threads == workers) return true;
+    kvli_pool_destroy(ctx);
+    return false;
+}
+
+KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context **out) {
+    static const char *const simd_names[] = {"auto", "scalar", "avx2", "avx512"};
+    kvl_context local, *ctx;
+    if (out) *out = NULL;
+    memset(&local, 0, sizeof local);
+    if (desc) local.desc = *desc;
+    if (!local.desc.alloc) local.desc.alloc = kvli_default_alloc;
+    if (!local.desc.clock) local.desc.clock = kvli_default_clock;
+    kvli_text err = kvli_text_at(local.desc.error, local.desc.error_size);
+    if (!out) return kvli_fail(&local, err, KVL_INVALID_ARG, "kvl_context_create: out is null");
+    if (local.desc.n_threads > 1024)
+        return kvli_fail(&local, err, KVL_INVALID_ARG, "n_threads: %u is more than 1024", local.desc.n_threads);
+    if ((uint32_t)local.desc.simd > KVL_SIMD_AVX512) return kvli_fail(&local, err, KVL_INVALID_ARG, "simd: %d is unknown", (int)local.desc.simd);
+    local.simd = local.desc.simd ? local.desc.simd : kvli_simd_best();
+    if (local.simd > kvli_simd_best())
+        return kvli_fail(&local, err, KVL_UNSUPPORTED, "simd: this CPU or build has no %s", simd_names[local.simd]);
+    for (size_t i = 0; i < sizeof kvli_backends / sizeof *kvli_backends && !local.backend; i++)
+        if (local.desc.backend == KVL_BACKEND_AUTO || local.desc.backend == kvli_backends[i].kind) local.backend = &kvli_backends[i];
+    if (!local.backend) return kvli_fail(&local, err, KVL_NO_BACKEND, "backend: %d is not in this build", (int)local.desc.backend);
+    local.null_address = 4096;
+    if (local.backend->kind == KVL_BACKEND_CPU) snprintf(local.name, sizeof local.name, "cpu (%s)", simd_names[local.simd]);
+    else snprintf(local.name, sizeof local.name, "%s", local.backend->name);
+    snprintf(local.report, sizeof local.report, "%s: %s\n", local.backend->name,
+             local.desc.backend == KVL_BACKEND_AUTO ? "chosen: the first that works" : "as asked");
+    ctx = (kvl_context *)kvli_alloc(&local, sizeof *ctx);
+    if (!ctx) return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY, "kvl_context_create: the allocator returned null");
+    *ctx = local;
+    ctx->desc.error = NULL;
+    if (!ctx->desc.parallel_for && ctx->desc.n_threads > 1 && !kvli_pool_create(ctx)) {
+        kvli_free(&local, ctx, sizeof *ctx);
+        return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY, "n_threads: %u threads could not be started", local.desc.n_threads);
+    }
+    *out = ctx;
+    return KVL_OK;
+}
+
+KVL_API void kvl_context_destroy(kvl_context *ctx) {
+    if (!ctx) return;
+    kvli_pool_destroy(ctx);
+    kvl_context local = *ctx;
+    kvli_free(&local, ctx, sizeof *ctx);
+}
+KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? ctx->name : ""; }
+KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
+
+/* ==== >>public: cache create ============================================================================================= */
+static bool kvli_side_make(kvl_cache *c, kvli_side *side, const char *field, uint32_t layer, kvl_format f, bool is_key, uint32_t dim,
+                           float global, kvl_result *r) {
+    const char *why = "";
+    if (!c->ctx->backend->supports(f, is_key, c->geo.block_tokens, dim, &why)) {
+        *r = KVLI_ERROR(c, KVL_UNSUPPORTED, "%s of layer %u: %s: %s (%s)", field, layer, kvl_format_name(f), why, c->ctx->backend->name);
+        return false;
+    }
+    side->format = f & ~(kvl_format)KVL_ROTATED;
+    side->rotated = (f & KVL_ROTATED) != 0;
+    side->global = global > 0 ? global : 1.0f / 16;
+    side->tokens = c->geo.block_tokens;
+    side->dim = dim;
+    side->tile_bytes = kvli_tile_size(f, c->geo.block_tokens, dim);
+    return true;
+}
+
+static kvl_result kvli_geometry_check(kvl_cache *c, kvl_geometry *g) {
+    const kvl_preset *preset = kvl_preset_find(g->preset ? g->preset : "int8");
+    if (!preset) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.preset: \"%s\" is unknown", g->preset);
+    if (!g->n_layers || g->n_layers > 4096) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_layers: %u is not in 1..4096", g->n_layers);
+    if (!g->n_q_heads || g->n_q_heads > 4096) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_q_heads: %u is not in 1..4096", g->n_q_heads);
+    if (!g->n_kv_heads) g->n_kv_heads = g->n_q_heads;
+    if (g->n_q_heads % g->n_kv_heads)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_kv_heads: %u does not divide n_q_heads %u", g->n_kv_heads, g->n_q_heads);
+    if (!g->v_dim) g->v_dim = g->k_dim;
+    if (g->k_dim < 16 || g->k_dim > 256 || g->k_dim % 16)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.k_dim: %u is not a multiple of 16 in 16..256", g->k_dim);
+    if (g->v_dim < 16 || g->v_dim > 256 || g->v_dim % 16)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.v_dim: %u is not a multiple of 16 in 16..256", g->v_dim);
+    if (!(g->scale == 0 || (g->scale > -1e30f && g->scale < 1e30f))) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.scale is not finite");
+    if (g->scale == 0) g->scale = 1.0f / sqrtf((float)g->k_dim);
+    if (!g->block_tokens) g->block_tokens = 32;
+    if (g->block_tokens != 8 && g->block_tokens != 16 && g->block_tokens != 32 && g->block_tokens != 64)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.block_tokens: %u is not 8, 16, 32 or 64", g->block_tokens);
+    if (!g->segment_tokens) g->segment_tokens = 1024;
+    if (g->segment_tokens % 64 || g->segment_tokens > 1u << 20)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.segment_tokens: %u is not a multiple of 64 up to 1048576", g->segment_tokens);
+    if (!g->sink_blocks) g->sink_blocks = 1;
+    if (!g->k_format) g->k_format = preset->k;
+    if (!g->v_format) g->v_format = preset->v;
+    if (!g->exact_format) g->exact_format = preset->exact;
+    if (g->exact_format != KVL_F32 && g->exact_format != KVL_F16 && g->exact_format != KVL_BF16)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.exact_format: %s is not f32, f16 or bf16", kvl_format_name(g->exact_format));
+    return KVL_OK;
+}
+
+static kvl_result kvli_layer_check(kvl_cache *c, uint32_t l, const kvl_layer *layer) {
+    if (layer->shares_kv_with) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].shares_kv_with is not built yet", l);
+    if (layer->latent_dim) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].latent_dim is not built yet", l);
+    if (layer->state_bytes) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].state_bytes is not built yet", l);
+    if (layer->window > 1u << 30) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].window: %u is too large", l, layer->window);
+    if (layer->sink_tokens > 1u << 20)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].sink_tokens: %u is too large", l, layer->sink_tokens);
+    if (!(layer->softcap >= 0 && layer->softcap < 1e30f)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].softcap is not finite", l);
+    if (!(layer->scale > -1e30f && layer->scale < 1e30f)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].scale is not finite", l);
+    return KVL_OK;
+}
+
+/* Finds or adds the group of a layer; KVL_NONE if there are too many. */
+static uint32_t kvli_group_of(kvl_cache *c, uint32_t window, uint32_t sink_tokens) {
+    uint32_t g = 0;
+    while (g < c->geo.n_groups && (c->groups[g].window != window || c->groups[g].sink_tokens != sink_tokens)) g++;
+    if (g < c->geo.n_groups) return g;
+    if (g == KVLI_MAX_GROUPS) return KVL_NONE;
+    c->groups[g].window = window;
+    c->groups[g].sink_tokens = sink_tokens;
+    return c->geo.n_groups++, g;
+}
+
+static kvl_result kvli_layer_make(kvl_cache *c, const kvl_geometry *g, uint32_t l, const kvl_layer *d, float *sinks) {
+    kvli_layer *layer = &c->geo.layers[l];
+    kvl_result r = kvli_layer_check(c, l, d);
+    if (r != KVL_OK) return r;
+    layer->window = d->window;
+    layer->sink_tokens = d->window ? d->sink_tokens : 0;
+    layer->softcap = d->softcap;
+    layer->scale = d->scale != 0 ? d->scale : g->scale;
+    if (d->sink_logits) {
+        memcpy(sinks, d->sink_logits, g->n_q_heads * sizeof *sinks);
+        layer->sink_logits = sinks;
+    }
+    layer->group = kvli_group_of(c, layer->window, layer->sink_tokens);
+    if (layer->group == KVL_NONE) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers: more than %d different windows", KVLI_MAX_GROUPS);
+    kvl_format k = d->k_format ? d->k_format : g->k_format, v = d->v_format ? d->v_format : g->v_format;
+    if (!kvli_side_make(c, &layer->k[KVLI_PACKED], "k_format", l, k, true, g->k_dim, d->k_global, &r) ||
+        !kvli_side_make(c, &layer->v[KVLI_PACKED], "v_format", l, v, false, g->v_dim, d->v_global, &r) ||
+        !kvli_side_make(c, &layer->k[KVLI_EXACT], "exact_format", l, g->exact_format, true, g->k_dim, 0, &r) ||
+        !kvli_side_make(c, &layer->v[KVLI_EXACT], "exact_format", l, g->exact_format, false, g->v_dim, 0, &r))
+        return r;
+    kvli_group *group = &c->groups[layer->group];
+    group->two_class = group->two_class || k != g->exact_format || v != g->exact_format;
+    for (int e = 0; e < 2; e++) {
+        layer->v_offset[e] = layer->k[e].tile_bytes;
+        layer->head_stride[e] = layer->k[e].tile_bytes + layer->v[e].tile_bytes;
+        layer->offset[e] = group->bytes[e];
+        group->bytes[e] += layer->head_stride[e] * g->n_kv_heads;
+    }
+    size_t slot = layer->head_stride[KVLI_EXACT] * g->n_kv_heads;
+    if (slot > c->scratch_slot) c->scratch_slot = slot;
+    return KVL_OK;
+}
+
+/* Resolves the geometry: layers, groups, classes. */
+static kvl_result kvli_geometry_make(kvl_cache *c) {
+    kvl_geometry *g = &c->desc.geometry;
+    kvl_layer none;
+    kvl_result r = kvli_geometry_check(c, g);
+    if (r != KVL_OK) return r;
+    memset(&none, 0, sizeof none);
+    c->geo.n_layers = g->n_layers;
+    c->geo.n_q_heads = g->n_q_heads;
+    c->geo.n_kv_heads = g->n_kv_heads;
+    c->geo.gqa = g->n_q_heads / g->n_kv_heads;
+    c->geo.k_dim = g->k_dim;
+    c->geo.v_dim = g->v_dim;
+    c->geo.block_tokens = g->block_tokens;
+    c->geo.sink_blocks = g->sink_blocks == KVL_NONE ? 0 : g->sink_blocks;
+    c->geo.segment_tokens = g->segment_tokens;
+    c->geo.exact = g->exact_format;
+    kvli_arena a = {NULL, 0};
+    float *sinks = NULL;
+    for (int pass = 0; pass < 2; pass++) {
+        a.used = 0;
+        c->geo.layers = KVLI_CARVE(&a, kvli_layer, g->n_layers);
+        sinks = KVLI_CARVE(&a, float, (size_t)g->n_layers * g->n_q_heads);
+        if (pass) break;
+        c->layer_bytes = a.used;
+        c->layer_arena = a.base = (uint8_t *)kvli_alloc(c->ctx, a.used);
+        if (!a.base) return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null for %zu bytes", a.used);
+    }
+    memset(c->layer_arena, 0, c->layer_bytes);
+    for (uint32_t l = 0; l < g->n_layers && r == KVL_OK; l++)
+        r = kvli_layer_make(c, g, l, g->layers ? &g->layers[l] : &none, sinks + (size_t)l * g->n_q_heads);
+    for (uint32_t k = 0; k < c->geo.n_groups; k++) {
+        if (c->groups[k].two_class) c->classes[2 * k].bytes = c->groups[k].bytes[KVLI_PACKED];
+        c->classes[2 * k + 1].bytes = c->groups[k].bytes[KVLI_EXACT];
+    }
+    return r;
+}
+
+/* Slab size: at least the largest block and about 1/256 of the budget, chosen so that what the classes leave over at its end, and the slab
+   that each class has half empty, waste least. */
+static size_t kvli_slab_size(const kvl_cache *c, uint64_t budget) {
+    size_t largest = 0, best = 0;
+    double best_cost = 1e30;
+    uint32_t classes = 0;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        if (c->classes[k].bytes > largest) largest = c->classes[k].bytes;
+        classes += c->classes[k].bytes != 0;
+    }
+    size_t base = budget / 256 > largest ? (size_t)(budget / 256) : largest;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        size_t bytes = c->classes[k].bytes;
+        if (!bytes) continue;
+        for (size_t n = (base + bytes - 1) / bytes, i = 0; i < 16; i++, n++) {
+            size_t size = n * bytes;
+            double slack = 0, weight = 0;
+            for (uint32_t j = 0; j < c->geo.n_groups * 2; j++) {
+                if (!c->classes[j].bytes) continue;
+                double w = j & 1 ? 1 : 3; /* most of a long context is packed */
+                slack += w * (double)(size % c->classes[j].bytes) / (double)size;
+                weight += w;
+            }
+            double cost = slack / weight + 0.5 * classes * (double)size / (double)(budget ? budget : 1);
+            if (cost < best_cost) { best_cost = cost; best = size; }
+        }
+    }
+    return best;
+}
+
+static uint32_t kvli_longest(const kvl_cache *c, uint32_t limit, uint32_t n_slabs, bool empty) { /* longest sequence that fits */
+    uint32_t low = 0, high = limit, need[KVLI_MAX_CLASSES];
+    while (low < high) {
+        uint32_t mid = low + (high - low + 1) / 2;
+        kvli_need(c, mid, c->geo.block_tokens, need);
+        if (kvli_fits(c, need, n_slabs, empty, NULL)) low = mid;
+        else high = mid - 1;
+    }
+    return low;
+}
+
+/* Everything that create decides before it allocates. */
+static kvl_result kvli_cache_plan(kvl_cache *c) {
+    kvl_cache_desc *d = &c->desc;
+    if (!d->device_bytes) return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes is required: the budget for KV blocks");
+    if (!d->max_device_bytes) d->max_device_bytes = d->device_bytes;
+    if (d->max_device_bytes < d->device_bytes) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_device_bytes is below device_bytes");
+    if (!d->max_sequences) d->max_sequences = 256;
+    if (d->max_sequences > 65535) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_sequences: %u is more than 65535", d->max_sequences);
+    if (!d->max_seq_tokens) d->max_seq_tokens = 131072;
+    if (d->max_seq_tokens > 1u << 27) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_seq_tokens: %u is more than 134217728", d->max_seq_tokens);
+    if (!d->max_step_tokens) d->max_step_tokens = 512;
+    if (d->max_step_tokens > 1u << 20) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_step_tokens: %u is more than 1048576", d->max_step_tokens);
+    if (d->lookup_hash_bits > 32) return KVLI_ERROR(c, KVL_INVALID_ARG, "lookup_hash_bits: %u is more than 32", d->lookup_hash_bits);
+    kvl_result r = kvli_geometry_make(c);
+    if (r != KVL_OK) return r;
+    uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES];
+    bool two = false;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) two = two || c->groups[g].two_class;
+    c->scratch_bytes = two ? c->scratch_slot * (d->max_step_tokens / T) : 0;
+    c->workspace_bytes = c->ctx->backend->workspace(&c->geo, kvli_threads(c->ctx), d->max_step_tokens, d->max_seq_tokens);
+    c->fixed_bytes = (uint64_t)c->scratch_bytes + c->workspace_bytes;
+    c->slab_bytes = kvli_slab_size(c, d->max_device_bytes > c->fixed_bytes ? d->max_device_bytes - c->fixed_bytes : 0);
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        c->classes[k].partial = KVL_NONE;
+        if (!c->classes[k].bytes) continue;
+        c->classes[k].per_slab = (uint32_t)(c->slab_bytes / c->classes[k].bytes);
+        c->max_per_slab = kvli_max_u32(c->max_per_slab, c->classes[k].per_slab);
+    }
+    uint64_t slabs = d->max_device_bytes > c->fixed_bytes ? (d->max_device_bytes - c->fixed_bytes) / c->slab_bytes : 0, least = 0;
+    kvli_need(c, 2 * T, T, need);
+    if (slabs * c->max_per_slab > KVL_ENTRY_ID - 1) return KVLI_ERROR(c, KVL_LIMIT, "max_device_bytes: more than 2^30 blocks");
+    if (!kvli_fits(c, need, (uint32_t)slabs, true, &least))
+        return KVLI_ERROR(c, KVL_NO_BLOCKS, "device_bytes: %llu is too small: one sequence of two blocks takes %llu (%llu of it scratch)",
+                          (unsigned long long)d->max_device_bytes, (unsigned long long)(least * c->slab_bytes + c->fixed_bytes),
+                          (unsigned long long)c->fixed_bytes);
+    c->max_slabs = (uint32_t)slabs;
+    c->max_blocks = c->max_slabs * c->max_per_slab;
+    c->max_seqs = d->max_sequences;
+    d->max_seq_tokens = kvli_longest(c, d->max_seq_tokens, c->max_slabs, true);
+    c->seq_blocks = kvli_div_up(d->max_seq_tokens, T) + 1;
+    c->max_spans = kvli_min_u32(c->max_seqs, d->max_step_tokens);
+    c->max_logits = d->max_step_tokens + c->max_seqs;
+    c->max_nodes = c->max_blocks + c->max_seqs + 64;
+    for (c->n_buckets = 64; c->n_buckets < c->max_nodes; c->n_buckets *= 2) {}
+    return KVL_OK;
+}
+
+static void kvli_step_carve(kvl_cache *c, kvli_arena *a) {
+    kvli_step_state *st = &c->step;
+    size_t G = c->geo.n_groups, own = G * ((size_t)c->desc.max_step_tokens / c->geo.block_tokens + 2 * (size_t)c->max_spans);
+    st->undo = KVLI_CARVE(a, kvli_undo, own);
+    st->own = KVLI_CARVE(a, uint32_t, own);
+    st->copies = KVLI_CARVE(a, kvl_copy, G * c->max_spans);
+    st->spans = KVLI_CARVE(a, kvl_step_span, c->max_spans);
+    st->blocks = KVLI_CARVE(a, kvl_span_blocks, G * c->max_spans);
+    st->attend = KVLI_CARVE(a, kvli_attend_span, G * c->max_spans);
+    st->tokens = KVLI_CARVE(a, int32_t, c->desc.max_step_tokens);
+    st->positions = KVLI_CARVE(a, uint32_t, c->desc.max_step_tokens);
+    st->row_span = KVLI_CARVE(a, uint32_t, c->desc.max_step_tokens);
+    st->logit_rows = KVLI_CARVE(a, uint32_t, c->max_logits);
+    st->logit_requests = KVLI_CARVE(a, uint32_t, c->max_logits);
+    st->logit_users = KVLI_CARVE(a, void *, c->max_logits);
+    st->done = KVLI_CARVE(a, uint8_t, c->geo.n_layers);
+    st->taint = KVLI_CARVE(a, uint8_t, c->max_spans);
+}
+
+static void kvli_cache_carve(kvl_cache *c, kvli_arena *a) {
+    size_t G = c->geo.n_groups, T = c->geo.block_tokens;
+    c->slabs = KVLI_CARVE(a, kvli_slab, c->max_slabs);
+    c->slot_block = KVLI_CARVE(a, uint32_t, c->max_blocks);
+    c->slot_free = KVLI_CARVE(a, uint32_t, c->max_blocks);
+    c->blocks = KVLI_CARVE(a, kvli_block, c->max_blocks);
+    c->address = KVLI_CARVE(a, uint64_t, c->max_blocks);
+    c->free_ids = KVLI_CARVE(a, uint32_t, c->max_blocks);
+    c->check = KVLI_CARVE(a, uint32_t, c->max_blocks);
+    c->nodes = KVLI_CARVE(a, kvli_node, c->max_nodes);
+    c->node_tokens = KVLI_CARVE(a, int32_t, (size_t)c->max_nodes * T);
+    c->node_slots = KVLI_CARVE(a, uint32_t, (size_t)c->max_nodes * G);
+    c->buckets = KVLI_CARVE(a, uint32_t, c->n_buckets);
+    c->seqs = KVLI_CARVE(a, kvli_seq, c->max_seqs);
+    c->tables = KVLI_CARVE(a, uint32_t, (size_t)c->max_seqs * G * c->seq_blocks);
+    c->tails = KVLI_CARVE(a, int32_t, (size_t)c->max_seqs * T);
+    c->reserves = KVLI_CARVE(a, kvli_reserve, (size_t)c->max_seqs * G * 2);
+    c->free_seqs = KVLI_CARVE(a, uint32_t, c->max_seqs);
+    c->path = KVLI_CARVE(a, uint32_t, c->seq_blocks);
+    c->layer_group = KVLI_CARVE(a, uint32_t, c->geo.n_layers);
+    kvli_step_carve(c, a);
+}
+
+static void kvli_cache_lists(kvl_cache *c) { /* everything free */
+    uint32_t salt = (uint32_t)((uintptr_t)c >> 6) * 0x9E3779B9u; /* so that another cache's handles are not taken for ours */
+    for (uint32_t i = 0; i < c->max_slabs; i++) {
+        c->slabs[i].address = 0;
+        c->slabs[i].klass = KVL_NONE;
+        c->slabs[i].next = i + 1 < c->max_slabs ? i + 1 : KVL_NONE;
+    }
+    c->free_slab = KVL_NONE;
+    memset(c->slot_block, 0xff, (size_t)c->max_blocks * sizeof *c->slot_block);
+    for (uint32_t i = 0; i < c->max_blocks; i++) {
+        c->blocks[i].slab = KVL_NONE;
+        c->blocks[i].refs = 0;
+        c->address[i] = 0;
+        c->free_ids[i] = c->max_blocks - 1 - i;
+    }
+    c->n_free_ids = c->max_blocks;
+    for (uint32_t i = 0; i < KVLI_PRIORITIES; i++) c->lru_head[i] = c->lru_tail[i] = KVL_NONE;
+    for (uint32_t i = 0; i < c->max_nodes; i++) {
+        c->nodes[i].used = false;
+        c->nodes[i].next = i + 1 < c->max_nodes ? i + 1 : KVL_NONE;
+    }
+    c->roots = KVL_NONE;
+    memset(c->buckets, 0xff, (size_t)c->n_buckets * sizeof *c->buckets);
+    for (uint32_t i = 0; i < c->max_seqs; i++) {
+        c->seqs[i].open = false;
+        c->seqs[i].generation = (salt + i * 31) >> 16;
+        c->free_seqs[i] = c->max_seqs - 1 - i;
+    }
+    c->n_free_seqs = c->max_seqs;
+    for (uint32_t l = 0; l < c->geo.n_layers; l++) c->layer_group[l] = c->geo.layers[l].group;
+}
+
+static void kvli_step_views(kvl_cache *c) { /* the public step's arrays stay where they are */
+    kvli_step_state *st = &c->step;
+    kvl_step *v = &st->view;
+    v->tokens = st->tokens;
+    v->positions = st->positions;
+    v->row_span = st->row_span;
+    v->spans = st->spans;
+    v->logit_rows = st->logit_rows;
+    v->logit_requests = st->logit_requests;
+    v->logit_users = st->logit_users;
+    v->n_groups = c->geo.n_groups;
+    v->blocks = st->blocks;
+    v->block_address = c->address;
+    v->layer_group = c->layer_group;
+    v->copies = st->copies;
+}
+
+/* ---- slabs from and to the backend ---- */
+static void kvli_fixed_unmap(kvl_cache *c) {
+    if (c->scratch) c->ctx->backend->buffer_free(c->ctx, c->scratch, c->scratch_bytes);
+    if (c->workspace) c->ctx->backend->buffer_free(c->ctx, c->workspace, c->workspace_bytes);
+    c->scratch = c->workspace = 0;
+}
+
+static bool kvli_fixed_map(kvl_cache *c) {
+    if (c->scratch_bytes && !c->scratch) c->scratch = c->ctx->backend->buffer_alloc(c->ctx, c->scratch_bytes);
+    if (c->workspace_bytes && !c->workspace) c->workspace = c->ctx->backend->buffer_alloc(c->ctx, c->workspace_bytes);
+    if ((!c->scratch_bytes || c->scratch) && (!c->workspace_bytes || c->workspace)) return true;
+    kvli_fixed_unmap(c);
+    return false;
+}
+
+static bool kvli_slab_map(kvl_cache *c) {
+    uint32_t s = c->unmapped_slab;
+    uint64_t address = c->ctx->backend->buffer_alloc(c->ctx, c->slab_bytes);
+    if (!address) return false;
+    c->unmapped_slab = c->slabs[s].next;
+    c->slabs[s].address = address;
+    c->slabs[s].next = c->free_slab;
+    c->free_slab = s;
+    c->n_free_slabs++;
+    c->n_slabs++;
+    c->epoch++;
+    if (c->desc.poison) c->ctx->backend->poison(c->ctx, address, c->slab_bytes);
+    return true;
+}
+
+static void kvli_slab_unmap(kvl_cache *c) { /* there is a free one */
+    uint32_t s = c->free_slab;
+    c->free_slab = c->slabs[s].next;
+    c->n_free_slabs--;
+    c->n_slabs--;
+    c->epoch++;
+    c->ctx->backend->buffer_free(c->ctx, c->slabs[s].address, c->slab_bytes);
+    c->slabs[s].address = 0;
+    c->slabs[s].next = c->unmapped_slab;
+    c->unmapped_slab = s;
+}
+
+static uint32_t kvli_slabs_in(const kvl_cache *c, uint64_t bytes) {
+    if (bytes <= c->fixed_bytes) return 0;
+    uint64_t n = (bytes - c->fixed_bytes) / c->slab_bytes;
+    return n > c->max_slabs ? c->max_slabs : (uint32_t)n;
+}
+
+KVL_API void kvl_cache_destroy(kvl_cache *c) {
+    if (!c) return;
+    kvl_context *ctx = c->ctx;
+    bool own = c->own_ctx;
+    for (uint32_t s = 0; c->arena && s < c->max_slabs; s++)
+        if (c->slabs[s].address) ctx->backend->buffer_free(ctx, c->slabs[s].address, c->slab_bytes);
+    kvli_fixed_unmap(c);
+    kvli_free(ctx, c->arena, c->arena_bytes);
+    kvli_free(ctx, c->layer_arena, c->layer_bytes);
+    kvli_mutex_free(&c->lock);
+    kvli_atomic_add(&ctx->caches, (uint32_t)-1);
+    kvli_free(ctx, c, sizeof *c);
+    if (own) kvl_context_destroy(ctx);
+}
+
+static kvl_result kvli_cache_build(kvl_cache *c) {
+    kvli_arena a = {NULL, 0};
+    kvl_result r = kvli_cache_plan(c);
+    if (r != KVL_OK) return r;
+    kvli_cache_carve(c, &a);
+    uint64_t host = (uint64_t)a.used + c->layer_bytes + sizeof *c;
+    if (a.used == SIZE_MAX || (c->desc.host_bytes && host > c->desc.host_bytes))
+        return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: metadata takes %llu bytes", (unsigned long long)host);
+    c->arena = a.base = (uint8_t *)kvli_alloc(c->ctx, a.used);
+    if (!a.base) return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null for %zu bytes", a.used);
+    c->arena_bytes = a.used;
+    a.used = 0;
+    kvli_cache_carve(c, &a);
+    kvli_cache_lists(c);
+    kvli_step_views(c);
+    c->stats.bytes_metadata = host;
+    c->stats.slab_bytes = c->slab_bytes;
+    c->stats.device_budget = c->desc.device_bytes;
+    uint32_t target = kvli_slabs_in(c, c->desc.device_bytes);
+    if (target && !kvli_fixed_map(c)) return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for %llu bytes of scratch", (unsigned long long)c->fixed_bytes);
+    while (c->n_slabs < target)
+        if (!kvli_slab_map(c))
+            return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for slab %u of %u (%zu bytes each)", c->n_slabs + 1, target, c->slab_bytes);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+/* Makes the object and its context; *plan_only: only what create would decide. */
+static kvl_result kvli_cache_new(const kvl_cache_desc *desc, bool plan_only, kvl_cache **out) {
+    kvl_context *ctx = desc->context;
+    kvl_result r = KVL_OK;
+    kvli_text err = kvli_text_at(desc->error, desc->error_size);
+    if (!ctx) {
+        kvl_context_desc d = desc->context_desc;
+        if (!d.error) { d.error = desc->error; d.error_size = desc->error_size; }
+        r = kvl_context_create(&d, &ctx);
+        if (r != KVL_OK) return r;
+    }
+    kvl_cache *c = (kvl_cache *)kvli_alloc(ctx, sizeof *c);
+    bool locked = false;
+    if (c) {
+        memset(c, 0, sizeof *c);
+        c->ctx = ctx;
+        c->own_ctx = !desc->context;
+        c->desc = *desc;
+        c->desc.error = NULL;
+        locked = kvli_mutex_init(&c->lock);
+    }
+    if (!locked) {
+        if (c) kvli_free(ctx, c, sizeof *c);
+        r = kvli_fail(ctx, err, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null");
+        if (!desc->context) kvl_context_destroy(ctx);
+        return r;
+    }
+    kvli_atomic_add(&ctx->caches, 1);
+    r = plan_only ? kvli_cache_plan(c) : kvli_cache_build(c);
+    if (r != KVL_OK) {
+        if (err.at && err.size) snprintf(err.at, err.size, "%s", c->error);
+        kvl_cache_destroy(c);
+        return r;
+    }
+    *out = c;
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_cache_create(const kvl_cache_desc *desc, kvl_cache **out) {
+    if (out) *out = NULL;
+    if (!desc || !out) return KVL_INVALID_ARG;
+    return kvli_cache_new(desc, false, out);
+}
+
+KVL_API kvl_result kvl_cache_defaults(const kvl_cache_desc *desc, kvl_cache_desc *out) {
+    kvl_cache *c = NULL;
+    if (!desc || !out) return KVL_INVALID_ARG;
+    kvl_result r = kvli_cache_new(desc, true, &c);
+    if (r != KVL_OK) return r;
+    *out = c->desc;
+    out->error = desc->error;
+    kvl_cache_destroy(c);
+    return KVL_OK;
+}
+
+KVL_API kvl_context *kvl_cache_context(kvl_cache *c) { return c ? c->ctx : NULL; }
+KVL_API const char *kvl_last_error(const kvl_cache *c) { return c ? c->error : "the cache is null"; }
+
+KVL_API kvl_result kvl_get_stats(kvl_cache *c, kvl_stats *out) {
+    if (!c || !out) return KVL_INVALID_ARG;
+    kvli_lock(&c->lock);
+    *out = c->published;
+    kvli_sched_stats(c, out);
+    kvli_unlock(&c->lock);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_t *held_bytes) {
+    if (held_bytes) *held_bytes = 0;
+    if (!c) return KVL_INVALID_ARG;
+    if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_cache_resize: a step is open");
+    if (device_bytes > c->desc.max_device_bytes)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes: %llu is above max_device_bytes %llu", (unsigned long long)device_bytes,
+                          (unsigned long long)c->desc.max_device_bytes);
+    uint32_t target = kvli_slabs_in(c, device_bytes);
+    kvl_result r = KVL_OK;
+    while (c->n_slabs > target) {
+        if (c->n_free_slabs) kvli_slab_unmap(c);
+        else if (!kvli_compact(c) && !kvli_evict_one(c) && !kvli_sched_preempt_any(c)) break;
+    }
+    if (c->n_slabs > target) {
+        uint64_t held = (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes;
+        if (held_bytes) *held_bytes = held;
+        r = KVLI_ERROR(c, KVL_NO_BLOCKS, "kvl_cache_resize: open and pinned sequences hold %llu bytes", (unsigned long long)held);
+    }
+    if (!c->n_slabs && !target) kvli_fixed_unmap(c);
+    bool room = c->n_slabs >= target || kvli_fixed_map(c);
+    while (room && c->n_slabs < target) room = kvli_slab_map(c);
+    if (!room) {
+        if (!c->n_slabs) kvli_fixed_unmap(c);
+        r = KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "kvl_cache_resize: memory for %u of %u slabs", c->n_slabs, target);
+    }
+    c->stats.device_budget = r == KVL_NO_BLOCKS ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : device_bytes;
+    kvli_publish(c);
+    return r;
+}
+
+KVL_API kvl_result kvl_can_fit(kvl_cache *c, uint32_t n_sequences, uint32_t n_tokens, kvl_fit *fit) {
+    uint32_t need[KVLI_MAX_CLASSES], none[KVLI_MAX_CLASSES];
+    uint64_t slabs = 0, used = 0, alone = 0;
+    if (fit) memset(fit, 0, sizeof *fit);
+    if (!c || !n_sequences || !n_tokens || n_sequences > c->max_seqs) return KVL_INVALID_ARG;
+    memset(none, 0, sizeof none);
+    kvli_need(c, kvli_min_u32(n_tokens, 1u << 28), c->geo.block_tokens, need);
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        if (need[k] > 0xffffffffu / n_sequences) return KVL_NEVER_FITS;
+        need[k] *= n_sequences;
+    }
+    bool fits = kvli_fits(c, need, c->n_slabs, false, &slabs);
+    bool ever = kvli_fits(c, need, c->max_slabs, true, &alone) && n_tokens <= c->desc.max_seq_tokens;
+    kvli_fits(c, none, c->n_slabs, false, &used);
+    if (fit) {
+        fit->need_bytes = alone * c->slab_bytes;
+        fit->free_bytes = (c->n_slabs - kvli_min_u32(c->n_slabs, (uint32_t)used)) * (uint64_t)c->slab_bytes;
+        fit->short_bytes = slabs > c->n_slabs ? (slabs - c->n_slabs) * c->slab_bytes : 0;
+        fit->max_tokens = kvli_longest(c, c->desc.max_seq_tokens, c->n_slabs, false);
+        fit->fits_empty = ever;
+    }
+    return !ever ? KVL_NEVER_FITS : fits ? KVL_OK : KVL_NO_BLOCKS;
+}
+
+KVL_API kvl_result kvl_cache_layout(const kvl_cache *c, uint32_t layer, bool exact, kvl_block_layout *out) {
+    if (!c || !out || layer >= c->geo.n_layers) return KVL_INVALID_ARG;
+    const kvli_layer *l = &c->geo.layers[layer];
+    int e = exact ? KVLI_EXACT : KVLI_PACKED;
+    memset(out, 0, sizeof *out);
+    out->group = l->group;
+    out->k_format = l->k[e].format | (l->k[e].rotated ? (kvl_format)KVL_ROTATED : 0);
+    out->v_format = l->v[e].format | (l->v[e].rotated ? (kvl_format)KVL_ROTATED : 0);
+    out->block_bytes = c->groups[l->group].bytes[e];
+    out->layer_offset = l->offset[e];
+    out->head_stride = l->head_stride[e];
+    out->v_offset = l->v_offset[e];
+    return KVL_OK;
+}
+
+/* ==== >>public: sequences and steps ====================================================================================== */
+static bool kvli_desc_tokens_ok(const kvl_seq_desc *d) { return d && (d->tokens || !d->n_tokens) && d->priority < KVLI_PRIORITIES; }
+
+KVL_API kvl_result kvl_seq_open(kvl_cache *c, const kvl_seq_desc *desc, kvl_seq *out, kvl_reuse *reuse) {
+    if (out) out->id = 0;
+    if (reuse) memset(reuse, 0, sizeof *reuse);
+    if (!c) return KVL_INVALID_ARG;
+    if (!out || !kvli_desc_tokens_ok(desc)) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_seq_open: desc or out is null, tokens are null, or priority is above 7");
+    if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_seq_open: a step is open");
+    if (desc->n_tokens > c->desc.max_seq_tokens)
+        return KVLI_ERROR(c, KVL_LIMIT, "n_tokens: %u is more than max_seq_tokens %u", desc->n_tokens, c->desc.max_seq_tokens);
+    if (!c->n_free_seqs) return KVLI_ERROR(c, KVL_LIMIT, "max_sequences: all %u are open", c->max_seqs);
+    kvli_match m = kvli_match_find(c, desc);
+    *out = kvli_seq_handle(c, kvli_seq_start(c, desc, &m));
+    if (reuse) kvli_reuse_report(desc, &m, reuse);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+/* The index behind a handle for a call that needs the sequence between steps. */
+static kvl_result kvli_seq_idle(kvl_cache *c, kvl_seq h, const char *call, uint32_t *i) {
+    if (!c) return KVL_INVALID_ARG;
+    *i = kvli_seq_index(c, h);
+    if (*i == KVL_NONE) return KVLI_ERROR(c, KVL_INVALID_HANDLE, "%s: sequence %08x is not open here", call, h.id);
+    if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "%s: a step is open", call);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_seq_extend(kvl_cache *c, kvl_seq h, uint32_t n_tokens) {
+    uint32_t i, need[KVLI_MAX_CLASSES], taken[KVLI_MAX_CLASSES];
+    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_extend", &i);
+    if (r != KVL_OK) return r;
+    if (n_tokens > c->desc.max_seq_tokens - c->seqs[i].length)
+        return KVLI_ERROR(c, KVL_LIMIT, "kvl_seq_extend: %u + %u tokens is more than max_seq_tokens %u", c->seqs[i].length, n_tokens,
+                          c->desc.max_seq_tokens);
+    kvli_growth(c, i, c->seqs[i].length + n_tokens, need);
+    memset(taken, 0, sizeof taken);
+    for (uint32_t k = 0; k < c->geo.n_groups * 2 && r == KVL_OK; k++)
+        while (kvli_reserve_of(c, i, k)->count < need[k]) {
+            uint32_t entry = kvli_block_alloc(c, k);
+            if (entry == KVL_NONE) { r = KVL_NO_BLOCKS; break; }
+            kvli_reserve_push(c, i, entry);
+            taken[k]++;
+        }
+    for (uint32_t k = 0; k < c->geo.n_groups * 2 && r != KVL_OK; k++)
+        for (; taken[k]; taken[k]--) {
+            kvli_reserve *reserve = kvli_reserve_of(c, i, k);
+            uint32_t id = reserve->head;
+            reserve->head = c->blocks[id].next;
+            reserve->count--;
+            kvli_unref(c, id);
+        }
+    kvli_publish(c);
+    return r == KVL_OK ? r : KVLI_ERROR(c, r, "kvl_seq_extend: no blocks for %u more tokens", n_tokens);
+}
+
+KVL_API kvl_result kvl_seq_fork(kvl_cache *c, kvl_seq h, kvl_seq *out, uint32_t *length) {
+    uint32_t i;
+    if (out) out->id = 0;
+    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_fork", &i);
+    if (r != KVL_OK) return r;
+    if (!out) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_seq_fork: out is null");
+    if (!c->n_free_seqs) return KVLI_ERROR(c, KVL_LIMIT, "max_sequences: all %u are open", c->max_seqs);
+    *out = kvli_seq_handle(c, kvli_seq_copy(c, i));
+    if (length) *length = c->seqs[i].length;
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_seq_trim(kvl_cache *c, kvl_seq h, uint32_t n_tokens, uint32_t *length) {
+    uint32_t i;
+    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_trim", &i);
+    if (r != KVL_OK) return r;
+    uint32_t reached = kvli_seq_shorten(c, i, n_tokens);
+    if (length) *length = reached;
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+static void kvli_pin_path(kvl_cache *c, uint32_t node) {
+    for (uint32_t n = node; n != KVL_NONE; n = c->nodes[n].parent) {
+        for (uint32_t g = 0; g < c->geo.n_groups && !c->nodes[n].pins; g++) {
+            uint32_t entry = kvli_slots(c, n)[g];
+            if (entry == KVL_NONE || kvli_block_at(c, entry)->refs) continue;
+            kvli_lru_remove(c, entry & KVL_ENTRY_ID);
+            c->classes[kvli_block_at(c, entry)->klass].pinned++;
+        }
+        c->nodes[n].pins++;
+    }
+}
+
+static void kvli_unpin_path(kvl_cache *c, uint32_t node) {
+    uint32_t parent;
+    for (uint32_t n = node; n != KVL_NONE; n = parent) { /* deepest first, as eviction wants it */
+        parent = c->nodes[n].parent;
+        c->nodes[n].pins--;
+        for (uint32_t g = 0; g < c->geo.n_groups && !c->nodes[n].pins; g++) {
+            uint32_t entry = kvli_slots(c, n)[g];
+            if (entry == KVL_NONE || kvli_block_at(c, entry)->refs) continue;
+            c->classes[kvli_block_at(c, entry)->klass].pinned--;
+            kvli_lru_push(c, entry & KVL_ENTRY_ID);
+        }
+    }
+    kvli_node_tidy(c, node);
+}
+
+KVL_API kvl_result kvl_seq_pin(kvl_cache *c, kvl_seq h, bool pin) {
+    uint32_t i;
+    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_pin", &i);
+    if (r != KVL_OK) return r;
+    uint32_t old = c->seqs[i].pin_node, node = c->seqs[i].node;
+    if (pin && node == KVL_NONE) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_seq_pin: the sequence has nothing in the prefix tree");
+    if (pin) kvli_pin_path(c, node);
+    if (old != KVL_NONE) kvli_unpin_path(c, old);
+    c->seqs[i].pin_node = pin ? node : KVL_NONE;
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_prefix_unpin(kvl_cache *c, const kvl_seq_desc *d, uint32_t *n_tokens) {
+    if (n_tokens) *n_tokens = 0;
+    if (!c) return KVL_INVALID_ARG;
+    if (!kvli_desc_tokens_ok(d)) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_prefix_unpin: desc or its tokens are null");
+    if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_prefix_unpin: a step is open");
+    uint32_t T = c->geo.block_tokens, at = kvli_root_find(c, d->name_space, d->salt), deepest = KVL_NONE;
+    for (uint32_t done = 0; at != KVL_NONE && c->nodes[at].pins; done += T) {
+        deepest = at;
+        if (done + T > d->n_tokens) break;
+        at = kvli_child(c, at, d->tokens + done);
+    }
+    if (deepest == KVL_NONE) return KVL_OK;
+    for (uint32_t i = 0; i < c->max_seqs; i++) /* what an open sequence pinned is its own to unpin */
+        if (c->seqs[i].open && c->seqs[i].pin_node == deepest) c->seqs[i].pin_node = KVL_NONE;
+    if (n_tokens) *n_tokens = c->nodes[deepest].depth * T;
+    kvli_unpin_path(c, deepest);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_seq_close(kvl_cache *c, kvl_seq h) {
+    uint32_t i;
+    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_close", &i);
+    if (r != KVL_OK) return r;
+    kvli_seq_stop(c, i);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_seq_length(const kvl_cache *c, kvl_seq h, uint32_t *length) {
+    if (!c || !length) return KVL_INVALID_ARG;
+    uint32_t i = kvli_seq_index((kvl_cache *)c, h);
+    if (i == KVL_NONE) return KVL_INVALID_HANDLE;
+    *length = c->seqs[i].length;
+    return KVL_OK;
+}
+
+KVL_API bool kvl_seq_tainted(const kvl_cache *c, kvl_seq h) {
+    uint32_t i = c ? kvli_seq_index((kvl_cache *)c, h) : KVL_NONE;
+    return i != KVL_NONE && c->seqs[i].tainted;
+}
+
+static kvl_result kvli_span_check(kvl_cache *c, const kvl_span *span, uint32_t s, uint32_t *rows, uint32_t *logits) {
+    uint32_t i = kvli_seq_index(c, span->seq);
+    if (i == KVL_NONE) return KVLI_ERROR(c, KVL_INVALID_HANDLE, "spans[%u].seq: %08x is not open here", s, span->seq.id);
+    if (!span->tokens || !span->n_tokens) return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u]: no tokens", s);
+    if (span->n_logits > span->n_tokens)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].n_logits: %u is more than its %u tokens", s, span->n_logits, span->n_tokens);
+    if (span->n_tokens > c->desc.max_step_tokens - *rows)
+        return KVLI_ERROR(c, KVL_LIMIT, "spans[%u]: more than max_step_tokens %u in one step", s, c->desc.max_step_tokens);
+    if (span->n_tokens > c->desc.max_seq_tokens - c->seqs[i].length)
+        return KVLI_ERROR(c, KVL_LIMIT, "spans[%u]: %u + %u tokens is more than max_seq_tokens %u", s, c->seqs[i].length, span->n_tokens,
+                          c->desc.max_seq_tokens);
+    *rows += span->n_tokens;
+    *logits += span->n_logits;
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t n_spans, const kvl_step **out) {
+    uint32_t rows = 0, logits = 0;
+    kvl_result r = KVL_OK;
+    if (out) *out = NULL;
+    if (!c) return KVL_INVALID_ARG;
+    if (!out || !spans || !n_spans) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_step_begin: no spans, or out is null");
+    if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_step_begin: a step is open");
+    if (n_spans > c->max_spans) return KVLI_ERROR(c, KVL_LIMIT, "kvl_step_begin: %u spans are more than %u", n_spans, c->max_spans);
+    for (uint32_t s = 0; s < n_spans; s++) {
+        r = kvli_span_check(c, &spans[s], s, &rows, &logits);
+        if (r != KVL_OK) return r;
+    }
+    kvli_step_reset(c);
+    for (uint32_t s = 0; s < n_spans && r == KVL_OK; s++) {
+        uint32_t i = kvli_seq_index(c, spans[s].seq), first = c->step.n_rows;
+        if (c->seqs[i].step_span != KVL_NONE) r = KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].seq: a sequence stands twice in the step", s);
+        else r = kvli_step_add(c, i, &spans[s], 0);
+        if (r == KVL_NO_BLOCKS) KVLI_ERROR(c, r, "spans[%u]: no blocks for %u more tokens", s, spans[s].n_tokens);
+        for (uint32_t k = spans[s].n_tokens - spans[s].n_logits; k < spans[s].n_tokens && r == KVL_OK; k++)
+            kvli_step_logit(c, first + k, 0, spans[s].user);
+    }
+    if (r != KVL_OK) kvli_step_rollback(c);
+    else *out = kvli_step_finish(c);
+    kvli_publish(c);
+    return r;
+}
+
+KVL_API kvl_result kvl_step_end(kvl_cache *c, const kvl_step *step) {
+    if (!c) return KVL_INVALID_ARG;
+    kvl_result r = kvli_step_complete(c, step, "kvl_step_end");
+    if (r != KVL_OK) return r;
+    if (kvli_sched_owns_step(c)) return KVLI_ERROR(c, KVL_MISMATCH, "kvl_step_end: the scheduler's step is ended by kvl_sched_commit");
+    kvli_step_commit(c);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_step_abort(kvl_cache *c, const kvl_step *step) {
+    if (!c) return KVL_INVALID_ARG;
+    kvl_result r = kvli_step_is(c, step, "kvl_step_abort");
+    if (r != KVL_OK) return r;
+    if (kvli_sched_owns_step(c)) return KVLI_ERROR(c, KVL_MISMATCH, "kvl_step_abort: the scheduler's step is aborted by kvl_sched_abort");
+    kvli_step_rollback(c);
+    kvli_publish(c);
+    return KVL_OK;
+}
+
+static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim, bool has_memory, kvl_tensor *out) {
+    if (!in || (has_memory && !in->data) || (uint32_t)in->dtype > KVL_DTYPE_BF16) return false;
+    *out = *in;
+    if (!out->head_stride) out->head_stride = dim;
+    if (!out->row_stride) out->row_stride = (size_t)heads * dim;
+    return true;
+}
+
+KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer, const kvl_tensor *q, const kvl_tensor *k, const kvl_tensor *v,
+                              const kvl_tensor *out) {
+    kvli_attend a;
+    if (!c) return KVL_INVALID_ARG;
+    kvl_result r = kvli_step_is(c, step, "kvl_attend");
+    if (r != KVL_OK) return r;
+    if (layer >= c->geo.n_layers) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: layer %u of %u", layer, c->geo.n_layers);
+    if (c->step.done[layer]) return KVLI_ERROR(c, KVL_MISMATCH, "kvl_attend: layer %u has run in this step", layer);
+    bool memory = c->ctx->backend->has_memory;
+    memset(&a, 0, sizeof a);
+    if (!kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, memory, &a.q) || !kvli_tensor_fill(k, c->geo.n_kv_heads, c->geo.k_dim, memory, &a.k) ||
+        !kvli_tensor_fill(v, c->geo.n_kv_heads, c->geo.v_dim, memory, &a.v) || !kvli_tensor_fill(out, c->geo.n_q_heads, c->geo.v_dim, memory, &a.out))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: a tensor is null or of an unknown dtype");
+    a.geo = &c->geo;
+    a.layer = &c->geo.layers[layer];
+    a.spans = &c->step.attend[(size_t)a.layer->group * c->max_spans];
+    a.n_spans = c->step.n_spans;
+    a.n_rows = c->step.n_rows;
+    a.block_address = c->address;
+    a.scratch = (uint8_t *)(uintptr_t)c->scratch;
+    a.scratch_slot = c->scratch_slot;
+    a.workspace = (void *)(uintptr_t)c->workspace;
+    a.workspace_bytes = c->workspace_bytes;
+    a.taint = c->step.taint;
+    c->ctx->backend->attend(c->ctx, &a);
+    c->step.done[layer] = 1;
+    c->step.layers_done++;
+    return KVL_OK;
+}
+
+/* ==== >>validate: every invariant ======================================================================================== */
+#define KVLI_MUST(condition, ...)                                                                                                          \
+    do {                                                                                                                                   \
+        if (!(condition)) return KVLI_ERROR(c, KVL_CORRUPT, __VA_ARGS__);                                                                  \
+    } while (0)
+
+static kvl_result kvli_check_slabs(kvl_cache *c) {
+    uint32_t mapped = 0, free_slabs = 0, live[KVLI_MAX_CLASSES] = {0}, slabs[KVLI_MAX_CLASSES] = {0};
+    for (uint32_t s = 0; s < c->max_slabs; s++) {
+        const kvli_slab *slab = &c->slabs[s];
+        uint32_t taken = 0;
+        mapped += slab->address != 0;
+        if (slab->klass == KVL_NONE) { free_slabs += slab->address != 0; continue; }
+        KVLI_MUST(slab->address, "slab %u is in use and not mapped", s);
+        KVLI_MUST(slab->klass < c->geo.n_groups * 2 && c->classes[slab->klass].bytes, "slab %u has class %u", s, slab->klass);
+        uint32_t per = c->classes[slab->klass].per_slab;
+        for (uint32_t slot = 0; slot < per; slot++) {
+            uint32_t id = c->slot_block[(size_t)s * c->max_per_slab + slot];
+            if (id == KVL_NONE) continue;
+            taken++;
+            KVLI_MUST(id < c->max_blocks && c->blocks[id].slab == s && c->blocks[id].slot == slot, "slab %u slot %u: block %u stands elsewhere", s, slot, id);
+            KVLI_MUST(c->blocks[id].klass == slab->klass, "block %u: class differs from its slab's", id);
+            KVLI_MUST(c->address[id] == slab->address + (uint64_t)slot * c->classes[slab->klass].bytes, "block %u: address is wrong", id);
+        }
+        KVLI_MUST(taken && taken == slab->live && slab->n_free == per - taken, "slab %u: %u live, %u free, %u found", s, slab->live, slab->n_free, taken);
+        live[slab->klass] += taken;
+        slabs[slab->klass]++;
+    }
+    KVLI_MUST(mapped == c->n_slabs && free_slabs == c->n_free_slabs, "%u slabs mapped, %u free: counted %u, %u", c->n_slabs, c->n_free_slabs, mapped, free_slabs);
+    uint32_t all = 0;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        uint32_t with_room = 0, linked = 0;
+        KVLI_MUST(live[k] == c->classes[k].live && slabs[k] == c->classes[k].slabs, "class %u: counts are off", k);
+        for (uint32_t s = 0; s < c->max_slabs; s++) with_room += c->slabs[s].klass == k && c->slabs[s].n_free;
+        for (uint32_t s = c->classes[k].partial; s != KVL_NONE && linked <= c->max_slabs; s = c->slabs[s].next) linked++;
+        KVLI_MUST(with_room == linked, "class %u: partial list has %u of %u slabs", k, linked, with_room);
+        all += live[k];
+    }
+    KVLI_MUST(all + c->n_free_ids == c->max_blocks, "%u blocks live and %u ids free of %u", all, c->n_free_ids, c->max_blocks);
+    return KVL_OK;
+}
+
+/* c->check counts the references that tables, reserves and the open step hold. */
+static kvl_result kvli_count_refs(kvl_cache *c) {
+    const kvli_step_state *st = &c->step;
+    memset(c->check, 0, (size_t)c->max_blocks * sizeof *c->check);
+    for (uint32_t i = 0; i < c->max_seqs; i++) {
+        const kvli_seq *seq = &c->seqs[i];
+        if (!seq->open) continue;
+        bool in_step = st->open && seq->step_span != KVL_NONE;
+        for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+            uint32_t n = in_step ? st->attend[(size_t)g * c->max_spans + seq->step_span].blocks.n_blocks : seq->n_blocks;
+            for (uint32_t j = 0; j < n; j++) {
+                uint32_t entry = kvli_table(c, i, g)[j];
+                if (entry == KVL_NONE) continue;
+                KVLI_MUST((entry & KVL_ENTRY_ID) < c->max_blocks && c->blocks[entry & KVL_ENTRY_ID].slab != KVL_NONE, "sequence %u block %u: entry %08x is not live", i, j, entry);
+                KVLI_MUST(kvli_entry(c, entry & KVL_ENTRY_ID) == entry, "sequence %u block %u: entry %08x has the wrong class", i, j, entry);
+                KVLI_MUST(c->blocks[entry & KVL_ENTRY_ID].klass / 2u == g, "sequence %u block %u: block of another group", i, j);
+                c->check[entry & KVL_ENTRY_ID]++;
+            }
+        }
+        for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+            uint32_t n = 0;
+            for (uint32_t id = kvli_reserve_of(c, i, k)->head; id != KVL_NONE && n <= c->max_blocks; id = c->blocks[id].next, n++) c->check[id]++;
+            KVLI_MUST(n == kvli_reserve_of(c, i, k)->count, "sequence %u: reserve of class %u", i, k);
+        }
+    }
+    for (uint32_t u = 0; u < st->n_undo; u++) {
+        if (st->undo[u].old_entry != KVL_NONE) c->check[st->undo[u].old_entry & KVL_ENTRY_ID]++;
+        if (st->undo[u].own_entry != KVL_NONE) c->check[st->undo[u].own_entry & KVL_ENTRY_ID]++;
+    }
+    return KVL_OK;
+}
+
+static kvl_result kvli_check_blocks(kvl_cache *c) {
+    uint32_t cached[KVLI_MAX_CLASSES] = {0}, pinned[KVLI_MAX_CLASSES] = {0}, shared[KVLI_MAX_CLASSES] = {0}, listed = 0, in_lists = 0;
+    kvl_result r = kvli_count_refs(c);
+    if (r != KVL_OK) return r;
+    for (uint32_t id = 0; id < c->max_blocks; id++) {
+        const kvli_block *b = &c->blocks[id];
+        if (b->slab == KVL_NONE) { KVLI_MUST(!c->check[id], "block %u is free and referenced", id); continue; }
+        KVLI_MUST(b->refs == c->check[id], "block %u: %u references, %u found", id, b->refs, c->check[id]);
+        KVLI_MUST(b->refs || b->node != KVL_NONE, "block %u is leaked", id);
+        if (b->node != KVL_NONE)
+            KVLI_MUST(c->nodes[b->node].used && kvli_slots(c, b->node)[b->klass / 2u] == kvli_entry(c, id), "block %u: its node does not hold it", id);
+        bool alone = !b->refs, pin = b->node != KVL_NONE && c->nodes[b->node].pins;
+        KVLI_MUST((b->lru != KVLI_NO_LRU) == (alone && !pin), "block %u: evictable or not, wrongly", id);
+        cached[b->klass] += alone && !pin;
+        pinned[b->klass] += alone && pin;
+        shared[b->klass] += b->refs > 1;
+        in_lists += b->lru != KVLI_NO_LRU;
+    }
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++)
+        KVLI_MUST(cached[k] == c->classes[k].cached && pinned[k] == c->classes[k].pinned && shared[k] == c->classes[k].shared,
+                  "class %u: cached %u, pinned %u, shared %u; counted %u, %u, %u", k, c->classes[k].cached, c->classes[k].pinned, c->classes[k].shared,
+                  cached[k], pinned[k], shared[k]);
+    for (uint32_t p = 0; p < KVLI_PRIORITIES; p++)
+        for (uint32_t id = c->lru_head[p], prev = KVL_NONE; id != KVL_NONE && listed <= c->max_blocks; prev = id, id = c->blocks[id].next) {
+            KVLI_MUST(c->blocks[id].lru == p && c->blocks[id].prev == prev, "block %u: LRU links", id);
+            listed++;
+        }
+    KVLI_MUST(listed == in_lists, "LRU lists have %u blocks of %u", listed, in_lists);
+    return KVL_OK;
+}
+
+static kvl_result kvli_check_node(kvl_cache *c, uint32_t n) {
+    const kvli_node *node = &c->nodes[n];
+    uint32_t T = c->geo.block_tokens, slots = 0, seqs = 0, children = 0;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        uint32_t entry = kvli_slots(c, n)[g];
+        if (entry == KVL_NONE) continue;
+        slots++;
+        KVLI_MUST(c->blocks[entry & KVL_ENTRY_ID].slab != KVL_NONE && c->blocks[entry & KVL_ENTRY_ID].node == n, "node %u: its block does not know it", n);
+        if (!c->groups[g].window && node->parent != KVL_NONE && c->nodes[node->parent].parent != KVL_NONE)
+            KVLI_MUST(kvli_slots(c, node->parent)[g] != KVL_NONE, "node %u: full-attention slot under an empty one", n);
+    }
+    for (uint32_t i = 0; i < c->max_seqs; i++) seqs += c->seqs[i].open && c->seqs[i].node == n;
+    KVLI_MUST(slots == node->n_slots && seqs == node->seqs, "node %u: %u slots, %u sequences; counted %u, %u", n, node->n_slots, node->seqs, slots, seqs);
+    for (int list = 0; list < 2; list++)
+        for (uint32_t k = list ? node->first_partial : node->first_child; k != KVL_NONE; k = c->nodes[k].next) {
+            KVLI_MUST(c->nodes[k].used && c->nodes[k].parent == n && (c->nodes[k].n_tokens == T) == !list && ++children <= c->max_nodes, "node %u: child %u", n, k);
+            KVLI_MUST(c->nodes[k].pins <= node->pins && c->nodes[k].priority <= node->priority, "node %u: child %u is pinned or ranked higher", n, k);
+        }
+    KVLI_MUST(slots || seqs || children || node->pins, "node %u holds and leads to nothing", n);
+    if (node->n_tokens < T) return KVL_OK;
+    KVLI_MUST(kvli_child(c, node->parent, kvli_node_toks(c, n)) == n, "node %u is not found by its tokens", n);
+    KVLI_MUST(node->depth == c->nodes[node->parent].depth + 1, "node %u: depth", n);
+    return KVL_OK;
+}
+
+static kvl_result kvli_check_tree(kvl_cache *c) {
+    uint32_t used = 0;
+    for (uint32_t n = 0; n < c->max_nodes; n++) {
+        if (!c->nodes[n].used) continue;
+        used++;
+        kvl_result r = kvli_check_node(c, n);
+        if (r != KVL_OK) return r;
+    }
+    KVLI_MUST(used == c->n_nodes, "%u nodes, counted %u", c->n_nodes, used);
+    return KVL_OK;
+}
+
+static kvl_result kvli_check_seqs(kvl_cache *c) {
+    uint32_t T = c->geo.block_tokens, open = 0;
+    for (uint32_t i = 0; i < c->max_seqs; i++) {
+        const kvli_seq *seq = &c->seqs[i];
+        if (!seq->open) continue;
+        open++;
+        KVLI_MUST(seq->length <= c->desc.max_seq_tokens && seq->n_blocks == kvli_div_up(seq->length, T), "sequence %u: %u tokens in %u blocks", i, seq->length, seq->n_blocks);
+        KVLI_MUST(kvli_node_depth(c, seq->node) <= seq->length / T, "sequence %u: its node is too deep", i);
+        KVLI_MUST(!seq->attached || (seq->node != KVL_NONE && kvli_node_depth(c, seq->node) == seq->length / T), "sequence %u: attached to the wrong depth", i);
+        for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+            uint32_t window = c->groups[g].window, sinks = kvli_div_up(c->groups[g].sink_tokens, T);
+            uint32_t from = window && seq->length + 1 > window ? (seq->length + 1 - window) / T : 0;
+            for (uint32_t j = 0; j < seq->n_blocks; j++) {
+                uint32_t entry = kvli_table(c, i, g)[j];
+                KVLI_MUST(entry != KVL_NONE || (j >= sinks && j < from), "sequence %u lacks block %u of group %u", i, j, g);
+                if (entry == KVL_NONE || (c->step.open && seq->step_span != KVL_NONE)) continue;
+                bool exact = kvli_stays_exact(c, g, j) || (j + 1) * T > seq->length;
+                KVLI_MUST(exact == ((entry & KVL_ENTRY_EXACT) != 0), "sequence %u block %u: wrong class", i, j);
+            }
+        }
+    }
+    KVLI_MUST(open == c->stats.sequences && open + c->n_free_seqs == c->max_seqs, "%u sequences open, %u free", open, c->n_free_seqs);
+    return KVL_OK;
+}
+
+/* Two sequences of a step must not write one block. */
+static kvl_result kvli_check_step(kvl_cache *c) {
+    const kvli_step_state *st = &c->step;
+    for (uint32_t g = 0; g < c->geo.n_groups && st->open; g++)
+        for (uint32_t s = 0; s < st->n_spans; s++) {
+            const kvl_span_blocks *b = &st->attend[(size_t)g * c->max_spans + s].blocks;
+            for (uint32_t i = 0; i < b->n_own; i++) {
+                uint32_t own = b->own[i], entry = b->table[b->first_own + i];
+                KVLI_MUST(own & KVL_ENTRY_SCRATCH || kvli_is_private(c, own), "step: span %u writes block %08x, which is shared", s, own);
+                KVLI_MUST(entry != KVL_NONE && kvli_is_private(c, entry), "step: span %u seals into block %08x, which is shared", s, entry);
+            }
+        }
+    return KVL_OK;
+}
+
+static kvl_result kvli_check_sched(kvl_cache *c) { /* under the lock */
+    kvl_sched *s = c->sched;
+    uint32_t active = 0, running = 0, waiting = 0, streams = 0, joining = 0, forks = 0, queued = 0;
+    uint64_t bytes = 0;
+    if (!s) return KVL_OK;
+    for (uint32_t r = 0; r < s->max_reqs; r++) {
+        const kvli_req *q = &s->reqs[r];
+        bytes += q->tokens ? (uint64_t)q->capacity * sizeof *q->tokens : 0;
+        if (!q->used || q->finished) { KVLI_MUST(!q->used || q->seq == KVL_NONE, "request %u has ended and holds a sequence", r); continue; }
+        active++;
+        running += q->seq != KVL_NONE;
+        forks += q->parent != KVL_NONE;
+        joining += q->joining;
+        streams += q->decode && q->klass == KVL_INTERACTIVE;
+        if (q->seq == KVL_NONE) continue;
+        KVLI_MUST(c->seqs[q->seq].open && c->seqs[q->seq].length < q->n_tokens, "request %u: sequence", r);
+        KVLI_MUST(!q->decode || c->seqs[q->seq].length + 1 == q->n_tokens, "request %u: decodes with %u of %u tokens", r, c->seqs[q->seq].length, q->n_tokens);
+    }
+    for (uint32_t l = 0; l < KVLI_WAIT_LISTS; l++)
+        for (uint32_t r = s->waiting[l].head, prev = KVL_NONE; r != KVL_NONE && waiting <= s->max_reqs; prev = r, r = s->reqs[r].next, waiting++) {
+            KVLI_MUST(s->reqs[r].prev == prev && (prev == KVL_NONE || s->reqs[prev].arrival < s->reqs[r].arrival), "waiting list %u at request %u", l, r);
+            KVLI_MUST(s->reqs[r].used && !s->reqs[r].finished && s->reqs[r].seq == KVL_NONE, "waiting list %u: request %u does not wait", l, r);
+        }
+    for (uint32_t r = s->inbox.head; r != KVL_NONE && queued <= s->max_reqs; r = s->reqs[r].next) queued++;
+    KVLI_MUST(active == s->n_active && running == s->n_running && streams == s->n_streams, "scheduler: %u active, %u running, %u streams; counted %u, %u, %u",
+              s->n_active, s->n_running, s->n_streams, active, running, streams);
+    KVLI_MUST(waiting == s->n_waiting && waiting + running + forks + queued == active && joining == s->n_joining, "scheduler: %u waiting, %u queued, %u forks, %u joining", waiting, queued, forks, joining);
+    KVLI_MUST(bytes == s->token_bytes, "scheduler: token bytes %llu, counted %llu", (unsigned long long)s->token_bytes, (unsigned long long)bytes);
+    for (uint32_t i = 0; i + 1 < s->n_running; i++) KVLI_MUST(kvli_outranks(s, s->running[i], s->running[i + 1]), "scheduler: running out of rank at %u", i);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_validate(kvl_cache *c) {
+    if (!c) return KVL_INVALID_ARG;
+    kvl_result r = kvli_check_slabs(c);
+    if (r == KVL_OK) r = kvli_check_blocks(c);
+    if (r == KVL_OK) r = kvli_check_tree(c);
+    if (r == KVL_OK) r = kvli_check_seqs(c);
+    if (r == KVL_OK) r = kvli_check_step(c);
+    if (r != KVL_OK) return r;
+    uint64_t device = (uint64_t)c->n_slabs * c->slab_bytes + (c->scratch ? c->scratch_bytes : 0) + (c->workspace ? c->workspace_bytes : 0);
+    KVLI_MUST(device <= c->stats.device_budget || !c->n_slabs, "ledger: %llu bytes above the budget", (unsigned long long)device);
+    kvli_lock(&c->lock);
+    r = kvli_check_sched(c);
+    kvli_unlock(&c->lock);
+    return r;
+}
+#endif /* KVLITE_IMPLEMENTED */
+#endif /* KVL_IMPLEMENTATION */
