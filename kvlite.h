@@ -413,7 +413,7 @@ KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owne
 typedef struct kvl_request {
     const int32_t *tokens;      /* [n_tokens], copied */
     uint32_t n_tokens;          /* at least 1 */
-    uint32_t max_new_tokens;    /* 0 = 256; lowered to max_seq_tokens */
+    uint32_t max_new_tokens;    /* 0 = 256, or less where max_seq_tokens ends before; asked for and too long for it: NEVER_FITS */
     const int32_t *stop_tokens; /* [n_stop_tokens], copied; at most 8 */
     uint32_t n_stop_tokens;
     kvl_class klass;
@@ -1587,6 +1587,11 @@ KVLI_TARGET_AVX2 static void kvli_seal_channels_avx2(const kvli_side *side, cons
 }
 
 /* ---- AVX-512 ---- */
+#if defined(__GNUC__) && !defined(__clang__) /* its header's undefined operands, warned about in C++ */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 KVLI_TARGET_AVX512 static void kvli_load_avx512(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst) {
     const uint8_t *row = (const uint8_t *)src;
     for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
@@ -1747,6 +1752,9 @@ KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side, 
         else kvli_put_nibbles_avx2(p, _mm512_cvtepi32_epi8(c));
     }
 }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 /* ---- the paths ---- */
@@ -1977,8 +1985,10 @@ typedef struct kvli_seq {
     uint32_t generation;
     bool open, keep, tainted, attached; /* attached: node covers all full blocks, so new ones can be hung under it */
     bool tail_known;           /* tails[] holds the tokens of the open block */
+    bool scheduled;            /* a scheduler's: callers may not change it */
     uint8_t priority;
     uint32_t length, n_blocks; /* committed tokens, table entries in use */
+    uint32_t extended;         /* length up to which blocks are reserved */
     uint32_t node;             /* deepest tree node over its full blocks, KVL_NONE without one */
     uint32_t pin_node;         /* deepest node that it pinned, or KVL_NONE */
     uint32_t step_span;        /* in the open step, or KVL_NONE */
@@ -2683,16 +2693,22 @@ static void kvli_seq_cut(kvl_cache *c, uint32_t i, uint32_t n_blocks) { /* lets 
     c->seqs[i].n_blocks = kvli_min_u32(c->seqs[i].n_blocks, n_blocks);
 }
 
-static void kvli_seq_stop(kvl_cache *c, uint32_t i) {
-    kvli_leave_partial(c, i);
-    kvli_seq_cut(c, i, 0);
+static void kvli_reserve_free(kvl_cache *c, uint32_t seq) {
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
-        uint32_t id = kvli_reserve_of(c, i, k)->head, next;
-        for (; id != KVL_NONE; id = next) {
-            next = c->blocks[id].next;
+        kvli_reserve *r = kvli_reserve_of(c, seq, k);
+        for (; r->head != KVL_NONE; r->count--) {
+            uint32_t id = r->head;
+            r->head = c->blocks[id].next;
             kvli_unref(c, id);
         }
     }
+    c->seqs[seq].extended = 0;
+}
+
+static void kvli_seq_stop(kvl_cache *c, uint32_t i) {
+    kvli_leave_partial(c, i);
+    kvli_seq_cut(c, i, 0);
+    kvli_reserve_free(c, i);
     kvli_seq_node(c, i, KVL_NONE);
     c->seqs[i].open = false;
     c->seqs[i].generation = (c->seqs[i].generation + 1) & 0xffff;
@@ -2739,6 +2755,8 @@ static uint32_t kvli_seq_copy(kvl_cache *c, uint32_t from) { /* there must be a 
     c->seqs[i] = c->seqs[from];
     c->seqs[i].generation = generation;
     c->seqs[i].pin_node = c->seqs[i].step_span = KVL_NONE;
+    c->seqs[i].extended = 0;
+    c->seqs[i].scheduled = false;
     if (c->seqs[i].node != KVL_NONE) c->nodes[c->seqs[i].node].seqs++;
     memcpy(kvli_tail(c, i), kvli_tail(c, from), c->geo.block_tokens * sizeof(int32_t));
     for (uint32_t g = 0; g < c->geo.n_groups; g++)
@@ -2780,7 +2798,7 @@ static void kvli_growth(kvl_cache *c, uint32_t i, uint32_t end, uint32_t *need) 
     memset(need, 0, KVLI_MAX_CLASSES * sizeof *need);
     if (end <= length) return;
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
-        bool open = false;
+        uint32_t open = 0, most = 2; /* a step may seal one and open the next; then the first comes back */
         for (uint32_t j = length / T; j <= (end - 1) / T; j++) {
             bool had = j * T < length, complete = (j + 1) * T <= end, stays = kvli_stays_exact(c, g, j);
             bool fresh = !had || !kvli_is_private(c, kvli_table(c, i, g)[j]);
@@ -2788,7 +2806,8 @@ static void kvli_growth(kvl_cache *c, uint32_t i, uint32_t end, uint32_t *need) 
                 need[kvli_class_of(c, g, true)] += fresh;
             } else {
                 need[kvli_class_of(c, g, false)] += complete;
-                open = open || fresh; /* one at a time */
+                if (!fresh) most = 1;
+                open = kvli_min_u32(open + fresh, most);
             }
         }
         need[kvli_class_of(c, g, true)] += open;
@@ -3000,13 +3019,21 @@ static void kvli_span_commit(kvl_cache *c, uint32_t s) {
         if (seq->length % T == 0) kvli_seq_hang(c, i, seq->length / T - 1);
     }
     kvli_seq_slide(c, i);
+    if (seq->extended && seq->length >= seq->extended) kvli_reserve_free(c, i);
+}
+
+/* Lets go of a block that the step held: an exact block whose rows are sealed now goes back to what was reserved for its sequence. */
+static void kvli_step_release(kvl_cache *c, uint32_t seq, uint32_t entry) {
+    if (entry == KVL_NONE) return;
+    if (c->seqs[seq].extended && kvli_is_private(c, entry)) kvli_reserve_push(c, seq, entry);
+    else kvli_unref(c, entry);
 }
 
 static void kvli_step_commit(kvl_cache *c) {
     kvli_step_state *st = &c->step;
     for (uint32_t u = 0; u < st->n_undo; u++) {
-        if (st->undo[u].old_entry != KVL_NONE) kvli_unref(c, st->undo[u].old_entry);
-        if (st->undo[u].own_entry != KVL_NONE) kvli_unref(c, st->undo[u].own_entry);
+        kvli_step_release(c, st->undo[u].seq, st->undo[u].old_entry);
+        kvli_step_release(c, st->undo[u].seq, st->undo[u].own_entry);
     }
     st->n_undo = 0;
     for (uint32_t s = 0; s < st->n_spans; s++) kvli_span_commit(c, s);
@@ -3104,7 +3131,7 @@ struct kvl_sched {
     uint32_t max_reqs, *running, n_running, n_active, n_streams; /* active = neither free nor finished */
     kvli_list waiting[KVLI_WAIT_LISTS], inbox, finished;
     uint32_t free_req, n_records, n_waiting, n_joining, n_cancels; /* records = active and finished */
-    uint64_t arrivals, token_bytes, events, seen_events;
+    uint64_t arrivals, token_bytes, finished_bytes, events, seen_events;
     bool closed, step_open;
     uint64_t plan_ns;
     kvli_budget budget;
@@ -3333,6 +3360,7 @@ static void kvli_req_end(kvl_sched *s, uint32_t r, kvl_finish why) { /* under th
     q->finish = (uint8_t)why;
     q->finish_ns = kvli_now(s->cache->ctx);
     kvli_list_append(s, &s->finished, r);
+    s->finished_bytes += (uint64_t)q->capacity * sizeof *q->tokens;
     s->n_active--;
     s->stats.finished++;
     s->stats.cancelled += why == KVL_FINISH_CANCELLED;
@@ -3513,6 +3541,7 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     if (!n) return KVLI_STOP;
     kvli_wait_remove(s, r);
     q->seq = kvli_seq_start(c, &d, &m);
+    c->seqs[q->seq].scheduled = true;
     kvli_reuse_report(&d, &m, &q->reuse);
     q->admitted_step = c->step.id;
     uint32_t at = kvli_run_insert(s, r);
@@ -3526,13 +3555,15 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
 
 /* Would one more interactive stream make even decode-only steps too long? */
 static bool kvli_gap_full(const kvl_sched *s) {
-    if (s->desc.max_gap_ms <= 0 || !s->n_streams) return false;
+    uint32_t streams = 0;
     double per = kvli_rows_cost(s, 0, 1, true), decodes = s->margin * s->cost.step_ms;
     for (uint32_t i = 0; i < s->n_running; i++) {
         const kvli_req *q = &s->reqs[s->running[i]];
-        if (q->klass == KVL_INTERACTIVE) decodes += kvli_rows_cost(s, q->n_tokens, 1, true);
+        if (q->klass != KVL_INTERACTIVE) continue;
+        decodes += kvli_rows_cost(s, q->n_tokens, 1, true);
+        streams++;
     }
-    return decodes + per > s->desc.max_gap_ms;
+    return streams && s->desc.max_gap_ms > 0 && decodes + per > s->desc.max_gap_ms;
 }
 
 /* The next to be admitted of a list: the first, or under longest-prefix the one with most of it cached. */
@@ -3556,7 +3587,8 @@ static void kvli_plan_admissions(kvl_sched *s) {
             bool slots = s->n_running + s->n_joining < s->desc.max_running && s->cache->n_free_seqs > s->n_joining;
             if (!slots || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
             uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
-            if (s->reqs[pick].klass == KVL_INTERACTIVE && kvli_gap_full(s)) {
+            bool begun = s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was preempted: it was let in before */
+            if (s->reqs[pick].klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s)) {
                 if (!s->desc.refuse_over_gap) break; /* background work has its own place */
                 kvli_wait_remove(s, pick);
                 kvli_lock(&s->cache->lock);
@@ -3664,6 +3696,7 @@ static void kvli_forks_start(kvl_sched *s) { /* those that joined get their own 
         if (!q->joining) continue;
         q->seq = kvli_seq_copy(s->cache, s->reqs[q->parent].seq);
         s->cache->seqs[q->seq].user = q->user;
+        s->cache->seqs[q->seq].scheduled = true;
         q->joining = false;
         q->reuse.matched = q->n_tokens;
         q->reuse.recomputed = 0;
@@ -3863,12 +3896,12 @@ KVL_API const char *kvl_sched_last_error(const kvl_sched *s) { return s ? s->err
 static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) {
     uint64_t bytes = (uint64_t)capacity * sizeof(int32_t);
     if (bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
-    if (s->n_active == s->max_reqs) return KVL_QUEUE_FULL;
+    if (s->n_active == s->max_reqs || s->token_bytes - s->finished_bytes + bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
     while (s->n_records == s->max_reqs || s->token_bytes + bytes > s->desc.token_pool_bytes) {
         uint32_t old = s->finished.head;
-        if (old == KVL_NONE) return KVL_QUEUE_FULL;
         kvli_list_remove(s, &s->finished, old);
         kvli_req *q = &s->reqs[old];
+        s->finished_bytes -= (uint64_t)q->capacity * sizeof *q->tokens;
         kvli_req_free_tokens(s, q);
         q->used = false;
         q->generation = (q->generation + 1) & 0xfff;
@@ -3993,10 +4026,13 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
         q->no_match = p->no_match;
         q->no_keep = p->no_keep;
         q->user = user;
+        while (s->reqs[parent].parent != KVL_NONE) parent = s->reqs[parent].parent; /* a fork that has not joined yet: join with it */
         q->parent = parent;
-        q->next_fork = p->first_fork;
-        p->first_fork = r;
+        q->next_fork = s->reqs[parent].first_fork;
+        s->reqs[parent].first_fork = r;
         *out = kvli_req_handle(s, r);
+        s->events++;
+        kvli_cond_broadcast(&s->wake);
     }
     kvli_unlock(&s->cache->lock);
     if (result != KVL_OK) kvli_fail(s->cache->ctx, kvli_serr(s), result, "kvl_sched_fork: %s", kvl_result_text(result));
@@ -4249,6 +4285,11 @@ static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_s
 #define KVLI_UNROLL
 #endif
 #define KVLI_Z KVLI_INLINE KVLI_TARGET_AVX512
+#if defined(__GNUC__) && !defined(__clang__) /* g++ warns of its own _mm512_undefined_ps (GCC bug 105593) */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 /* Rows of a tile in some format, with its scales as f32 beside it. A pair is 32 dims of a row. */
 typedef struct kvli_z_rows {
@@ -5061,6 +5102,9 @@ static KVLI_TARGET_AVX2 void kvli_y_values(const kvli_cpu_block *b) {
 }
 
 static const kvli_cpu_ops KVLI_CPU_AVX2 = {16, false, kvli_y_scratch_floats, kvli_y_score, kvli_y_softmax, kvli_y_values, kvli_y_exp2};
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif /* KVLI_X86 */
 
 /* ---- a step ---- */
@@ -5752,6 +5796,8 @@ KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? c
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
 
 /* ==== >>public: cache create ============================================================================================= */
+static bool kvli_finite(float x) { return x > -1e30f && x < 1e30f; }
+
 static bool kvli_side_make(kvl_cache *c, kvli_side *side, const char *field, uint32_t layer, kvl_format f, bool is_key, uint32_t dim,
                            float global, kvl_result *r) {
     const char *why = "";
@@ -5771,6 +5817,7 @@ static bool kvli_side_make(kvl_cache *c, kvli_side *side, const char *field, uin
 static kvl_result kvli_geometry_check(kvl_cache *c, kvl_geometry *g) {
     const kvl_preset *preset = kvl_preset_find(g->preset ? g->preset : "int8");
     if (!preset) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.preset: \"%s\" is unknown", g->preset);
+    g->preset = preset->name;
     if (!g->n_layers || g->n_layers > 4096) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_layers: %u is not in 1..4096", g->n_layers);
     if (!g->n_q_heads || g->n_q_heads > 4096) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_q_heads: %u is not in 1..4096", g->n_q_heads);
     if (!g->n_kv_heads) g->n_kv_heads = g->n_q_heads;
@@ -5781,7 +5828,7 @@ static kvl_result kvli_geometry_check(kvl_cache *c, kvl_geometry *g) {
         return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.k_dim: %u is not a multiple of 16 in 16..256", g->k_dim);
     if (g->v_dim < 16 || g->v_dim > 256 || g->v_dim % 16)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.v_dim: %u is not a multiple of 16 in 16..256", g->v_dim);
-    if (!(g->scale == 0 || (g->scale > -1e30f && g->scale < 1e30f))) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.scale is not finite");
+    if (!kvli_finite(g->scale)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.scale is not finite");
     if (g->scale == 0) g->scale = 1.0f / sqrtf((float)g->k_dim);
     if (!g->block_tokens) g->block_tokens = 32;
     if (g->block_tokens != 8 && g->block_tokens != 16 && g->block_tokens != 32 && g->block_tokens != 64)
@@ -5805,8 +5852,10 @@ static kvl_result kvli_layer_check(kvl_cache *c, uint32_t l, const kvl_layer *la
     if (layer->window > 1u << 30) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].window: %u is too large", l, layer->window);
     if (layer->sink_tokens > 1u << 20)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].sink_tokens: %u is too large", l, layer->sink_tokens);
-    if (!(layer->softcap >= 0 && layer->softcap < 1e30f)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].softcap is not finite", l);
-    if (!(layer->scale > -1e30f && layer->scale < 1e30f)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].scale is not finite", l);
+    if (!(layer->k_global >= 0) || !kvli_finite(layer->k_global)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].k_global is negative or not finite", l);
+    if (!(layer->v_global >= 0) || !kvli_finite(layer->v_global)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].v_global is negative or not finite", l);
+    if (!(layer->softcap >= 0) || !kvli_finite(layer->softcap)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].softcap is not finite", l);
+    if (!kvli_finite(layer->scale)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].scale is not finite", l);
     return KVL_OK;
 }
 
@@ -6325,9 +6374,16 @@ static kvl_result kvli_seq_idle(kvl_cache *c, kvl_seq h, const char *call, uint3
     return KVL_OK;
 }
 
+/* The same for a call that changes the sequence. */
+static kvl_result kvli_seq_mine(kvl_cache *c, kvl_seq h, const char *call, uint32_t *i) {
+    kvl_result r = kvli_seq_idle(c, h, call, i);
+    if (r == KVL_OK && c->seqs[*i].scheduled) return KVLI_ERROR(c, KVL_INVALID_ARG, "%s: sequence %08x belongs to the scheduler", call, h.id);
+    return r;
+}
+
 KVL_API kvl_result kvl_seq_extend(kvl_cache *c, kvl_seq h, uint32_t n_tokens) {
     uint32_t i, need[KVLI_MAX_CLASSES], taken[KVLI_MAX_CLASSES];
-    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_extend", &i);
+    kvl_result r = kvli_seq_mine(c, h, "kvl_seq_extend", &i);
     if (r != KVL_OK) return r;
     if (n_tokens > c->desc.max_seq_tokens - c->seqs[i].length)
         return KVLI_ERROR(c, KVL_LIMIT, "kvl_seq_extend: %u + %u tokens is more than max_seq_tokens %u", c->seqs[i].length, n_tokens,
@@ -6349,6 +6405,7 @@ KVL_API kvl_result kvl_seq_extend(kvl_cache *c, kvl_seq h, uint32_t n_tokens) {
             reserve->count--;
             kvli_unref(c, id);
         }
+    if (r == KVL_OK) c->seqs[i].extended = kvli_max_u32(c->seqs[i].extended, c->seqs[i].length + n_tokens);
     kvli_publish(c);
     return r == KVL_OK ? r : KVLI_ERROR(c, r, "kvl_seq_extend: no blocks for %u more tokens", n_tokens);
 }
@@ -6368,7 +6425,7 @@ KVL_API kvl_result kvl_seq_fork(kvl_cache *c, kvl_seq h, kvl_seq *out, uint32_t 
 
 KVL_API kvl_result kvl_seq_trim(kvl_cache *c, kvl_seq h, uint32_t n_tokens, uint32_t *length) {
     uint32_t i;
-    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_trim", &i);
+    kvl_result r = kvli_seq_mine(c, h, "kvl_seq_trim", &i);
     if (r != KVL_OK) return r;
     uint32_t reached = kvli_seq_shorten(c, i, n_tokens);
     if (length) *length = reached;
@@ -6438,7 +6495,7 @@ KVL_API kvl_result kvl_prefix_unpin(kvl_cache *c, const kvl_seq_desc *d, uint32_
 
 KVL_API kvl_result kvl_seq_close(kvl_cache *c, kvl_seq h) {
     uint32_t i;
-    kvl_result r = kvli_seq_idle(c, h, "kvl_seq_close", &i);
+    kvl_result r = kvli_seq_mine(c, h, "kvl_seq_close", &i);
     if (r != KVL_OK) return r;
     kvli_seq_stop(c, i);
     kvli_publish(c);
@@ -6461,6 +6518,7 @@ KVL_API bool kvl_seq_tainted(const kvl_cache *c, kvl_seq h) {
 static kvl_result kvli_span_check(kvl_cache *c, const kvl_span *span, uint32_t s, uint32_t *rows, uint32_t *logits) {
     uint32_t i = kvli_seq_index(c, span->seq);
     if (i == KVL_NONE) return KVLI_ERROR(c, KVL_INVALID_HANDLE, "spans[%u].seq: %08x is not open here", s, span->seq.id);
+    if (c->seqs[i].scheduled) return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].seq: %08x belongs to the scheduler", s, span->seq.id);
     if (!span->tokens || !span->n_tokens) return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u]: no tokens", s);
     if (span->n_logits > span->n_tokens)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].n_logits: %u is more than its %u tokens", s, span->n_logits, span->n_tokens);

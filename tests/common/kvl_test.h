@@ -25,6 +25,9 @@
 /* ---------------------------------------------------------------- checks */
 
 static KT_UNUSED char kt_where[256]; /* what a failure prints besides its own text: seed, case, operation */
+static KT_UNUSED char kt_error[256]; /* why the last create failed (desc.error of kt_desc) */
+
+static KT_UNUSED const char *kt_why(const kvl_cache *cache) { return cache ? kvl_last_error(cache) : kt_error; }
 
 static KT_UNUSED void kt_failed(const char *file, int line, const char *what, const char *format, ...) {
     va_list args;
@@ -48,7 +51,7 @@ static KT_UNUSED void kt_failed(const char *file, int line, const char *what, co
         kvl_result kt_result_ = (call);                                                                                \
         if (kt_result_ != (expected))                                                                                  \
             kt_failed(__FILE__, __LINE__, #call, "%s, not %s (%s)", kvl_result_name(kt_result_),                       \
-                      kvl_result_name(expected), kvl_last_error(cache));                                               \
+                      kvl_result_name(expected), kt_why(cache));                                               \
     } while (0)
 #define KT_OK(cache, call) KT_RESULT(KVL_OK, cache, call)
 
@@ -186,6 +189,8 @@ static KT_UNUSED kvl_cache_desc kt_desc(kt_env *env, uint32_t n_layers, uint32_t
     desc.geometry.block_tokens = block_tokens;
     desc.geometry.preset = preset;
     desc.device_bytes = 1u << 20;
+    desc.error = kt_error;
+    desc.error_size = sizeof kt_error;
     desc.max_sequences = 16;
     desc.max_seq_tokens = 1024;
     desc.max_step_tokens = 128;

@@ -8,7 +8,7 @@
 typedef struct kt_answer { /* one request; its address is the request's user pointer */
     kvl_req req;
     kt_stream stream;      /* prompt and what was generated so far */
-    uint32_t n_prompt;     /* as submitted; a fork's begins with all its parent had */
+    uint32_t n_prompt;     /* as submitted; a fork has its parent's, and what that had answered so far as its own */
     uint32_t max_new;
     uint64_t seed;
     uint32_t finish_at;    /* the app ends it after so many tokens; 0 = never */
@@ -114,7 +114,7 @@ static KT_UNUSED kt_answer *kt_world_submit(kt_world *w, int32_t first, uint32_t
 static KT_UNUSED kt_answer *kt_world_fork(kt_world *w, kt_answer *parent, uint64_t seed) {
     kt_answer *a = kt_answer_new(w);
     kt_stream_copy(&a->stream, &parent->stream, parent->stream.n);
-    a->n_prompt = parent->stream.n;
+    a->n_prompt = parent->n_prompt;
     a->seed = seed;
     a->max_new = parent->max_new;
     KT_OK(w->cache, kvl_sched_fork(w->sched, parent->req, a, &a->req));
@@ -190,7 +190,7 @@ static KT_UNUSED void kt_world_commit(kt_world *w, const kvl_step *step) {
     KT_OK(w->cache, kvl_sched_commit_ex(w->sched, step, outputs));
     for (uint32_t i = 0; i < n; i++) {
         if (who[i]->cancelled) continue; /* its last token may or may not count */
-        if (who[i]->stream.n == who[i]->n_prompt) who[i]->first_step = w->steps;
+        if (!who[i]->first_step) who[i]->first_step = w->steps;
         who[i]->last_step = w->steps;
         kt_push(&who[i]->stream, outputs[i].token);
     }

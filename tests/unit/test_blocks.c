@@ -404,6 +404,35 @@ static void test_extend(void **state) {
     assert_int_equal(kt_used(&s), 0);
 }
 
+/* The same with packed blocks, whose exact ones come and go: another sequence that takes all it can get does not matter. */
+static void test_extend_two_classes(void **state) {
+    fixture *f = (fixture *)*state;
+    for (uint32_t chunk = 1; chunk <= 40; chunk += 13) {
+        kvl_cache_desc desc = kt_desc(&f->env, LAYERS, 16, NULL);
+        kt_seq a, thief[12];
+        uint32_t n = 0;
+        desc.no_prefix_cache = true;
+        desc.device_bytes = kt_budget(&desc, 24);
+        make(f, desc);
+        a = start(f, 0, 205);
+        feed(f, &a, 5);
+        KT_OK(f->cache, kvl_seq_extend(f->cache, a.seq, 200));
+        for (; n < 12; n++) thief[n] = start(f, 1000 * (int32_t)(n + 1), 1000);
+        while (a.length < 205) {
+            for (uint32_t i = 0; i < n; i++) {
+                kvl_result r = KVL_OK;
+                while (r == KVL_OK && thief[i].length < 990) r = kt_try_feed(f->cache, &f->shadow, LAYERS, &thief[i], 5);
+                KT_CHECK(r == KVL_NO_BLOCKS || r == KVL_OK, "%s", kvl_result_name(r));
+            }
+            feed(f, &a, 205 - a.length < chunk ? 205 - a.length : chunk);
+            KT_VALID(f->cache);
+        }
+        kt_close(f->cache, &a);
+        for (uint32_t i = 0; i < n; i++) kt_close(f->cache, &thief[i]);
+        unmake(f);
+    }
+}
+
 /* Reserved blocks that were not used come back at close and at trim. */
 static void test_extend_gives_back(void **state) {
     fixture *f = (fixture *)*state;
@@ -841,6 +870,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_trim_behind_window, setup, teardown),
         cmocka_unit_test_setup_teardown(test_window_with_sink_tokens, setup, teardown),
         cmocka_unit_test_setup_teardown(test_extend, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_extend_two_classes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_extend_gives_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_budget_holds, setup, teardown),
         cmocka_unit_test_setup_teardown(test_can_fit_is_true, setup, teardown),

@@ -130,18 +130,21 @@ static void test_app_finishes(void **state) {
     kt_world_answer_is(w, b, KVL_FINISH_APP, 2);
 }
 
-/* A prompt near max_seq_tokens: the answer is cut there, never past it. */
+/* A prompt near max_seq_tokens: by default the answer is cut there (its last token needs no KV); more is refused. */
 static void test_length_limit(void **state) {
     kt_world *w = (kt_world *)*state;
-    kvl_req_info info;
     kt_answer *a;
     kt_world_open(w, small(w, NULL), NULL);
-    a = kt_world_submit(w, 0, 1014, 100, NULL);
+    a = kt_world_submit(w, 0, 1014, 0, NULL);
     assert_int_equal(kt_world_run(w, 50), KVL_IDLE);
-    info = kt_info(w, a);
-    assert_int_equal(info.finish, KVL_FINISH_LENGTH);
-    KT_CHECK(info.n_generated == 10 || info.n_generated == 11, "%u tokens", info.n_generated);
-    kt_world_answer_is(w, a, KVL_FINISH_LENGTH, info.n_generated);
+    kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 11);
+    a = kt_world_submit(w, 5000, 1014, 11, NULL);
+    assert_int_equal(kt_world_run(w, 50), KVL_IDLE);
+    kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 11);
+    a = kt_answer_new(w);
+    kt_push_range(&a->stream, 0, 1014);
+    assert_int_equal(kt_world_try(w, a, 12, NULL), KVL_NEVER_FITS);
+    kt_answer_drop(w);
 }
 
 /* ---------------------------------------------------------------- order */
@@ -939,16 +942,14 @@ static void test_never_fits(void **state) {
         assert_true(refusal.need_bytes > refusal.budget_bytes);
         assert_true(refusal.budget_bytes <= desc.device_bytes);
         assert_int_equal(kvl_sched_submit(w->sched, &q, &req), KVL_NEVER_FITS);
-        assert_non_null(strpbrk(kvl_sched_last_error(w->sched), "0123456789"));
         assert_int_equal(kt_stats(w->cache).submitted, 0);
         longest = refusal.max_tokens;
         q.n_tokens = longest;
-        q.max_new_tokens = 2; /* the second token's row would not fit */
-        KT_CHECK(kvl_sched_submit(w->sched, &q, NULL) == KVL_NEVER_FITS || longest == 1024, "%u tokens and 2 were taken",
-                 longest);
-        a = kt_world_submit(w, 0, longest - 20, 20, NULL);
+        q.max_new_tokens = 2; /* the first one's row would not fit */
+        KT_CHECK(kvl_sched_submit(w->sched, &q, &req) == KVL_NEVER_FITS, "%u tokens and 2 were taken", longest);
+        a = kt_world_submit(w, 0, longest - 20, 21, NULL);
         assert_int_equal(kt_world_run(w, 200), KVL_IDLE);
-        kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 20);
+        kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 21);
         kt_world_close(w);
         w->steps = 0;
     }
@@ -1025,6 +1026,50 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* The sequence that info shows is the scheduler's: it can be looked at, forked and pinned, not changed. */
+static void test_sequences_are_the_schedulers(void **state) {
+    kt_world *w = (kt_world *)*state;
+    const kvl_step *step;
+    const int32_t token = 1;
+    kvl_span span;
+    kvl_seq seq, copy;
+    uint32_t length = 0;
+    kt_answer *a;
+    kt_world_open(w, small(w, NULL), NULL);
+    a = kt_world_submit(w, 0, 50, 10, NULL);
+    KT_OK(w->cache, kt_world_step(w));
+    seq = kt_info(w, a).seq;
+    KT_OK(w->cache, kvl_seq_length(w->cache, seq, &length));
+    assert_int_equal(length, 50);
+    memset(&span, 0, sizeof span);
+    span.seq = seq;
+    span.tokens = &token;
+    span.n_tokens = 1;
+    assert_true(kvl_seq_close(w->cache, seq) < 0);
+    assert_true(kvl_seq_trim(w->cache, seq, 3, &length) < 0);
+    assert_true(kvl_step_begin(w->cache, &span, 1, &step) < 0);
+    KT_OK(w->cache, kvl_seq_fork(w->cache, seq, &copy, &length)); /* the caller's own copy */
+    assert_int_equal(length, 50);
+    KT_OK(w->cache, kvl_seq_trim(w->cache, copy, 32, &length));
+    span.seq = copy;
+    KT_OK(w->cache, kvl_step_begin(w->cache, &span, 1, &step));
+    {
+        const kvl_step *second;
+        assert_int_equal(kvl_sched_plan(w->sched, &second), KVL_BUSY);
+        assert_int_equal(kvl_sched_commit(w->sched, step, &token), KVL_MISMATCH);
+    }
+    kt_attend(w->cache, step, LAYERS);
+    KT_OK(w->cache, kvl_step_end(w->cache, step));
+    KT_OK(w->cache, kvl_sched_plan(w->sched, &step));
+    assert_int_equal(kvl_step_end(w->cache, step), KVL_MISMATCH);
+    assert_int_equal(kvl_step_abort(w->cache, step), KVL_MISMATCH);
+    kt_world_check(w, step);
+    kt_world_commit(w, step);
+    KT_OK(w->cache, kvl_seq_close(w->cache, copy));
+    assert_int_equal(kt_world_run(w, 30), KVL_IDLE);
+    kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 10);
+}
+
 static void test_close_and_drain(void **state) {
     kt_world *w = (kt_world *)*state;
     const kvl_step *step;
@@ -1035,7 +1080,6 @@ static void test_close_and_drain(void **state) {
     assert_int_equal(kt_world_run(w, 50), KVL_DRAINED);
     kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 5);
     assert_int_equal(kvl_sched_plan(w->sched, &step), KVL_DRAINED);
-    assert_true(kvl_sched_wait(w->sched, 10000)); /* nothing to wait for */
     {
         kvl_req fork;
         assert_true(kvl_sched_fork(w->sched, a->req, NULL, &fork) < 0);
@@ -1053,7 +1097,8 @@ static void *later(void *arg) {
     helper *h = (helper *)arg;
     struct timespec t = {0, (long)h->sleep_ms * 1000000};
     nanosleep(&t, NULL);
-    if (h->kind == 0) KT_OK(NULL, kvl_sched_submit(h->w->sched, &h->q, NULL));
+    kvl_req req;
+    if (h->kind == 0) KT_OK(NULL, kvl_sched_submit(h->w->sched, &h->q, &req));
     else kvl_sched_close(h->w->sched);
     return NULL;
 }
@@ -1087,6 +1132,23 @@ static void test_wait(void **state) {
             KT_OK(w->cache, kvl_sched_commit(w->sched, step, &token));
             assert_int_equal(kvl_sched_plan(w->sched, &step), KVL_IDLE);
             assert_false(kvl_sched_wait(w->sched, 5));
+            { /* a fork is news, and does not hide other news */
+                kvl_req req, fork;
+                h.q.max_new_tokens = 3;
+                KT_OK(w->cache, kvl_sched_submit(w->sched, &h.q, &req));
+                KT_OK(w->cache, kvl_sched_fork(w->sched, req, NULL, &fork));
+                assert_true(kvl_sched_wait(w->sched, 0));
+                KT_OK(w->cache, kvl_sched_plan(w->sched, &step));
+                KT_OK(w->cache, kvl_sched_abort(w->sched, step));
+                KT_OK(w->cache, kvl_sched_fork(w->sched, req, NULL, &fork));
+                assert_true(kvl_sched_wait(w->sched, 0));
+                while (kvl_sched_plan(w->sched, &step) == KVL_OK) {
+                    const int32_t tokens[8] = {0};
+                    assert_true(step->n_logits <= 8);
+                    kt_attend(w->cache, step, LAYERS);
+                    KT_OK(w->cache, kvl_sched_commit(w->sched, step, tokens));
+                }
+            }
         }
     }
     assert_int_equal(kvl_sched_plan(w->sched, &step), KVL_DRAINED);
@@ -1158,7 +1220,7 @@ static void test_threads(void **state) {
         m[i].id = i;
     }
     assert_int_equal(pthread_create(&closer, NULL, close_after, m), 0);
-    while ((r = KVL_OK, true)) {
+    for (;;) {
         const kvl_step *step;
         int32_t tokens[256];
         kt_answer *who[256];
@@ -1232,6 +1294,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_never_fits, setup, teardown),
         cmocka_unit_test_setup_teardown(test_stale_requests, setup, teardown),
         cmocka_unit_test_setup_teardown(test_percentiles, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sequences_are_the_schedulers, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close_and_drain, setup, teardown),
         cmocka_unit_test_setup_teardown(test_wait, setup, teardown),
         cmocka_unit_test_setup_teardown(test_threads, setup, teardown),

@@ -1,0 +1,88 @@
+/* runtime.h - a model file and kvlite put together: what a program needs around plan / attend / commit.
+ *
+ *     runtime_load(path) ---- one thread pool ----> model (weights), tokenizer, kvl_context
+ *     runtime_cache(rt)  -> kvl_cache for this model's geometry; a program may have several
+ *     runtime_step(...)  -> plan, forward with kvl_attend as the attention, sample, commit
+ *
+ * Programs link the implementation of kvlite.h from its archive and include the header without KVL_IMPLEMENTATION.
+ *
+ * Errors: functions return false (or a negative kvl_result) and write one line to err (LLM_ERR_LEN bytes).
+ * Threads: everything here belongs to one thread, the owner thread of the caches.
+ */
+#ifndef LLM_RUNTIME_H
+#define LLM_RUNTIME_H
+
+#include "chat_template.h"
+#include "error.h"
+#include "gguf.h"
+#include "model.h"
+#include "pool.h"
+#include "tokenizer.h"
+#include "weights.h"
+
+#include "kvlite.h"
+
+typedef struct runtime_desc {
+    const char *path;     /* of the GGUF file */
+    weights_mode act;     /* activations: int8 (default) or f32 */
+    uint32_t n_threads;   /* 0: one for each online processor */
+    uint32_t step_tokens; /* most rows of one step; 0 = 512 */
+} runtime_desc;
+
+/* Fields are for reading. Start from {0}. */
+typedef struct runtime {
+    gguf_file *file;
+    pool *threads; /* shared by the model and every cache */
+    model *model;
+    const model_config *config;
+    tokenizer *tok;
+    kvl_context *context;
+    uint64_t fingerprint; /* of tensors, vocabulary, RoPE and activation mode */
+    uint32_t step_tokens;
+    double load_s;
+    float *logits; /* [logits_cap][n_vocab] of the last forward */
+    uint32_t *logit_rows, *logit_slot;
+    uint32_t logits_cap;
+} runtime;
+
+bool runtime_load(runtime *rt, const runtime_desc *desc, char *err, size_t err_len); /* on failure *rt is {0} */
+void runtime_free(runtime *rt); /* after its caches; leaves {0} */
+
+typedef struct runtime_cache_desc {
+    const char *preset;           /* NULL: "int8" */
+    kvl_format k_format, v_format; /* 0: the preset's */
+    uint64_t device_bytes;        /* budget; 0: what n_sequences of seq_tokens take, and no prefix left to evict */
+    uint32_t n_sequences;         /* 0 = 1 */
+    uint32_t seq_tokens;          /* longest sequence; 0 or too many: the model's context length */
+    bool no_prefix_cache;
+} runtime_cache_desc;
+
+/* A cache for this model. With a given budget the error says how much one sequence of seq_tokens needs where it does
+ * not fit; more than one sequence is the scheduler's business. */
+bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len);
+
+/* Bytes that n_tokens tokens of one sequence take where every sequence has a contiguous buffer in f16: what a cache
+ * without pages, sharing and formats reserves. */
+uint64_t runtime_contiguous_bytes(const runtime *rt, uint64_t n_tokens);
+
+/* Runs the model over a planned step with kvl_attend on `cache`; does not commit. False: the step is still open and
+ * must be aborted. */
+bool runtime_forward(runtime *rt, kvl_cache *cache, const kvl_step *step, char *err, size_t err_len);
+
+/* n_vocab logits of step->logit_rows[i] of the last runtime_forward. */
+const float *runtime_logits(const runtime *rt, uint32_t i);
+
+/* Chooses the token of logits row i of a step; step->logit_users[i] is whose it is. */
+typedef kvl_output (*runtime_sample_fn)(void *user, const kvl_step *step, uint32_t i, const float *logits);
+
+/* Plan, forward, sample, commit. KVL_OK: a step ran. KVL_IDLE, KVL_DRAINED: as kvl_sched_plan. Negative: err says
+ * why; the step was aborted. */
+kvl_result runtime_step(runtime *rt, kvl_cache *cache, kvl_sched *sched, runtime_sample_fn sample, void *user,
+                        char *err, size_t err_len);
+
+/* The ids that end an answer (tokenizer_is_end), for kvl_request.stop_tokens: at most 8. Returns how many. */
+uint32_t runtime_stop_tokens(const runtime *rt, int32_t out[8]);
+
+double runtime_now(void); /* monotonic seconds */
+
+#endif /* LLM_RUNTIME_H */
