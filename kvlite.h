@@ -1,3 +1,60 @@
+/* kvlite.h - a KV-cache runtime for language models in one header.        version 0.1.0
+
+   Paged, quantised, prefix-shared key/value memory, a continuous-batching scheduler, and the attention that reads it. Your app brings the
+   model; kvlite brings everything between "here are this step's q, k, v" and "here is the attention output", and decides which tokens run
+   next. No engine, no SDK, no dependency but the C library, libm and threads.
+
+   CONTENTS (search for the tags)
+     this text                     what it is, how to use it, what must hold
+     results, formats, geometry    the API ...
+     context, cache, sequences
+     steps, scheduler, stats       ... "Stop here" marks its end
+     >>config >>platform >>log >>mem
+     >>formats                     bytes of every format, encoders, decoders
+     >>backend                     what a backend must do
+     >>blocks >>prefix >>steps     slabs and blocks; the prefix tree; sequences and rows into pages
+     >>sched                       which tokens run next
+     >>cpu >>null                  backends
+     >>public >>validate           create, destroy, checks of arguments; every invariant
+
+   HOW TO BUILD
+     In exactly one C or C++ file:
+         #define KVL_IMPLEMENTATION
+         #include "kvlite.h"
+     and include it plainly everywhere else. C99 or C++11, gcc or clang; link with -lm -lpthread. No -march flag is needed: AVX2 and
+     AVX-512 are chosen at run time. With -std=c99 include it first in that file (it asks for POSIX clocks).
+     Options, defined before the include, the same in every file:
+         KVL_STATIC     every function is static (one translation unit)
+         KVL_API        your own decoration of public functions
+         KVL_NO_SIMD    (in the implementation's file) scalar code alone
+
+   STEP BY STEP
+     1. Describe the model in a kvl_geometry and a budget in kvl_cache_desc.device_bytes; kvl_cache_create().
+     2. kvl_sched_create(); kvl_sched_submit() requests, from any thread.
+     3. Loop: kvl_sched_plan() says which tokens run now. Embed them; in each layer make q, k, v (q and k after RoPE) and call kvl_attend(),
+        which appends k and v to the pages and attends; sample the rows in step->logit_rows; kvl_sched_commit() the tokens.
+     examples/minimal.c is the whole of it in 73 lines.
+     With a scheduler of your own: kvl_seq_open(), then kvl_step_begin(), kvl_attend() for every layer, kvl_step_end() or kvl_step_abort().
+     With kernels of your own: block tables, slot places, copies and addresses are in kvl_step; kvl_cache_layout() says where tiles stand.
+
+   WHAT HOLDS
+     - Zero means default in every desc struct; kvl_*_defaults() shows what zero became.
+     - The same answer: a sequence's attention does not depend on how its prefill was chunked, who else ran, how many threads worked, or
+       whether its prefix was computed or reused: on the CPU bit for bit, within one build and SIMD path.
+     - What a query sees is fixed by position alone: its own block exact, earlier blocks as sealed, the first sink_blocks exact.
+     - Every byte is in one ledger and under its cap before it is allocated. plan, attend and commit allocate nothing.
+     - A request that fits alone finishes; a request that can never fit is refused at submit, with the numbers.
+     - Nothing is silently other than asked: no other backend, no other format, no other request's KV.
+     - An error names what was wrong and changes nothing. No abort, no exit, no output, no globals, no environment variables.
+
+   THREADS
+     A cache and its scheduler belong to one owner thread. Any thread may call kvl_sched_submit, kvl_sched_cancel, kvl_sched_close,
+     kvl_sched_wait and kvl_get_stats; allocator and logger must then be thread-safe. Different caches are independent.
+
+   WHAT IT DOES NOT DO (yet)
+     GPUs, host and disk tiers, drafts, latent (MLA) layouts, cross-layer sharing, recurrent state: refused by name where asked for.
+
+   Licence: MIT or public domain, as you choose; see LICENSE. */
 #ifndef KVLITE_H
 #define KVLITE_H
 
@@ -28,7 +85,7 @@ extern "C" {
 #endif
 #endif
 
-/* ---------------------------------------------------------------- results ----------------------------------------------------------------
+/* ==== results ============================================================
    Zero is success, positive values are normal states of a loop, negative values are errors with pinned numbers.
    NO_BLOCKS, QUEUE_FULL and BUSY are back-pressure: normal flow, nothing was changed, try again later. */
 #define KVL_RESULTS(X)                                                                                                 \
@@ -61,7 +118,7 @@ typedef enum kvl_result {
 KVL_API const char *kvl_result_name(kvl_result r);
 KVL_API const char *kvl_result_text(kvl_result r);
 
-/* ---------------------------------------------------------------- formats ----------------------------------------------------------------
+/* ==== formats ============================================================
    How K and V stand in memory. Bytes of a tile (one KV head of one layer, block_tokens rows of dim numbers):
      F32, F16, BF16   rows
      INT8             rows of i8, then one f16 scale a token
@@ -111,7 +168,7 @@ typedef struct kvl_preset {
 KVL_API const kvl_preset *kvl_presets(uint32_t *count); /* the table */
 KVL_API const kvl_preset *kvl_preset_find(const char *name); /* null if unknown */
 
-/* ---------------------------------------------------------------- geometry ---------------------------------------------------------------- */
+/* ==== geometry ============================================================ */
 typedef struct kvl_layer { /* what one layer does differently; all zero = nothing */
     uint32_t window;       /* sliding window in tokens, the query's own counted; 0 = full attention */
     uint32_t sink_tokens;  /* with a window: the first tokens of a sequence that stay visible */
@@ -143,7 +200,7 @@ typedef struct kvl_geometry {
 
 #define KVL_NONE 0xffffffffu
 
-/* ---------------------------------------------------------------- context ---------------------------------------------------------------- */
+/* ==== context ============================================================ */
 typedef struct kvl_context kvl_context;
 typedef struct kvl_cache kvl_cache;
 typedef struct kvl_sched kvl_sched;
@@ -181,7 +238,7 @@ KVL_API void kvl_context_destroy(kvl_context *ctx);
 KVL_API const char *kvl_context_backend(const kvl_context *ctx);
 KVL_API const char *kvl_context_report(const kvl_context *ctx);
 
-/* ---------------------------------------------------------------- cache ---------------------------------------------------------------- */
+/* ==== cache ============================================================ */
 typedef struct kvl_cache_desc {
     kvl_context *context;      /* null = a private one made from context_desc */
     kvl_context_desc context_desc;
@@ -230,7 +287,7 @@ KVL_API kvl_result kvl_can_fit(kvl_cache *cache, uint32_t n_sequences, uint32_t 
 /* Checks every invariant: refcounts, free lists, tree, ledger, tables, scheduler. OK or CORRUPT with the text in kvl_last_error. O(everything). */
 KVL_API kvl_result kvl_validate(kvl_cache *cache);
 
-/* ---------------------------------------------------------------- sequences ---------------------------------------------------------------- */
+/* ==== sequences ============================================================ */
 typedef struct kvl_seq { uint32_t id; } kvl_seq; /* 0 is never valid */
 
 typedef enum kvl_match_reason { /* why a match stopped where it did */
@@ -281,7 +338,7 @@ KVL_API kvl_result kvl_prefix_unpin(kvl_cache *cache, const kvl_seq_desc *desc, 
 KVL_API kvl_result kvl_seq_close(kvl_cache *cache, kvl_seq seq);
 KVL_API kvl_result kvl_seq_length(const kvl_cache *cache, kvl_seq seq, uint32_t *length);
 
-/* ---------------------------------------------------------------- steps ---------------------------------------------------------------- */
+/* ==== steps ============================================================ */
 typedef struct kvl_span { /* rows of one sequence in a step */
     kvl_seq seq;
     const int32_t *tokens; /* [n_tokens] */
@@ -372,7 +429,7 @@ typedef struct kvl_block_layout {
 } kvl_block_layout;
 KVL_API kvl_result kvl_cache_layout(const kvl_cache *cache, uint32_t layer, bool exact, kvl_block_layout *out);
 
-/* ---------------------------------------------------------------- scheduler ---------------------------------------------------------------- */
+/* ==== scheduler ============================================================ */
 typedef struct kvl_req { uint32_t id; } kvl_req; /* 0 is never valid */
 
 typedef enum kvl_policy { KVL_POLICY_FCFS = 0, KVL_POLICY_PRIORITY, KVL_POLICY_LONGEST_PREFIX, KVL_POLICY_FORCE_INT_ = 0x7fffffff } kvl_policy;
@@ -473,7 +530,7 @@ KVL_API kvl_result kvl_sched_info(const kvl_sched *sched, kvl_req req, kvl_req_i
 /* Copies up to capacity generated tokens; *n_tokens = how many there are. Owner thread. */
 KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity, uint32_t *n_tokens);
 
-/* ---------------------------------------------------------------- stats ---------------------------------------------------------------- */
+/* ==== stats ============================================================ */
 typedef struct kvl_percentiles { double p50, p95, p99, max; uint64_t count; } kvl_percentiles;
 
 typedef struct kvl_stats {
@@ -896,18 +953,24 @@ static void kvli_parallel(kvl_context *ctx, uint32_t n, void (*fn)(void *arg, ui
         for (uint32_t i = 0; i < n; i++) fn(arg, i);
     }
 }
-/* ==== >>formats: how numbers stand in tiles ============================================================================
-   Every path (scalar, AVX2, AVX-512) does the same float32 operations in the same order and gives the same bytes; the
-   scalar code is the reference. What makes that possible:
-   - A code is rint(x / s). With an f16 scale s a midpoint times s is exact in f32 and lies on the grid of x, so that the
-     correctly rounded quotient is a midpoint only where x is exactly midpoint times s: the division gives the nearest code,
-     ties to even, and needs no correction.
-   - Sums of products (NVFP4's squared error alone) pass through kvli_rounded, so that no compiler fuses them.
-   - Scales and zeros saturate at the largest f16: finite rows give finite tiles. */
+/* ==== >>formats: how numbers stand in tiles
+   ============================================================================
+   Every path (scalar, AVX2, AVX-512) does the same float32 operations in the
+   same order and gives the same bytes; the scalar code is the reference. What
+   makes that possible:
+   - A code is rint(x / s). With an f16 scale s a midpoint times s is exact in
+   f32 and lies on the grid of x, so that the correctly rounded quotient is a
+   midpoint only where x is exactly midpoint times s: the division gives the
+   nearest code, ties to even, and needs no correction.
+   - Sums of products (NVFP4's squared error alone) pass through kvli_rounded,
+   so that no compiler fuses them.
+   - Scales and zeros saturate at the largest f16: finite rows give finite
+   tiles. */
 #include <float.h>
 
 #if defined(__FAST_MATH__)
-#error "kvlite needs IEEE float arithmetic: compile the file with KVL_IMPLEMENTATION without -ffast-math"
+#error                                                                         \
+    "kvlite needs IEEE float arithmetic: compile the file with KVL_IMPLEMENTATION without -ffast-math"
 #endif
 
 #define KVLI_MAX_DIM 256u
@@ -915,17 +978,18 @@ static void kvli_parallel(kvl_context *ctx, uint32_t n, void (*fn)(void *arg, ui
 #define KVLI_NVFP4_GROUP 16u
 #define KVLI_SEAL_ROWS 8u /* rows in flight; divides every block_tokens */
 
-/* The f32 nearest to x, whatever the compiler would like to keep: no FMA with what follows, no excess precision. */
+/* The f32 nearest to x, whatever the compiler would like to keep: no FMA with
+ * what follows, no excess precision. */
 KVLI_INLINE float kvli_rounded(float x) {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
-    __asm__("" : "+x"(x));
-    return x;
+  __asm__("" : "+x"(x));
+  return x;
 #elif (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__)
-    __asm__("" : "+w"(x));
-    return x;
+  __asm__("" : "+w"(x));
+  return x;
 #else
-    volatile float v = x;
-    return v;
+  volatile float v = x;
+  return v;
 #endif
 }
 
@@ -936,104 +1000,143 @@ KVLI_INLINE float kvli_rounded(float x) {
 #endif
 
 KVLI_INLINE uint32_t kvli_f32_bits(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return u;
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
 }
 
 KVLI_INLINE float kvli_f32_from_bits(uint32_t u) {
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
 }
 
 KVLI_INLINE uint16_t kvli_get16(const void *p) {
-    uint16_t v;
-    memcpy(&v, p, 2);
-    return v;
+  uint16_t v;
+  memcpy(&v, p, 2);
+  return v;
 }
 
 KVLI_INLINE void kvli_put16(void *p, uint16_t v) { memcpy(p, &v, 2); }
 
-/* ---- conversions of single numbers. NaNs come out quiet with the top of their payload, as F16C does it. ---- */
+/* ---- conversions of single numbers. NaNs come out quiet with the top of their
+ * payload, as F16C does it. ---- */
 static float kvli_f16_to_f32(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-    if (magnitude > 0x7c00u) return kvli_f32_from_bits(sign | 0x7fc00000u | (magnitude & 0x3ffu) << 13);
-    if (magnitude == 0x7c00u) return kvli_f32_from_bits(sign | 0x7f800000u);
-    if (magnitude >= 0x400u) return kvli_f32_from_bits(sign | ((magnitude << 13) + 0x38000000u));
-    return kvli_f32_from_bits(sign | kvli_f32_bits((float)magnitude * 5.9604644775390625e-8f));
+  uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude > 0x7c00u)
+    return kvli_f32_from_bits(sign | 0x7fc00000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude == 0x7c00u)
+    return kvli_f32_from_bits(sign | 0x7f800000u);
+  if (magnitude >= 0x400u)
+    return kvli_f32_from_bits(sign | ((magnitude << 13) + 0x38000000u));
+  return kvli_f32_from_bits(
+      sign | kvli_f32_bits((float)magnitude * 5.9604644775390625e-8f));
 }
 
 static uint16_t kvli_f32_to_f16(float f) {
-    uint32_t bits = kvli_f32_bits(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu, h;
-    if (magnitude > 0x7f800000u) {
-        h = 0x7e00u | (magnitude >> 13 & 0x3ffu);
-    } else if (magnitude >= 0x477ff000u) { /* 65520 and up */
-        h = 0x7c00u;
-    } else if (magnitude >= 0x38800000u) {
-        h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    } else { /* below 2^-14: adding 0.5 puts the rounding position at f16's last subnormal bit */
-        h = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 0.5f)) - 0x3f000000u;
-    }
-    return (uint16_t)(sign | h);
+  uint32_t bits = kvli_f32_bits(f), sign = bits >> 16 & 0x8000u,
+           magnitude = bits & 0x7fffffffu, h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+  } else if (magnitude >= 0x477ff000u) { /* 65520 and up */
+    h = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {
+    h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  } else { /* below 2^-14: adding 0.5 puts the rounding position at f16's last
+              subnormal bit */
+    h = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 0.5f)) -
+        0x3f000000u;
+  }
+  return (uint16_t)(sign | h);
 }
 
-static float kvli_bf16_to_f32(uint16_t h) { return kvli_f32_from_bits((uint32_t)h << 16); }
+static float kvli_bf16_to_f32(uint16_t h) {
+  return kvli_f32_from_bits((uint32_t)h << 16);
+}
 
 static uint16_t kvli_f32_to_bf16(float f) {
-    uint32_t bits = kvli_f32_bits(f);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40u);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  uint32_t bits = kvli_f32_bits(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return (uint16_t)(bits >> 16 | 0x40u);
+  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 static float kvli_e4m3_to_f32(uint8_t b) {
-    uint32_t sign = (uint32_t)(b & 0x80u) << 24, magnitude = b & 0x7fu;
-    if (magnitude == 0x7fu) return kvli_f32_from_bits(sign | 0x7fc00000u);
-    if (magnitude >= 8u) return kvli_f32_from_bits(sign | ((magnitude << 20) + 0x3c000000u));
-    return kvli_f32_from_bits(sign | kvli_f32_bits((float)magnitude * 0.001953125f));
+  uint32_t sign = (uint32_t)(b & 0x80u) << 24, magnitude = b & 0x7fu;
+  if (magnitude == 0x7fu)
+    return kvli_f32_from_bits(sign | 0x7fc00000u);
+  if (magnitude >= 8u)
+    return kvli_f32_from_bits(sign | ((magnitude << 20) + 0x3c000000u));
+  return kvli_f32_from_bits(sign |
+                            kvli_f32_bits((float)magnitude * 0.001953125f));
 }
 
 static uint8_t kvli_f32_to_e4m3(float f) {
-    uint32_t bits = kvli_f32_bits(f), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7fu);
-    if (magnitude > 0x43e00000u) magnitude = 0x43e00000u; /* 448 */
-    if (magnitude >= 0x3c800000u) {
-        magnitude = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-    } else { /* below 2^-6: adding 2^14 puts the rounding position at 2^-9 */
-        magnitude = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 16384.0f)) - 0x46800000u;
-    }
-    return (uint8_t)(sign | magnitude);
+  uint32_t bits = kvli_f32_bits(f), sign = bits >> 24 & 0x80u,
+           magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u)
+    return (uint8_t)(sign | 0x7fu);
+  if (magnitude > 0x43e00000u)
+    magnitude = 0x43e00000u; /* 448 */
+  if (magnitude >= 0x3c800000u) {
+    magnitude =
+        (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
+  } else { /* below 2^-6: adding 2^14 puts the rounding position at 2^-9 */
+    magnitude =
+        kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 16384.0f)) -
+        0x46800000u;
+  }
+  return (uint8_t)(sign | magnitude);
 }
 
 /* Objects, since a constant expression may keep excess precision. */
-static const float kvli_per_4 = 1.0f / 4.0f, kvli_per_6 = 1.0f / 6.0f, kvli_per_15 = 1.0f / 15.0f;
-static const float kvli_per_127 = 1.0f / 127.0f, kvli_per_255 = 1.0f / 255.0f, kvli_per_448 = 1.0f / 448.0f;
-static const float kvli_e2m1_values[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-static const float kvli_e2m1_midpoints[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
+static const float kvli_per_4 = 1.0f / 4.0f, kvli_per_6 = 1.0f / 6.0f,
+                   kvli_per_15 = 1.0f / 15.0f;
+static const float kvli_per_127 = 1.0f / 127.0f, kvli_per_255 = 1.0f / 255.0f,
+                   kvli_per_448 = 1.0f / 448.0f;
+static const float kvli_e2m1_values[8] = {0.0f, 0.5f, 1.0f, 1.5f,
+                                          2.0f, 3.0f, 4.0f, 6.0f};
+static const float kvli_e2m1_midpoints[7] = {0.25f, 0.75f, 1.25f, 1.75f,
+                                             2.5f,  3.5f,  5.0f};
 
 /* ---- shapes and names ---- */
-static bool kvli_is_exact(kvl_format f) { return f == KVL_F32 || f == KVL_F16 || f == KVL_BF16; }
-static bool kvli_is_channel(kvl_format f) { return f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL; }
+static bool kvli_is_exact(kvl_format f) {
+  return f == KVL_F32 || f == KVL_F16 || f == KVL_BF16;
+}
+static bool kvli_is_channel(kvl_format f) {
+  return f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL;
+}
 
 static const char *const kvli_format_names[KVL_FORMAT_COUNT][2] = {
-    {"default", NULL}, {"f32", NULL},           {"f16", NULL},          {"bf16", NULL},       {"int8", "int8+rot"}, {"int8_channel", NULL},
-    {"fp8_e4m3", "fp8_e4m3+rot"}, {"nvfp4", "nvfp4+rot"}, {"int4", "int4+rot"}, {"int4_channel", NULL}};
+    {"default", NULL},
+    {"f32", NULL},
+    {"f16", NULL},
+    {"bf16", NULL},
+    {"int8", "int8+rot"},
+    {"int8_channel", NULL},
+    {"fp8_e4m3", "fp8_e4m3+rot"},
+    {"nvfp4", "nvfp4+rot"},
+    {"int4", "int4+rot"},
+    {"int4_channel", NULL}};
 
 KVL_API const char *kvl_format_name(kvl_format f) {
-    kvl_format base = f & ~(kvl_format)KVL_ROTATED;
-    const char *name = base < KVL_FORMAT_COUNT ? kvli_format_names[base][base != f] : NULL;
-    return name ? name : "unknown";
+  kvl_format base = f & ~(kvl_format)KVL_ROTATED;
+  const char *name =
+      base < KVL_FORMAT_COUNT ? kvli_format_names[base][base != f] : NULL;
+  return name ? name : "unknown";
 }
 
 KVL_API kvl_format kvl_format_from_name(const char *name) {
-    if (!name) return KVL_FORMAT_DEFAULT;
-    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-        for (uint32_t rotated = 0; rotated < 2; rotated++) {
-            const char *known = kvli_format_names[f][rotated];
-            if (known && strcmp(known, name) == 0) return f | (rotated ? (kvl_format)KVL_ROTATED : 0);
-        }
-    }
+  if (!name)
     return KVL_FORMAT_DEFAULT;
+  for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+    for (uint32_t rotated = 0; rotated < 2; rotated++) {
+      const char *known = kvli_format_names[f][rotated];
+      if (known && strcmp(known, name) == 0)
+        return f | (rotated ? (kvl_format)KVL_ROTATED : 0);
+    }
+  }
+  return KVL_FORMAT_DEFAULT;
 }
 
 static const kvl_preset kvli_presets[] = {
@@ -1043,714 +1146,988 @@ static const kvl_preset kvli_presets[] = {
     {"int8", KVL_INT8, KVL_INT8, KVL_F16},
     {"int8+", KVL_INT8_CHANNEL, KVL_INT8, KVL_F16},
     {"fp8", KVL_FP8_E4M3, KVL_FP8_E4M3, KVL_F16},
-    {"nvfp4", (kvl_format)KVL_NVFP4 | (kvl_format)KVL_ROTATED, KVL_NVFP4, KVL_F16},
-    {"balanced", KVL_INT8, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED, KVL_F16},
-    {"int4", KVL_INT4_CHANNEL, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED, KVL_F16},
+    {"nvfp4", (kvl_format)KVL_NVFP4 | (kvl_format)KVL_ROTATED, KVL_NVFP4,
+     KVL_F16},
+    {"balanced", KVL_INT8, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED,
+     KVL_F16},
+    {"int4", KVL_INT4_CHANNEL, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED,
+     KVL_F16},
 };
 
 KVL_API const kvl_preset *kvl_presets(uint32_t *count) {
-    if (count) *count = (uint32_t)(sizeof kvli_presets / sizeof kvli_presets[0]);
-    return kvli_presets;
+  if (count)
+    *count = (uint32_t)(sizeof kvli_presets / sizeof kvli_presets[0]);
+  return kvli_presets;
 }
 
 KVL_API const kvl_preset *kvl_preset_find(const char *name) {
-    uint32_t n;
-    const kvl_preset *p = kvl_presets(&n);
-    for (uint32_t i = 0; name && i < n; i++) {
-        if (strcmp(p[i].name, name) == 0) return &p[i];
-    }
-    return NULL;
+  uint32_t n;
+  const kvl_preset *p = kvl_presets(&n);
+  for (uint32_t i = 0; name && i < n; i++) {
+    if (strcmp(p[i].name, name) == 0)
+      return &p[i];
+  }
+  return NULL;
 }
 
-static bool kvli_side_supported(kvl_format format, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
-    kvl_format base = format & ~(kvl_format)KVL_ROTATED;
-    const char *text = NULL;
-    if (base == KVL_FORMAT_DEFAULT || base >= KVL_FORMAT_COUNT) text = "unknown format";
-    else if (dim < 16 || dim > KVLI_MAX_DIM || dim % 16) text = "the head dim must be a multiple of 16 in 16..256";
-    else if (tokens != 8 && tokens != 16 && tokens != 32 && tokens != 64) text = "block_tokens must be 8, 16, 32 or 64";
-    else if (kvli_is_channel(base) && tokens < 32) text = "the channel formats need block_tokens of 32 or 64";
-    else if (kvli_is_channel(base) && !is_key) text = "the channel formats are for keys only";
-    else if (base != format && !kvli_format_names[base][1]) text = "only INT8, FP8_E4M3, NVFP4 and INT4 can be rotated";
-    if (text && why) *why = text;
-    return !text;
+static bool kvli_side_supported(kvl_format format, bool is_key, uint32_t tokens,
+                                uint32_t dim, const char **why) {
+  kvl_format base = format & ~(kvl_format)KVL_ROTATED;
+  const char *text = NULL;
+  if (base == KVL_FORMAT_DEFAULT || base >= KVL_FORMAT_COUNT)
+    text = "unknown format";
+  else if (dim < 16 || dim > KVLI_MAX_DIM || dim % 16)
+    text = "the head dim must be a multiple of 16 in 16..256";
+  else if (tokens != 8 && tokens != 16 && tokens != 32 && tokens != 64)
+    text = "block_tokens must be 8, 16, 32 or 64";
+  else if (kvli_is_channel(base) && tokens < 32)
+    text = "the channel formats need block_tokens of 32 or 64";
+  else if (kvli_is_channel(base) && !is_key)
+    text = "the channel formats are for keys only";
+  else if (base != format && !kvli_format_names[base][1])
+    text = "only INT8, FP8_E4M3, NVFP4 and INT4 can be rotated";
+  if (text && why)
+    *why = text;
+  return !text;
 }
 
-/* Bytes of one row of codes (or of exact numbers), and of all that stands behind the rows. */
+/* Bytes of one row of codes (or of exact numbers), and of all that stands
+ * behind the rows. */
 static size_t kvli_row_bytes(kvl_format base, uint32_t dim) {
-    switch (base) {
-    case KVL_F32: return (size_t)dim * 4;
-    case KVL_F16:
-    case KVL_BF16: return (size_t)dim * 2;
-    case KVL_NVFP4:
-    case KVL_INT4:
-    case KVL_INT4_CHANNEL: return dim / 2;
-    default: return dim;
-    }
+  switch (base) {
+  case KVL_F32:
+    return (size_t)dim * 4;
+  case KVL_F16:
+  case KVL_BF16:
+    return (size_t)dim * 2;
+  case KVL_NVFP4:
+  case KVL_INT4:
+  case KVL_INT4_CHANNEL:
+    return dim / 2;
+  default:
+    return dim;
+  }
 }
 
 static size_t kvli_scale_bytes(kvl_format base, uint32_t tokens, uint32_t dim) {
-    switch (base) {
-    case KVL_INT8:
-    case KVL_FP8_E4M3: return (size_t)tokens * 2;
-    case KVL_NVFP4: return (size_t)tokens * (dim / KVLI_NVFP4_GROUP);
-    case KVL_INT4: return (size_t)tokens * kvli_div_up(dim, KVLI_INT4_GROUP) * 4;
-    case KVL_INT8_CHANNEL:
-    case KVL_INT4_CHANNEL: return (size_t)dim * 4;
-    default: return 0;
-    }
+  switch (base) {
+  case KVL_INT8:
+  case KVL_FP8_E4M3:
+    return (size_t)tokens * 2;
+  case KVL_NVFP4:
+    return (size_t)tokens * (dim / KVLI_NVFP4_GROUP);
+  case KVL_INT4:
+    return (size_t)tokens * kvli_div_up(dim, KVLI_INT4_GROUP) * 4;
+  case KVL_INT8_CHANNEL:
+  case KVL_INT4_CHANNEL:
+    return (size_t)dim * 4;
+  default:
+    return 0;
+  }
 }
 
 static size_t kvli_tile_size(kvl_format format, uint32_t tokens, uint32_t dim) {
-    kvl_format base = format & ~(kvl_format)KVL_ROTATED;
-    return (kvli_row_bytes(base, dim) * tokens + kvli_scale_bytes(base, tokens, dim) + 127) / 128 * 128;
+  kvl_format base = format & ~(kvl_format)KVL_ROTATED;
+  return (kvli_row_bytes(base, dim) * tokens +
+          kvli_scale_bytes(base, tokens, dim) + 127) /
+         128 * 128;
 }
 
-KVL_API size_t kvl_tile_bytes(kvl_format f, uint32_t block_tokens, uint32_t dim) {
-    return kvli_side_supported(f, true, block_tokens, dim, NULL) ? kvli_tile_size(f, block_tokens, dim) : 0;
+KVL_API size_t kvl_tile_bytes(kvl_format f, uint32_t block_tokens,
+                              uint32_t dim) {
+  return kvli_side_supported(f, true, block_tokens, dim, NULL)
+             ? kvli_tile_size(f, block_tokens, dim)
+             : 0;
 }
 
 /* ---- scalar ---- */
-static void kvli_load_scalar(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst) {
-    const uint8_t *row = (const uint8_t *)src;
-    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
-        if (format == KVL_F32) memcpy(dst, row, (size_t)n * 4);
-        for (uint32_t i = 0; i < n && format == KVL_F16; i++) dst[i] = kvli_f16_to_f32(kvli_get16(row + 2 * i));
-        for (uint32_t i = 0; i < n && format == KVL_BF16; i++) dst[i] = kvli_bf16_to_f32(kvli_get16(row + 2 * i));
-    }
+static void kvli_load_scalar(kvl_format format, const void *src, size_t step,
+                             uint32_t n_rows, uint32_t n, float *dst) {
+  const uint8_t *row = (const uint8_t *)src;
+  for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+    if (format == KVL_F32)
+      memcpy(dst, row, (size_t)n * 4);
+    for (uint32_t i = 0; i < n && format == KVL_F16; i++)
+      dst[i] = kvli_f16_to_f32(kvli_get16(row + 2 * i));
+    for (uint32_t i = 0; i < n && format == KVL_BF16; i++)
+      dst[i] = kvli_bf16_to_f32(kvli_get16(row + 2 * i));
+  }
 }
 
-static void kvli_store_scalar(kvl_format format, const float *src, uint32_t n, void *dst) {
-    uint8_t *p = (uint8_t *)dst;
-    if (format == KVL_F32) memcpy(dst, src, (size_t)n * 4);
-    for (uint32_t i = 0; i < n && format == KVL_F16; i++) kvli_put16(p + 2 * i, kvli_f32_to_f16(src[i]));
-    for (uint32_t i = 0; i < n && format == KVL_BF16; i++) kvli_put16(p + 2 * i, kvli_f32_to_bf16(src[i]));
+static void kvli_store_scalar(kvl_format format, const float *src, uint32_t n,
+                              void *dst) {
+  uint8_t *p = (uint8_t *)dst;
+  if (format == KVL_F32)
+    memcpy(dst, src, (size_t)n * 4);
+  for (uint32_t i = 0; i < n && format == KVL_F16; i++)
+    kvli_put16(p + 2 * i, kvli_f32_to_f16(src[i]));
+  for (uint32_t i = 0; i < n && format == KVL_BF16; i++)
+    kvli_put16(p + 2 * i, kvli_f32_to_bf16(src[i]));
 }
 
 static bool kvli_finite_scalar(kvl_format format, const void *row, uint32_t n) {
-    const uint8_t *p = (const uint8_t *)row;
-    bool finite = true;
-    if (format == KVL_F32) {
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t bits;
-            memcpy(&bits, p + 4 * i, 4);
-            finite &= (bits & 0x7f800000u) != 0x7f800000u;
-        }
-    } else {
-        uint16_t mask = format == KVL_F16 ? 0x7c00u : 0x7f80u;
-        for (uint32_t i = 0; i < n; i++) finite &= (kvli_get16(p + 2 * i) & mask) != mask;
+  const uint8_t *p = (const uint8_t *)row;
+  bool finite = true;
+  if (format == KVL_F32) {
+    for (uint32_t i = 0; i < n; i++) {
+      uint32_t bits;
+      memcpy(&bits, p + 4 * i, 4);
+      finite &= (bits & 0x7f800000u) != 0x7f800000u;
     }
-    return finite;
+  } else {
+    uint16_t mask = format == KVL_F16 ? 0x7c00u : 0x7f80u;
+    for (uint32_t i = 0; i < n; i++)
+      finite &= (kvli_get16(p + 2 * i) & mask) != mask;
+  }
+  return finite;
 }
 
 /* Side of the Hadamard blocks, and 1/sqrt of it. */
-static uint32_t kvli_hadamard_block(uint32_t dim) { return kvli_min_u32(dim & (0u - dim), 128u); }
+static uint32_t kvli_hadamard_block(uint32_t dim) {
+  return kvli_min_u32(dim & (0u - dim), 128u);
+}
 static float kvli_hadamard_scale(uint32_t block) {
-    return block == 16 ? 0.25f : block == 32 ? 0.17677669529663687f : block == 64 ? 0.125f : 0.08838834764831845f;
+  return block == 16   ? 0.25f
+         : block == 32 ? 0.17677669529663687f
+         : block == 64 ? 0.125f
+                       : 0.08838834764831845f;
 }
 
 static void kvli_hadamard_scalar(float *x, uint32_t block, uint32_t n_blocks) {
-    float scale = kvli_hadamard_scale(block);
-    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
-        for (uint32_t stride = 1; stride < block; stride *= 2) {
-            for (uint32_t i = 0; i < block; i++) {
-                if (i & stride) continue;
-                float lo = x[i], hi = x[i + stride];
-                x[i] = KVLI_F32(lo + hi);
-                x[i + stride] = KVLI_F32(lo - hi);
-            }
-        }
-        for (uint32_t i = 0; i < block; i++) x[i] = KVLI_F32(x[i] * scale);
+  float scale = kvli_hadamard_scale(block);
+  for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+    for (uint32_t stride = 1; stride < block; stride *= 2) {
+      for (uint32_t i = 0; i < block; i++) {
+        if (i & stride)
+          continue;
+        float lo = x[i], hi = x[i + stride];
+        x[i] = KVLI_F32(lo + hi);
+        x[i + stride] = KVLI_F32(lo - hi);
+      }
     }
+    for (uint32_t i = 0; i < block; i++)
+      x[i] = KVLI_F32(x[i] * scale);
+  }
 }
 
 /* f16 that stays finite. */
-static uint16_t kvli_f16_saturated(float f) { return kvli_f32_to_f16(f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f); }
+static uint16_t kvli_f16_saturated(float f) {
+  return kvli_f32_to_f16(f > 65504.0f    ? 65504.0f
+                         : f < -65504.0f ? -65504.0f
+                                         : f);
+}
 /* The same for a scale: 0 becomes 1. */
 static uint16_t kvli_f16_scale(float f) {
-    uint16_t h = kvli_f16_saturated(f);
-    return h & 0x7fffu ? h : 0x3c00u;
+  uint16_t h = kvli_f16_saturated(f);
+  return h & 0x7fffu ? h : 0x3c00u;
 }
 
-/* rint(x / s) clamped to lo..hi; NaN becomes lo. 1.5 * 2^23 puts the rounding position at 1. */
+/* rint(x / s) clamped to lo..hi; NaN becomes lo. 1.5 * 2^23 puts the rounding
+ * position at 1. */
 KVLI_INLINE int32_t kvli_code(float x, float s, float lo, float hi) {
-    float q = KVLI_F32(x / s);
-    q = q > lo ? q : lo;
-    q = q < hi ? q : hi;
-    return (int32_t)(kvli_f32_bits(KVLI_F32(q + 12582912.0f)) - 0x4b400000u);
+  float q = KVLI_F32(x / s);
+  q = q > lo ? q : lo;
+  q = q < hi ? q : hi;
+  return (int32_t)(kvli_f32_bits(KVLI_F32(q + 12582912.0f)) - 0x4b400000u);
 }
 
 static float kvli_amax(const float *x, uint32_t n) {
-    float amax = 0.0f;
-    for (uint32_t i = 0; i < n; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-    return amax;
+  float amax = 0.0f;
+  for (uint32_t i = 0; i < n; i++)
+    amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+  return amax;
 }
 
-static void kvli_int8_row(const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
-    uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_127));
-    float s = kvli_f16_to_f32(h);
-    for (uint32_t i = 0; i < dim; i++) codes[i] = (uint8_t)kvli_code(x[i], s, -127.0f, 127.0f);
-    kvli_put16(scale, h);
+static void kvli_int8_row(const float *x, uint32_t dim, uint8_t *codes,
+                          uint8_t *scale) {
+  uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_127));
+  float s = kvli_f16_to_f32(h);
+  for (uint32_t i = 0; i < dim; i++)
+    codes[i] = (uint8_t)kvli_code(x[i], s, -127.0f, 127.0f);
+  kvli_put16(scale, h);
 }
 
-static void kvli_fp8_row(const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
-    uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_448));
-    float s = kvli_f16_to_f32(h);
-    for (uint32_t i = 0; i < dim; i++) codes[i] = kvli_f32_to_e4m3(KVLI_F32(x[i] / s));
-    kvli_put16(scale, h);
+static void kvli_fp8_row(const float *x, uint32_t dim, uint8_t *codes,
+                         uint8_t *scale) {
+  uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_448));
+  float s = kvli_f16_to_f32(h);
+  for (uint32_t i = 0; i < dim; i++)
+    codes[i] = kvli_f32_to_e4m3(KVLI_F32(x[i] / s));
+  kvli_put16(scale, h);
 }
 
 /* n numbers under one (scale, zero); codes of 4 bits. */
-static void kvli_int4_group(const float *x, uint32_t n, uint8_t *codes, uint8_t *scale) {
-    float lo = x[0], hi = x[0];
-    for (uint32_t i = 1; i < n; i++) {
-        lo = x[i] < lo ? x[i] : lo;
-        hi = x[i] > hi ? x[i] : hi;
-    }
-    lo += 0.0f; /* -0 becomes 0: which of them is the least depends on the order */
-    uint16_t hz = kvli_f16_saturated(lo), hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * kvli_per_15));
-    float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
-    for (uint32_t i = 0; i < n; i += 2) {
-        int32_t low = kvli_code(KVLI_F32(x[i] - z), s, 0.0f, 15.0f);
-        int32_t high = kvli_code(KVLI_F32(x[i + 1] - z), s, 0.0f, 15.0f);
-        codes[i / 2] = (uint8_t)(low | high << 4);
-    }
-    kvli_put16(scale, hs);
-    kvli_put16(scale + 2, hz);
+static void kvli_int4_group(const float *x, uint32_t n, uint8_t *codes,
+                            uint8_t *scale) {
+  float lo = x[0], hi = x[0];
+  for (uint32_t i = 1; i < n; i++) {
+    lo = x[i] < lo ? x[i] : lo;
+    hi = x[i] > hi ? x[i] : hi;
+  }
+  lo = KVLI_F32(
+      lo +
+      0.0f); /* -0 becomes 0: which of them is the least depends on the order */
+  uint16_t hz = kvli_f16_saturated(lo),
+           hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * kvli_per_15));
+  float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
+  for (uint32_t i = 0; i < n; i += 2) {
+    int32_t low = kvli_code(KVLI_F32(x[i] - z), s, 0.0f, 15.0f);
+    int32_t high = kvli_code(KVLI_F32(x[i + 1] - z), s, 0.0f, 15.0f);
+    codes[i / 2] = (uint8_t)(low | high << 4);
+  }
+  kvli_put16(scale, hs);
+  kvli_put16(scale + 2, hz);
 }
 
-/* e4m3 scale that maps amax to a peak of 6 or 4; 0 becomes 2^-9. inverse = f32(1 / peak), per_global = 1 / global. */
+/* e4m3 scale that maps amax to a peak of 6 or 4; 0 becomes 2^-9. inverse =
+ * f32(1 / peak), per_global = 1 / global. */
 static uint8_t kvli_nvfp4_scale(float amax, float inverse, float per_global) {
-    uint8_t b = kvli_f32_to_e4m3(KVLI_F32(KVLI_F32(amax * inverse) * per_global));
-    return b ? b : 1;
+  uint8_t b = kvli_f32_to_e4m3(KVLI_F32(KVLI_F32(amax * inverse) * per_global));
+  return b ? b : 1;
 }
 
-/* Codes of 16 numbers under the scale s; returns their squared error, summed in element order. */
+/* Codes of 16 numbers under the scale s; returns their squared error, summed in
+ * element order. */
 static float kvli_nvfp4_codes(const float *x, float s, uint8_t *codes) {
-    float error = 0.0f;
-    for (uint32_t i = 0; i < KVLI_NVFP4_GROUP; i++) {
-        float a = fabsf(x[i]);
-        uint32_t code = 0;
-        for (uint32_t m = 0; m < 7; m++) { /* a tie goes up where that is even */
-            float limit = KVLI_F32(kvli_e2m1_midpoints[m] * s);
-            code += m & 1 ? a >= limit : a > limit;
-        }
-        float d = KVLI_F32(a - kvli_rounded(kvli_e2m1_values[code] * s));
-        error = KVLI_F32(error + kvli_rounded(d * d));
-        code |= kvli_f32_bits(x[i]) >> 28 & 8u;
-        if (i % 2) codes[i / 2] = (uint8_t)(codes[i / 2] | code << 4);
-        else codes[i / 2] = (uint8_t)code;
+  float error = 0.0f;
+  for (uint32_t i = 0; i < KVLI_NVFP4_GROUP; i++) {
+    float a = fabsf(x[i]);
+    uint32_t code = 0;
+    for (uint32_t m = 0; m < 7; m++) { /* a tie goes up where that is even */
+      float limit = KVLI_F32(kvli_e2m1_midpoints[m] * s);
+      code += m & 1 ? a >= limit : a > limit;
     }
-    return error;
+    float d = KVLI_F32(a - kvli_rounded(kvli_e2m1_values[code] * s));
+    error = KVLI_F32(error + kvli_rounded(d * d));
+    code |= kvli_f32_bits(x[i]) >> 28 & 8u;
+    if (i % 2)
+      codes[i / 2] = (uint8_t)(codes[i / 2] | code << 4);
+    else
+      codes[i / 2] = (uint8_t)code;
+  }
+  return error;
 }
 
-static void kvli_nvfp4_group(const float *x, float global, uint8_t *codes, uint8_t *scale) {
-    float amax = kvli_amax(x, KVLI_NVFP4_GROUP), per_global = KVLI_F32(1.0f / global);
-    uint8_t six = kvli_nvfp4_scale(amax, kvli_per_6, per_global), four = kvli_nvfp4_scale(amax, kvli_per_4, per_global);
-    uint8_t other[KVLI_NVFP4_GROUP / 2];
-    float error = kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(six) * global), codes);
-    *scale = six;
-    if (kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(four) * global), other) < error) {
-        memcpy(codes, other, sizeof other);
-        *scale = four;
-    }
+static void kvli_nvfp4_group(const float *x, float global, uint8_t *codes,
+                             uint8_t *scale) {
+  float amax = kvli_amax(x, KVLI_NVFP4_GROUP),
+        per_global = KVLI_F32(1.0f / global);
+  uint8_t six = kvli_nvfp4_scale(amax, kvli_per_6, per_global),
+          four = kvli_nvfp4_scale(amax, kvli_per_4, per_global);
+  uint8_t other[KVLI_NVFP4_GROUP / 2];
+  float error =
+      kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(six) * global), codes);
+  *scale = six;
+  if (kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(four) * global), other) <
+      error) {
+    memcpy(codes, other, sizeof other);
+    *scale = four;
+  }
 }
 
-/* Encodes KVLI_SEAL_ROWS rows, the first of which is row `first` of the tile. */
-static void kvli_seal_rows_scalar(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
-    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
-    size_t row_bytes = kvli_row_bytes(side->format, dim);
-    uint8_t *scales = tile + row_bytes * side->tokens;
-    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim) {
-        uint8_t *codes = tile + row_bytes * t;
-        if (side->format == KVL_INT8) kvli_int8_row(rows, dim, codes, scales + 2 * t);
-        if (side->format == KVL_FP8_E4M3) kvli_fp8_row(rows, dim, codes, scales + 2 * t);
-        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
-            uint32_t e = g * KVLI_INT4_GROUP;
-            kvli_int4_group(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2, scales + 4 * (t * groups + g));
-        }
-        for (uint32_t g = 0; g < dim / KVLI_NVFP4_GROUP && side->format == KVL_NVFP4; g++) {
-            kvli_nvfp4_group(rows + g * 16, side->global, codes + g * 8, scales + t * (dim / KVLI_NVFP4_GROUP) + g);
-        }
+/* Encodes KVLI_SEAL_ROWS rows, the first of which is row `first` of the tile.
+ */
+static void kvli_seal_rows_scalar(const kvli_side *side, const float *rows,
+                                  uint32_t first, uint8_t *tile) {
+  uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
+  size_t row_bytes = kvli_row_bytes(side->format, dim);
+  uint8_t *scales = tile + row_bytes * side->tokens;
+  for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim) {
+    uint8_t *codes = tile + row_bytes * t;
+    if (side->format == KVL_INT8)
+      kvli_int8_row(rows, dim, codes, scales + 2 * t);
+    if (side->format == KVL_FP8_E4M3)
+      kvli_fp8_row(rows, dim, codes, scales + 2 * t);
+    for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+      uint32_t e = g * KVLI_INT4_GROUP;
+      kvli_int4_group(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP),
+                      codes + e / 2, scales + 4 * (t * groups + g));
     }
+    for (uint32_t g = 0;
+         g < dim / KVLI_NVFP4_GROUP && side->format == KVL_NVFP4; g++) {
+      kvli_nvfp4_group(rows + g * 16, side->global, codes + g * 8,
+                       scales + t * (dim / KVLI_NVFP4_GROUP) + g);
+    }
+  }
 }
 
 /* Encodes channels first .. first+15 of a whole tile; x [tokens][16]. */
-static void kvli_seal_channels_scalar(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile) {
-    bool wide = side->format == KVL_INT8_CHANNEL;
-    float top = wide ? 255.0f : 15.0f, inverse = wide ? kvli_per_255 : kvli_per_15;
-    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
-    uint8_t *scales = tile + row_bytes * side->tokens, *zeros = scales + 2 * (size_t)side->dim;
-    for (uint32_t c = 0; c < 16; c++) {
-        float lo = x[c], hi = x[c];
-        for (uint32_t t = 1; t < side->tokens; t++) {
-            lo = x[t * 16 + c] < lo ? x[t * 16 + c] : lo;
-            hi = x[t * 16 + c] > hi ? x[t * 16 + c] : hi;
-        }
-        lo += 0.0f;
-        uint16_t hz = kvli_f16_saturated(lo), hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * inverse));
-        float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
-        for (uint32_t t = 0; t < side->tokens; t++) {
-            uint8_t code = (uint8_t)kvli_code(KVLI_F32(x[t * 16 + c] - z), s, 0.0f, top);
-            uint8_t *p = tile + row_bytes * t + (wide ? first + c : (first + c) / 2);
-            *p = wide || c % 2 == 0 ? code : (uint8_t)(*p | code << 4);
-        }
-        kvli_put16(scales + 2 * (first + c), hs);
-        kvli_put16(zeros + 2 * (first + c), hz);
+static void kvli_seal_channels_scalar(const kvli_side *side, const float *x,
+                                      uint32_t first, uint8_t *tile) {
+  bool wide = side->format == KVL_INT8_CHANNEL;
+  float top = wide ? 255.0f : 15.0f,
+        inverse = wide ? kvli_per_255 : kvli_per_15;
+  size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+  uint8_t *scales = tile + row_bytes * side->tokens,
+          *zeros = scales + 2 * (size_t)side->dim;
+  for (uint32_t c = 0; c < 16; c++) {
+    float lo = x[c], hi = x[c];
+    for (uint32_t t = 1; t < side->tokens; t++) {
+      lo = x[t * 16 + c] < lo ? x[t * 16 + c] : lo;
+      hi = x[t * 16 + c] > hi ? x[t * 16 + c] : hi;
     }
+    lo = KVLI_F32(lo + 0.0f);
+    uint16_t hz = kvli_f16_saturated(lo),
+             hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * inverse));
+    float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
+    for (uint32_t t = 0; t < side->tokens; t++) {
+      uint8_t code =
+          (uint8_t)kvli_code(KVLI_F32(x[t * 16 + c] - z), s, 0.0f, top);
+      uint8_t *p = tile + row_bytes * t + (wide ? first + c : (first + c) / 2);
+      *p = wide || c % 2 == 0 ? code : (uint8_t)(*p | code << 4);
+    }
+    kvli_put16(scales + 2 * (first + c), hs);
+    kvli_put16(zeros + 2 * (first + c), hz);
+  }
 }
 
 #if KVLI_X86
 /* ---- AVX2 ---- */
-KVLI_TARGET_AVX2 static void kvli_load_avx2(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst) {
-    const uint8_t *row = (const uint8_t *)src;
-    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
-        for (uint32_t i = 0; i < n; i += 8) {
-            __m256 v;
-            if (format == KVL_F16) v = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i)));
-            else if (format == KVL_F32) v = _mm256_loadu_ps((const float *)(const void *)(row + 4 * i));
-            else v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i))), 16));
-            _mm256_storeu_ps(dst + i, v);
-        }
+KVLI_TARGET_AVX2 static void kvli_load_avx2(kvl_format format, const void *src,
+                                            size_t step, uint32_t n_rows,
+                                            uint32_t n, float *dst) {
+  const uint8_t *row = (const uint8_t *)src;
+  for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+    for (uint32_t i = 0; i < n; i += 8) {
+      __m256 v;
+      if (format == KVL_F16)
+        v = _mm256_cvtph_ps(
+            _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i)));
+      else if (format == KVL_F32)
+        v = _mm256_loadu_ps((const float *)(const void *)(row + 4 * i));
+      else
+        v = _mm256_castsi256_ps(_mm256_slli_epi32(
+            _mm256_cvtepu16_epi32(
+                _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i))),
+            16));
+      _mm256_storeu_ps(dst + i, v);
     }
+  }
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_bf16_avx2(__m256 x) {
-    __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
-    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-    __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-    __m256i h = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-    return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+  __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(
+      _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd),
+      16);
+  __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  __m256i h = _mm256_blendv_epi8(
+      rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  return _mm_packus_epi32(_mm256_castsi256_si128(h),
+                          _mm256_extracti128_si256(h, 1));
 }
 
-KVLI_TARGET_AVX2 static void kvli_store_avx2(kvl_format format, const float *src, uint32_t n, void *dst) {
-    uint8_t *p = (uint8_t *)dst;
-    for (uint32_t i = 0; i < n; i += 8) {
-        __m256 x = _mm256_loadu_ps(src + i);
-        if (format == KVL_F32) _mm256_storeu_ps((float *)(void *)(p + 4 * i), x);
-        else _mm_storeu_si128((__m128i *)(void *)(p + 2 * i), format == KVL_F16 ? _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : kvli_bf16_avx2(x));
-    }
+KVLI_TARGET_AVX2 static void
+kvli_store_avx2(kvl_format format, const float *src, uint32_t n, void *dst) {
+  uint8_t *p = (uint8_t *)dst;
+  for (uint32_t i = 0; i < n; i += 8) {
+    __m256 x = _mm256_loadu_ps(src + i);
+    if (format == KVL_F32)
+      _mm256_storeu_ps((float *)(void *)(p + 4 * i), x);
+    else
+      _mm_storeu_si128((__m128i *)(void *)(p + 2 * i),
+                       format == KVL_F16
+                           ? _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
+                           : kvli_bf16_avx2(x));
+  }
 }
 
-KVLI_TARGET_AVX2 static bool kvli_finite_avx2(kvl_format format, const void *row, uint32_t n) {
-    const uint8_t *p = (const uint8_t *)row;
-    __m256i bad = _mm256_setzero_si256();
-    __m256i mask = format == KVL_F32 ? _mm256_set1_epi32(0x7f800000) : _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
-    for (uint32_t i = 0, bytes = n * (format == KVL_F32 ? 4u : 2u); i < bytes; i += 32) {
-        __m256i v = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p + i)), mask);
-        bad = _mm256_or_si256(bad, format == KVL_F32 ? _mm256_cmpeq_epi32(v, mask) : _mm256_cmpeq_epi16(v, mask));
-    }
-    return _mm256_testz_si256(bad, bad);
+KVLI_TARGET_AVX2 static bool kvli_finite_avx2(kvl_format format,
+                                              const void *row, uint32_t n) {
+  const uint8_t *p = (const uint8_t *)row;
+  __m256i bad = _mm256_setzero_si256();
+  __m256i mask = format == KVL_F32
+                     ? _mm256_set1_epi32(0x7f800000)
+                     : _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
+  for (uint32_t i = 0, bytes = n * (format == KVL_F32 ? 4u : 2u); i < bytes;
+       i += 32) {
+    __m256i v = _mm256_and_si256(
+        _mm256_loadu_si256((const __m256i *)(const void *)(p + i)), mask);
+    bad = _mm256_or_si256(bad, format == KVL_F32 ? _mm256_cmpeq_epi32(v, mask)
+                                                 : _mm256_cmpeq_epi16(v, mask));
+  }
+  return _mm256_testz_si256(bad, bad);
 }
 
 /* Strides 1, 2 and 4 of the butterflies lie within a register. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_butterfly_avx2(__m256 x) {
-    __m256 y = _mm256_permute_ps(x, 0xb1);
-    x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xaa);
-    y = _mm256_permute_ps(x, 0x4e);
-    x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xcc);
-    y = _mm256_permute2f128_ps(x, x, 1);
-    return _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xf0);
+  __m256 y = _mm256_permute_ps(x, 0xb1);
+  x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xaa);
+  y = _mm256_permute_ps(x, 0x4e);
+  x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xcc);
+  y = _mm256_permute2f128_ps(x, x, 1);
+  return _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xf0);
 }
 
-KVLI_TARGET_AVX2 static void kvli_hadamard_avx2(float *x, uint32_t block, uint32_t n_blocks) {
-    __m256 scale = _mm256_set1_ps(kvli_hadamard_scale(block));
-    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
-        for (uint32_t i = 0; i < block; i += 8) _mm256_storeu_ps(x + i, kvli_butterfly_avx2(_mm256_loadu_ps(x + i)));
-        for (uint32_t stride = 8; stride < block; stride *= 2) {
-            for (uint32_t i = 0; i < block; i += 8) {
-                if (i & stride) continue;
-                __m256 lo = _mm256_loadu_ps(x + i), hi = _mm256_loadu_ps(x + i + stride);
-                _mm256_storeu_ps(x + i, _mm256_add_ps(lo, hi));
-                _mm256_storeu_ps(x + i + stride, _mm256_sub_ps(lo, hi));
-            }
-        }
-        for (uint32_t i = 0; i < block; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), scale));
+KVLI_TARGET_AVX2 static void kvli_hadamard_avx2(float *x, uint32_t block,
+                                                uint32_t n_blocks) {
+  __m256 scale = _mm256_set1_ps(kvli_hadamard_scale(block));
+  for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+    for (uint32_t i = 0; i < block; i += 8)
+      _mm256_storeu_ps(x + i, kvli_butterfly_avx2(_mm256_loadu_ps(x + i)));
+    for (uint32_t stride = 8; stride < block; stride *= 2) {
+      for (uint32_t i = 0; i < block; i += 8) {
+        if (i & stride)
+          continue;
+        __m256 lo = _mm256_loadu_ps(x + i),
+               hi = _mm256_loadu_ps(x + i + stride);
+        _mm256_storeu_ps(x + i, _mm256_add_ps(lo, hi));
+        _mm256_storeu_ps(x + i + stride, _mm256_sub_ps(lo, hi));
+      }
     }
+    for (uint32_t i = 0; i < block; i += 8)
+      _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), scale));
+  }
 }
 
-KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_abs_avx2(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_abs_avx2(__m256 x) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+}
 
 KVLI_TARGET_AVX2 KVLI_INLINE float kvli_max_of_avx2(__m256 x) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE float kvli_amax_avx2(const float *x, uint32_t n) {
-    __m256 m = _mm256_setzero_ps();
-    for (uint32_t i = 0; i < n; i += 8) m = _mm256_max_ps(kvli_abs_avx2(_mm256_loadu_ps(x + i)), m);
-    return kvli_max_of_avx2(m);
+  __m256 m = _mm256_setzero_ps();
+  for (uint32_t i = 0; i < n; i += 8)
+    m = _mm256_max_ps(kvli_abs_avx2(_mm256_loadu_ps(x + i)), m);
+  return kvli_max_of_avx2(m);
 }
 
 /* kvli_f16_scale and kvli_f16_saturated of 8 numbers. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_zeros_avx2(__m256 x) {
-    x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(65504.0f)), _mm256_set1_ps(-65504.0f));
-    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(65504.0f)),
+                    _mm256_set1_ps(-65504.0f));
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 }
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_scales_avx2(__m256 x) {
-    __m128i h = kvli_zeros_avx2(x);
-    __m128i none = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x7fff)), _mm_setzero_si128());
-    return _mm_blendv_epi8(h, _mm_set1_epi16(0x3c00), none);
+  __m128i h = kvli_zeros_avx2(x);
+  __m128i none = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x7fff)),
+                                 _mm_setzero_si128());
+  return _mm_blendv_epi8(h, _mm_set1_epi16(0x3c00), none);
 }
 
-KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_codes_avx2(__m256 x, __m256 s, __m256 lo, __m256 hi) {
-    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(_mm256_div_ps(x, s), lo), hi));
+KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_codes_avx2(__m256 x, __m256 s,
+                                                     __m256 lo, __m256 hi) {
+  return _mm256_cvtps_epi32(
+      _mm256_min_ps(_mm256_max_ps(_mm256_div_ps(x, s), lo), hi));
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_e4m3_avx2(__m256 q) {
-    __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(q), 24), _mm256_set1_epi32(0x80));
-    __m256 a = _mm256_min_ps(kvli_abs_avx2(q), _mm256_set1_ps(448.0f));
-    __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
-    __m256i normal = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff - 0x3c000000)), odd);
-    __m256i small = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(16384.0f)));
-    small = _mm256_sub_epi32(small, _mm256_set1_epi32(0x46800000));
-    __m256 is_small = _mm256_cmp_ps(a, _mm256_set1_ps(0.015625f), _CMP_LT_OQ);
-    return _mm256_or_si256(sign, _mm256_blendv_epi8(_mm256_srli_epi32(normal, 20), small, _mm256_castps_si256(is_small)));
+  __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(q), 24),
+                                  _mm256_set1_epi32(0x80));
+  __m256 a = _mm256_min_ps(kvli_abs_avx2(q), _mm256_set1_ps(448.0f));
+  __m256i bits = _mm256_castps_si256(a),
+          odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20),
+                                 _mm256_set1_epi32(1));
+  __m256i normal = _mm256_add_epi32(
+      _mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff - 0x3c000000)), odd);
+  __m256i small =
+      _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(16384.0f)));
+  small = _mm256_sub_epi32(small, _mm256_set1_epi32(0x46800000));
+  __m256 is_small = _mm256_cmp_ps(a, _mm256_set1_ps(0.015625f), _CMP_LT_OQ);
+  return _mm256_or_si256(
+      sign, _mm256_blendv_epi8(_mm256_srli_epi32(normal, 20), small,
+                               _mm256_castps_si256(is_small)));
 }
 
 /* The low bytes of 16 integers. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_bytes_avx2(__m256i a, __m256i b) {
-    __m256i mask = _mm256_set1_epi32(0xff);
-    __m256i w = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
-    w = _mm256_permute4x64_epi64(w, 0xd8);
-    return _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+  __m256i mask = _mm256_set1_epi32(0xff);
+  __m256i w =
+      _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+  w = _mm256_permute4x64_epi64(w, 0xd8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(w),
+                          _mm256_extracti128_si256(w, 1));
 }
 
 /* 16 codes of 4 bits, a byte each, to 8 bytes, low nibble first. */
-KVLI_TARGET_AVX2 KVLI_INLINE void kvli_put_nibbles_avx2(uint8_t *p, __m128i codes) {
-    __m128i w = _mm_maddubs_epi16(codes, _mm_set1_epi16(0x1001));
-    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(w, w));
+KVLI_TARGET_AVX2 KVLI_INLINE void kvli_put_nibbles_avx2(uint8_t *p,
+                                                        __m128i codes) {
+  __m128i w = _mm_maddubs_epi16(codes, _mm_set1_epi16(0x1001));
+  _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(w, w));
 }
 
-KVLI_TARGET_AVX2 static void kvli_byte_row_avx2(kvl_format format, const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
-    bool fp8 = format == KVL_FP8_E4M3;
-    float amax = KVLI_F32(kvli_amax_avx2(x, dim) * (fp8 ? kvli_per_448 : kvli_per_127));
-    __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
-    __m256 s = _mm256_cvtph_ps(h), lo = _mm256_set1_ps(-127.0f), hi = _mm256_set1_ps(127.0f);
-    for (uint32_t i = 0; i < dim; i += 16) {
-        __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
-        __m128i bytes = fp8 ? kvli_bytes_avx2(kvli_e4m3_avx2(_mm256_div_ps(a, s)), kvli_e4m3_avx2(_mm256_div_ps(b, s)))
-                            : kvli_bytes_avx2(kvli_codes_avx2(a, s, lo, hi), kvli_codes_avx2(b, s, lo, hi));
-        _mm_storeu_si128((__m128i *)(void *)(codes + i), bytes);
-    }
-    kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
+KVLI_TARGET_AVX2 static void kvli_byte_row_avx2(kvl_format format,
+                                                const float *x, uint32_t dim,
+                                                uint8_t *codes,
+                                                uint8_t *scale) {
+  bool fp8 = format == KVL_FP8_E4M3;
+  float amax =
+      KVLI_F32(kvli_amax_avx2(x, dim) * (fp8 ? kvli_per_448 : kvli_per_127));
+  __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
+  __m256 s = _mm256_cvtph_ps(h), lo = _mm256_set1_ps(-127.0f),
+         hi = _mm256_set1_ps(127.0f);
+  for (uint32_t i = 0; i < dim; i += 16) {
+    __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
+    __m128i bytes = fp8 ? kvli_bytes_avx2(kvli_e4m3_avx2(_mm256_div_ps(a, s)),
+                                          kvli_e4m3_avx2(_mm256_div_ps(b, s)))
+                        : kvli_bytes_avx2(kvli_codes_avx2(a, s, lo, hi),
+                                          kvli_codes_avx2(b, s, lo, hi));
+    _mm_storeu_si128((__m128i *)(void *)(codes + i), bytes);
+  }
+  kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
 }
 
-KVLI_TARGET_AVX2 static void kvli_int4_group_avx2(const float *x, uint32_t n, uint8_t *codes, uint8_t *scale) {
-    __m256 lo = _mm256_loadu_ps(x), hi = lo, none = _mm256_setzero_ps(), top = _mm256_set1_ps(15.0f);
-    for (uint32_t i = 8; i < n; i += 8) {
-        lo = _mm256_min_ps(lo, _mm256_loadu_ps(x + i));
-        hi = _mm256_max_ps(hi, _mm256_loadu_ps(x + i));
-    }
-    float least = 0.0f - kvli_max_of_avx2(_mm256_sub_ps(none, lo)), most = kvli_max_of_avx2(hi);
-    __m128i hz = kvli_zeros_avx2(_mm256_set1_ps(least)), hs = kvli_scales_avx2(_mm256_set1_ps((most - least) * kvli_per_15));
-    __m256 z = _mm256_cvtph_ps(hz), s = _mm256_cvtph_ps(hs);
-    for (uint32_t i = 0; i < n; i += 16) {
-        __m256i a = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), z), s, none, top);
-        __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i + 8), z), s, none, top);
-        kvli_put_nibbles_avx2(codes + i / 2, kvli_bytes_avx2(a, b));
-    }
-    kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
-    kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
+KVLI_TARGET_AVX2 static void kvli_int4_group_avx2(const float *x, uint32_t n,
+                                                  uint8_t *codes,
+                                                  uint8_t *scale) {
+  __m256 lo = _mm256_loadu_ps(x), hi = lo, none = _mm256_setzero_ps(),
+         top = _mm256_set1_ps(15.0f);
+  for (uint32_t i = 8; i < n; i += 8) {
+    lo = _mm256_min_ps(lo, _mm256_loadu_ps(x + i));
+    hi = _mm256_max_ps(hi, _mm256_loadu_ps(x + i));
+  }
+  lo = _mm256_sub_ps(none, _mm256_set1_ps(kvli_max_of_avx2(
+                               _mm256_sub_ps(none, lo)))); /* never -0 */
+  hi = _mm256_set1_ps(kvli_max_of_avx2(hi));
+  __m128i hz = kvli_zeros_avx2(lo),
+          hs = kvli_scales_avx2(_mm256_mul_ps(_mm256_sub_ps(hi, lo),
+                                              _mm256_set1_ps(kvli_per_15)));
+  __m256 z = _mm256_cvtph_ps(hz), s = _mm256_cvtph_ps(hs);
+  for (uint32_t i = 0; i < n; i += 16) {
+    __m256i a =
+        kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), z), s, none, top);
+    __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i + 8), z), s,
+                                none, top);
+    kvli_put_nibbles_avx2(codes + i / 2, kvli_bytes_avx2(a, b));
+  }
+  kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
+  kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
 }
 
 /* kvli_rounded of 8 numbers: GCC fuses the products of intrinsics too. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_rounded_avx2(__m256 x) {
 #if defined(__GNUC__) || defined(__clang__)
-    __asm__("" : "+x"(x));
+  __asm__("" : "+x"(x));
 #endif
-    return x;
+  return x;
 }
 
 /* x [8][8] transposed, rows 16 apart. */
-KVLI_TARGET_AVX2 KVLI_INLINE void kvli_transpose_avx2(const float *x, __m256 *out) {
-    __m256 t[8], u[8];
-    for (int i = 0; i < 8; i++) t[i] = _mm256_loadu_ps(x + 16 * i);
-    for (int i = 0; i < 4; i++) {
-        u[2 * i] = _mm256_unpacklo_ps(t[2 * i], t[2 * i + 1]);
-        u[2 * i + 1] = _mm256_unpackhi_ps(t[2 * i], t[2 * i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        t[i] = _mm256_shuffle_ps(u[i], u[i + 2], 0x44);
-        t[i + 1] = _mm256_shuffle_ps(u[i], u[i + 2], 0xee);
-        t[i + 2] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44);
-        t[i + 3] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        out[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
-        out[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
-    }
+KVLI_TARGET_AVX2 KVLI_INLINE void kvli_transpose_avx2(const float *x,
+                                                      __m256 *out) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i++)
+    t[i] = _mm256_loadu_ps(x + 16 * i);
+  for (int i = 0; i < 4; i++) {
+    u[2 * i] = _mm256_unpacklo_ps(t[2 * i], t[2 * i + 1]);
+    u[2 * i + 1] = _mm256_unpackhi_ps(t[2 * i], t[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    t[i] = _mm256_shuffle_ps(u[i], u[i + 2], 0x44);
+    t[i + 1] = _mm256_shuffle_ps(u[i], u[i + 2], 0xee);
+    t[i + 2] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44);
+    t[i + 3] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    out[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
 }
 
-/* kvli_nvfp4_codes of 8 groups: x [16] registers, one element of each group; words [2]: the codes of elements 0..7 and 8..15. */
-KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_nvfp4_codes_avx2(const __m256 *x, __m256 s, __m256i *words) {
-    __m256 values = _mm256_loadu_ps(kvli_e2m1_values), error = _mm256_setzero_ps(), limits[7];
-    for (int m = 0; m < 7; m++) limits[m] = _mm256_mul_ps(_mm256_set1_ps(kvli_e2m1_midpoints[m]), s);
-    for (int half = 0; half < 2; half++) {
-        __m256i word = _mm256_setzero_si256();
-        for (int e = 0; e < 8; e++) {
-            __m256 v = x[8 * half + e], a = kvli_abs_avx2(v);
-            __m256i code = _mm256_castps_si256(_mm256_cmp_ps(a, limits[0], _CMP_GT_OQ));
-            for (int m = 1; m < 7; m += 2) {
-                code = _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m], _CMP_GE_OQ)));
-                code = _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m + 1], _CMP_GT_OQ)));
-            }
-            code = _mm256_sub_epi32(_mm256_setzero_si256(), code);
-            __m256 d = _mm256_sub_ps(a, kvli_rounded_avx2(_mm256_mul_ps(_mm256_permutevar8x32_ps(values, code), s)));
-            error = _mm256_add_ps(error, kvli_rounded_avx2(_mm256_mul_ps(d, d)));
-            __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 28), _mm256_set1_epi32(8));
-            word = _mm256_or_si256(_mm256_srli_epi32(word, 4), _mm256_slli_epi32(_mm256_or_si256(code, sign), 28));
-        }
-        words[half] = word;
+/* kvli_nvfp4_codes of 8 groups: x [16] registers, one element of each group;
+ * words [2]: the codes of elements 0..7 and 8..15. */
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_nvfp4_codes_avx2(const __m256 *x,
+                                                          __m256 s,
+                                                          __m256i *words) {
+  __m256 values = _mm256_loadu_ps(kvli_e2m1_values),
+         error = _mm256_setzero_ps(), limits[7];
+  for (int m = 0; m < 7; m++)
+    limits[m] = _mm256_mul_ps(_mm256_set1_ps(kvli_e2m1_midpoints[m]), s);
+  for (int half = 0; half < 2; half++) {
+    __m256i word = _mm256_setzero_si256();
+    for (int e = 0; e < 8; e++) {
+      __m256 v = x[8 * half + e], a = kvli_abs_avx2(v);
+      __m256i code =
+          _mm256_castps_si256(_mm256_cmp_ps(a, limits[0], _CMP_GT_OQ));
+      for (int m = 1; m < 7; m += 2) {
+        code = _mm256_add_epi32(
+            code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m], _CMP_GE_OQ)));
+        code = _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(
+                                          a, limits[m + 1], _CMP_GT_OQ)));
+      }
+      code = _mm256_sub_epi32(_mm256_setzero_si256(), code);
+      __m256 d =
+          _mm256_sub_ps(a, kvli_rounded_avx2(_mm256_mul_ps(
+                               _mm256_permutevar8x32_ps(values, code), s)));
+      error = _mm256_add_ps(error, kvli_rounded_avx2(_mm256_mul_ps(d, d)));
+      __m256i sign = _mm256_and_si256(
+          _mm256_srli_epi32(_mm256_castps_si256(v), 28), _mm256_set1_epi32(8));
+      word =
+          _mm256_or_si256(_mm256_srli_epi32(word, 4),
+                          _mm256_slli_epi32(_mm256_or_si256(code, sign), 28));
     }
-    return error;
+    words[half] = word;
+  }
+  return error;
 }
 
-KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_nvfp4_scale_avx2(__m256 amax, float inverse, __m256 per_global) {
-    __m256 x = _mm256_mul_ps(_mm256_mul_ps(amax, _mm256_set1_ps(inverse)), per_global);
-    return _mm256_max_epi32(kvli_e4m3_avx2(x), _mm256_set1_epi32(1));
+KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_nvfp4_scale_avx2(__m256 amax,
+                                                           float inverse,
+                                                           __m256 per_global) {
+  __m256 x =
+      _mm256_mul_ps(_mm256_mul_ps(amax, _mm256_set1_ps(inverse)), per_global);
+  return _mm256_max_epi32(kvli_e4m3_avx2(x), _mm256_set1_epi32(1));
 }
 
 /* Of e4m3 that are positive and finite. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_from_e4m3_avx2(__m256i b) {
-    __m256 normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(b, 20), _mm256_set1_epi32(0x3c000000)));
-    __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(b), _mm256_set1_ps(0.001953125f));
-    return _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), b)));
+  __m256 normal = _mm256_castsi256_ps(_mm256_add_epi32(
+      _mm256_slli_epi32(b, 20), _mm256_set1_epi32(0x3c000000)));
+  __m256 small =
+      _mm256_mul_ps(_mm256_cvtepi32_ps(b), _mm256_set1_ps(0.001953125f));
+  return _mm256_blendv_ps(
+      normal, small,
+      _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), b)));
 }
 
 /* kvli_nvfp4_group of 8 groups of 16 that follow one another. */
-KVLI_TARGET_AVX2 static void kvli_nvfp4_groups_avx2(const float *rows, float global, uint8_t *codes, uint8_t *scales) {
-    __m256 x[16], amax = _mm256_setzero_ps(), g = _mm256_set1_ps(global), per_global = _mm256_set1_ps(1.0f / global);
-    kvli_transpose_avx2(rows, x);
-    kvli_transpose_avx2(rows + 8, x + 8);
-    for (int e = 0; e < 16; e++) amax = _mm256_max_ps(kvli_abs_avx2(x[e]), amax);
-    __m256i six = kvli_nvfp4_scale_avx2(amax, kvli_per_6, per_global), four = kvli_nvfp4_scale_avx2(amax, kvli_per_4, per_global);
-    __m256i words[2], other[2];
-    __m256 error = kvli_nvfp4_codes_avx2(x, _mm256_mul_ps(kvli_from_e4m3_avx2(six), g), words);
-    __m256 error4 = kvli_nvfp4_codes_avx2(x, _mm256_mul_ps(kvli_from_e4m3_avx2(four), g), other);
-    __m256i better = _mm256_castps_si256(_mm256_cmp_ps(error4, error, _CMP_LT_OQ));
-    __m256i low = _mm256_blendv_epi8(words[0], other[0], better), high = _mm256_blendv_epi8(words[1], other[1], better);
-    __m256i even = _mm256_unpacklo_epi32(low, high), odd = _mm256_unpackhi_epi32(low, high);
-    _mm256_storeu_si256((__m256i *)(void *)codes, _mm256_permute2x128_si256(even, odd, 0x20));
-    _mm256_storeu_si256((__m256i *)(void *)(codes + 32), _mm256_permute2x128_si256(even, odd, 0x31));
-    __m256i scale = _mm256_blendv_epi8(six, four, better);
-    _mm_storel_epi64((__m128i *)(void *)scales, kvli_bytes_avx2(scale, scale));
+KVLI_TARGET_AVX2 static void kvli_nvfp4_groups_avx2(const float *rows,
+                                                    float global,
+                                                    uint8_t *codes,
+                                                    uint8_t *scales) {
+  __m256 x[16], amax = _mm256_setzero_ps(), g = _mm256_set1_ps(global),
+                per_global = _mm256_set1_ps(KVLI_F32(1.0f / global));
+  kvli_transpose_avx2(rows, x);
+  kvli_transpose_avx2(rows + 8, x + 8);
+  for (int e = 0; e < 16; e++)
+    amax = _mm256_max_ps(kvli_abs_avx2(x[e]), amax);
+  __m256i six = kvli_nvfp4_scale_avx2(amax, kvli_per_6, per_global),
+          four = kvli_nvfp4_scale_avx2(amax, kvli_per_4, per_global);
+  __m256i words[2], other[2];
+  __m256 error = kvli_nvfp4_codes_avx2(
+      x, _mm256_mul_ps(kvli_from_e4m3_avx2(six), g), words);
+  __m256 error4 = kvli_nvfp4_codes_avx2(
+      x, _mm256_mul_ps(kvli_from_e4m3_avx2(four), g), other);
+  __m256i better =
+      _mm256_castps_si256(_mm256_cmp_ps(error4, error, _CMP_LT_OQ));
+  __m256i low = _mm256_blendv_epi8(words[0], other[0], better),
+          high = _mm256_blendv_epi8(words[1], other[1], better);
+  __m256i even = _mm256_unpacklo_epi32(low, high),
+          odd = _mm256_unpackhi_epi32(low, high);
+  _mm256_storeu_si256((__m256i *)(void *)codes,
+                      _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256((__m256i *)(void *)(codes + 32),
+                      _mm256_permute2x128_si256(even, odd, 0x31));
+  __m256i scale = _mm256_blendv_epi8(six, four, better);
+  _mm_storel_epi64((__m128i *)(void *)scales, kvli_bytes_avx2(scale, scale));
 }
 
-KVLI_TARGET_AVX2 static void kvli_seal_rows_avx2(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
-    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP), blocks = dim / KVLI_NVFP4_GROUP;
-    size_t row_bytes = kvli_row_bytes(side->format, dim);
-    uint8_t *scales = tile + row_bytes * side->tokens, *codes = tile + row_bytes * first;
-    if (side->format == KVL_NVFP4) { /* groups follow one another through the rows, a multiple of 8 in all */
-        for (uint32_t g = 0; g < KVLI_SEAL_ROWS * blocks; g += 8) {
-            kvli_nvfp4_groups_avx2(rows + 16 * g, side->global, codes + 8 * g, scales + first * blocks + g);
-        }
-        return;
+KVLI_TARGET_AVX2 static void kvli_seal_rows_avx2(const kvli_side *side,
+                                                 const float *rows,
+                                                 uint32_t first,
+                                                 uint8_t *tile) {
+  uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP),
+           blocks = dim / KVLI_NVFP4_GROUP;
+  size_t row_bytes = kvli_row_bytes(side->format, dim);
+  uint8_t *scales = tile + row_bytes * side->tokens,
+          *codes = tile + row_bytes * first;
+  if (side->format == KVL_NVFP4) { /* groups follow one another through the
+                                      rows, a multiple of 8 in all */
+    for (uint32_t g = 0; g < KVLI_SEAL_ROWS * blocks; g += 8) {
+      kvli_nvfp4_groups_avx2(rows + 16 * g, side->global, codes + 8 * g,
+                             scales + first * blocks + g);
     }
-    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim, codes += row_bytes) {
-        if (side->format != KVL_INT4) kvli_byte_row_avx2(side->format, rows, dim, codes, scales + 2 * t);
-        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
-            uint32_t e = g * KVLI_INT4_GROUP;
-            kvli_int4_group_avx2(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2, scales + 4 * (t * groups + g));
-        }
+    return;
+  }
+  for (uint32_t t = first; t < first + KVLI_SEAL_ROWS;
+       t++, rows += dim, codes += row_bytes) {
+    if (side->format != KVL_INT4)
+      kvli_byte_row_avx2(side->format, rows, dim, codes, scales + 2 * t);
+    for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+      uint32_t e = g * KVLI_INT4_GROUP;
+      kvli_int4_group_avx2(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP),
+                           codes + e / 2, scales + 4 * (t * groups + g));
     }
+  }
 }
 
-KVLI_TARGET_AVX2 static void kvli_seal_channels_avx2(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile) {
-    bool wide = side->format == KVL_INT8_CHANNEL;
-    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
-    uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
-    __m256 z[2], s[2], none = _mm256_setzero_ps(), top = _mm256_set1_ps(wide ? 255.0f : 15.0f);
-    for (int half = 0; half < 2; half++) {
-        __m256 lo = _mm256_loadu_ps(x + 8 * half), hi = lo;
-        for (uint32_t t = 1; t < side->tokens; t++) {
-            __m256 v = _mm256_loadu_ps(x + 16 * t + 8 * half);
-            lo = _mm256_min_ps(lo, v);
-            hi = _mm256_max_ps(hi, v);
-        }
-        lo = _mm256_add_ps(lo, none);
-        __m128i hz = kvli_zeros_avx2(lo);
-        __m128i hs = kvli_scales_avx2(_mm256_mul_ps(_mm256_sub_ps(hi, lo), _mm256_set1_ps(wide ? kvli_per_255 : kvli_per_15)));
-        _mm_storeu_si128((__m128i *)(void *)(scales + 16 * half), hs);
-        _mm_storeu_si128((__m128i *)(void *)(scales + 2 * (size_t)side->dim + 16 * half), hz);
-        z[half] = _mm256_cvtph_ps(hz);
-        s[half] = _mm256_cvtph_ps(hs);
+KVLI_TARGET_AVX2 static void kvli_seal_channels_avx2(const kvli_side *side,
+                                                     const float *x,
+                                                     uint32_t first,
+                                                     uint8_t *tile) {
+  bool wide = side->format == KVL_INT8_CHANNEL;
+  size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+  uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
+  __m256 z[2], s[2], none = _mm256_setzero_ps(),
+                     top = _mm256_set1_ps(wide ? 255.0f : 15.0f);
+  for (int half = 0; half < 2; half++) {
+    __m256 lo = _mm256_loadu_ps(x + 8 * half), hi = lo;
+    for (uint32_t t = 1; t < side->tokens; t++) {
+      __m256 v = _mm256_loadu_ps(x + 16 * t + 8 * half);
+      lo = _mm256_min_ps(lo, v);
+      hi = _mm256_max_ps(hi, v);
     }
-    uint8_t *p = tile + (wide ? first : first / 2);
-    for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
-        __m256i a = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + 16 * t), z[0]), s[0], none, top);
-        __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + 16 * t + 8), z[1]), s[1], none, top);
-        if (wide) _mm_storeu_si128((__m128i *)(void *)p, kvli_bytes_avx2(a, b));
-        else kvli_put_nibbles_avx2(p, kvli_bytes_avx2(a, b));
-    }
+    lo = _mm256_add_ps(lo, none);
+    __m128i hz = kvli_zeros_avx2(lo);
+    __m128i hs = kvli_scales_avx2(
+        _mm256_mul_ps(_mm256_sub_ps(hi, lo),
+                      _mm256_set1_ps(wide ? kvli_per_255 : kvli_per_15)));
+    _mm_storeu_si128((__m128i *)(void *)(scales + 16 * half), hs);
+    _mm_storeu_si128(
+        (__m128i *)(void *)(scales + 2 * (size_t)side->dim + 16 * half), hz);
+    z[half] = _mm256_cvtph_ps(hz);
+    s[half] = _mm256_cvtph_ps(hs);
+  }
+  uint8_t *p = tile + (wide ? first : first / 2);
+  for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
+    __m256i a = kvli_codes_avx2(
+        _mm256_sub_ps(_mm256_loadu_ps(x + 16 * t), z[0]), s[0], none, top);
+    __m256i b = kvli_codes_avx2(
+        _mm256_sub_ps(_mm256_loadu_ps(x + 16 * t + 8), z[1]), s[1], none, top);
+    if (wide)
+      _mm_storeu_si128((__m128i *)(void *)p, kvli_bytes_avx2(a, b));
+    else
+      kvli_put_nibbles_avx2(p, kvli_bytes_avx2(a, b));
+  }
 }
 
 /* ---- AVX-512 ---- */
-#if defined(__GNUC__) && !defined(__clang__) /* its header's undefined operands, warned about in C++ */
+#if defined(__GNUC__) &&                                                       \
+    !defined(                                                                  \
+        __clang__) /* its header's undefined operands, warned about in C++ */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-KVLI_TARGET_AVX512 static void kvli_load_avx512(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst) {
-    const uint8_t *row = (const uint8_t *)src;
-    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
-        for (uint32_t i = 0; i < n; i += 16) {
-            __m512 v;
-            if (format == KVL_F16) v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * i)));
-            else if (format == KVL_F32) v = _mm512_loadu_ps(row + 4 * i);
-            else v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * i))), 16));
-            _mm512_storeu_ps(dst + i, v);
-        }
+KVLI_TARGET_AVX512 static void kvli_load_avx512(kvl_format format,
+                                                const void *src, size_t step,
+                                                uint32_t n_rows, uint32_t n,
+                                                float *dst) {
+  const uint8_t *row = (const uint8_t *)src;
+  for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+    for (uint32_t i = 0; i < n; i += 16) {
+      __m512 v;
+      if (format == KVL_F16)
+        v = _mm512_cvtph_ps(
+            _mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * i)));
+      else if (format == KVL_F32)
+        v = _mm512_loadu_ps(row + 4 * i);
+      else
+        v = _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((
+                                  const __m256i *)(const void *)(row + 2 * i))),
+                              16));
+      _mm512_storeu_ps(dst + i, v);
     }
+  }
 }
 
 KVLI_TARGET_AVX512 KVLI_INLINE __m256i kvli_bf16_avx512(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-    __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+  __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+  __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
+      16);
+  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
 
-KVLI_TARGET_AVX512 static void kvli_store_avx512(kvl_format format, const float *src, uint32_t n, void *dst) {
-    uint8_t *p = (uint8_t *)dst;
-    for (uint32_t i = 0; i < n; i += 16) {
-        __m512 x = _mm512_loadu_ps(src + i);
-        if (format == KVL_F32) _mm512_storeu_ps(p + 4 * i, x);
-        else _mm256_storeu_si256((__m256i *)(void *)(p + 2 * i), format == KVL_F16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : kvli_bf16_avx512(x));
-    }
+KVLI_TARGET_AVX512 static void
+kvli_store_avx512(kvl_format format, const float *src, uint32_t n, void *dst) {
+  uint8_t *p = (uint8_t *)dst;
+  for (uint32_t i = 0; i < n; i += 16) {
+    __m512 x = _mm512_loadu_ps(src + i);
+    if (format == KVL_F32)
+      _mm512_storeu_ps(p + 4 * i, x);
+    else
+      _mm256_storeu_si256((__m256i *)(void *)(p + 2 * i),
+                          format == KVL_F16
+                              ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
+                              : kvli_bf16_avx512(x));
+  }
 }
 
-KVLI_TARGET_AVX512 static bool kvli_finite_avx512(kvl_format format, const void *row, uint32_t n) {
-    const uint8_t *p = (const uint8_t *)row;
-    uint32_t bad = 0;
-    __m256i mask = _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
-    __m512i mask32 = _mm512_set1_epi32(0x7f800000);
-    for (uint32_t i = 0; i < n; i += 16) {
-        if (format == KVL_F32) bad |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(_mm512_loadu_si512(p + 4 * i), mask32), mask32);
-        else bad |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i)), mask), mask);
-    }
-    return bad == 0;
+KVLI_TARGET_AVX512 static bool kvli_finite_avx512(kvl_format format,
+                                                  const void *row, uint32_t n) {
+  const uint8_t *p = (const uint8_t *)row;
+  uint32_t bad = 0;
+  __m256i mask = _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
+  __m512i mask32 = _mm512_set1_epi32(0x7f800000);
+  for (uint32_t i = 0; i < n; i += 16) {
+    if (format == KVL_F32)
+      bad |= _mm512_cmpeq_epi32_mask(
+          _mm512_and_si512(_mm512_loadu_si512(p + 4 * i), mask32), mask32);
+    else
+      bad |= _mm256_cmpeq_epi16_mask(
+          _mm256_and_si256(
+              _mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i)),
+              mask),
+          mask);
+  }
+  return bad == 0;
 }
 
 /* Strides 1, 2, 4 and 8 of the butterflies lie within a register. */
 KVLI_TARGET_AVX512 KVLI_INLINE __m512 kvli_butterfly_avx512(__m512 x) {
-    __m512 y = _mm512_permute_ps(x, 0xb1);
-    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xaaaa, y, x);
-    y = _mm512_permute_ps(x, 0x4e);
-    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xcccc, y, x);
-    y = _mm512_shuffle_f32x4(x, x, 0xb1);
-    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xf0f0, y, x);
-    y = _mm512_shuffle_f32x4(x, x, 0x4e);
-    return _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xff00, y, x);
+  __m512 y = _mm512_permute_ps(x, 0xb1);
+  x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xaaaa, y, x);
+  y = _mm512_permute_ps(x, 0x4e);
+  x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xcccc, y, x);
+  y = _mm512_shuffle_f32x4(x, x, 0xb1);
+  x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xf0f0, y, x);
+  y = _mm512_shuffle_f32x4(x, x, 0x4e);
+  return _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xff00, y, x);
 }
 
-KVLI_TARGET_AVX512 static void kvli_hadamard_avx512(float *x, uint32_t block, uint32_t n_blocks) {
-    __m512 scale = _mm512_set1_ps(kvli_hadamard_scale(block));
-    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
-        for (uint32_t i = 0; i < block; i += 16) _mm512_storeu_ps(x + i, kvli_butterfly_avx512(_mm512_loadu_ps(x + i)));
-        for (uint32_t stride = 16; stride < block; stride *= 2) {
-            for (uint32_t i = 0; i < block; i += 16) {
-                if (i & stride) continue;
-                __m512 lo = _mm512_loadu_ps(x + i), hi = _mm512_loadu_ps(x + i + stride);
-                _mm512_storeu_ps(x + i, _mm512_add_ps(lo, hi));
-                _mm512_storeu_ps(x + i + stride, _mm512_sub_ps(lo, hi));
-            }
-        }
-        for (uint32_t i = 0; i < block; i += 16) _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
+KVLI_TARGET_AVX512 static void kvli_hadamard_avx512(float *x, uint32_t block,
+                                                    uint32_t n_blocks) {
+  __m512 scale = _mm512_set1_ps(kvli_hadamard_scale(block));
+  for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+    for (uint32_t i = 0; i < block; i += 16)
+      _mm512_storeu_ps(x + i, kvli_butterfly_avx512(_mm512_loadu_ps(x + i)));
+    for (uint32_t stride = 16; stride < block; stride *= 2) {
+      for (uint32_t i = 0; i < block; i += 16) {
+        if (i & stride)
+          continue;
+        __m512 lo = _mm512_loadu_ps(x + i),
+               hi = _mm512_loadu_ps(x + i + stride);
+        _mm512_storeu_ps(x + i, _mm512_add_ps(lo, hi));
+        _mm512_storeu_ps(x + i + stride, _mm512_sub_ps(lo, hi));
+      }
     }
+    for (uint32_t i = 0; i < block; i += 16)
+      _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
+  }
 }
 
-KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_codes_avx512(__m512 x, __m512 s, __m512 lo, __m512 hi) {
-    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_div_ps(x, s), lo), hi));
+KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_codes_avx512(__m512 x, __m512 s,
+                                                         __m512 lo, __m512 hi) {
+  return _mm512_cvtps_epi32(
+      _mm512_min_ps(_mm512_max_ps(_mm512_div_ps(x, s), lo), hi));
 }
 
 KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_e4m3_avx512(__m512 q) {
-    __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(q), 24), _mm512_set1_epi32(0x80));
-    __m512 a = _mm512_min_ps(_mm512_abs_ps(q), _mm512_set1_ps(448.0f));
-    __m512i bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
-    __m512i normal = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7ffff - 0x3c000000)), odd);
-    __m512i small = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(16384.0f)));
-    __mmask16 is_small = _mm512_cmp_ps_mask(a, _mm512_set1_ps(0.015625f), _CMP_LT_OQ);
-    normal = _mm512_mask_sub_epi32(_mm512_srli_epi32(normal, 20), is_small, small, _mm512_set1_epi32(0x46800000));
-    return _mm512_or_si512(sign, normal);
+  __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(q), 24),
+                                  _mm512_set1_epi32(0x80));
+  __m512 a = _mm512_min_ps(_mm512_abs_ps(q), _mm512_set1_ps(448.0f));
+  __m512i bits = _mm512_castps_si512(a),
+          odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20),
+                                 _mm512_set1_epi32(1));
+  __m512i normal = _mm512_add_epi32(
+      _mm512_add_epi32(bits, _mm512_set1_epi32(0x7ffff - 0x3c000000)), odd);
+  __m512i small =
+      _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(16384.0f)));
+  __mmask16 is_small =
+      _mm512_cmp_ps_mask(a, _mm512_set1_ps(0.015625f), _CMP_LT_OQ);
+  normal = _mm512_mask_sub_epi32(_mm512_srli_epi32(normal, 20), is_small, small,
+                                 _mm512_set1_epi32(0x46800000));
+  return _mm512_or_si512(sign, normal);
 }
 
-KVLI_TARGET_AVX512 static void kvli_byte_row_avx512(kvl_format format, const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
-    bool fp8 = format == KVL_FP8_E4M3;
-    __m512 m = _mm512_setzero_ps();
-    for (uint32_t i = 0; i < dim; i += 16) m = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + i)), m);
-    float amax = _mm512_reduce_max_ps(m) * (fp8 ? kvli_per_448 : kvli_per_127);
-    __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
-    __m512 s = _mm512_broadcastss_ps(_mm_cvtph_ps(h)), lo = _mm512_set1_ps(-127.0f), hi = _mm512_set1_ps(127.0f);
-    for (uint32_t i = 0; i < dim; i += 16) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        __m512i c = fp8 ? kvli_e4m3_avx512(_mm512_div_ps(v, s)) : kvli_codes_avx512(v, s, lo, hi);
-        _mm_storeu_si128((__m128i *)(void *)(codes + i), _mm512_cvtepi32_epi8(c));
-    }
-    kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
+KVLI_TARGET_AVX512 static void
+kvli_byte_row_avx512(kvl_format format, const float *x, uint32_t dim,
+                     uint8_t *codes, uint8_t *scale) {
+  bool fp8 = format == KVL_FP8_E4M3;
+  __m512 m = _mm512_setzero_ps();
+  for (uint32_t i = 0; i < dim; i += 16)
+    m = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + i)), m);
+  float amax =
+      KVLI_F32(_mm512_reduce_max_ps(m) * (fp8 ? kvli_per_448 : kvli_per_127));
+  __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
+  __m512 s = _mm512_broadcastss_ps(_mm_cvtph_ps(h)),
+         lo = _mm512_set1_ps(-127.0f), hi = _mm512_set1_ps(127.0f);
+  for (uint32_t i = 0; i < dim; i += 16) {
+    __m512 v = _mm512_loadu_ps(x + i);
+    __m512i c = fp8 ? kvli_e4m3_avx512(_mm512_div_ps(v, s))
+                    : kvli_codes_avx512(v, s, lo, hi);
+    _mm_storeu_si128((__m128i *)(void *)(codes + i), _mm512_cvtepi32_epi8(c));
+  }
+  kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
 }
 
-KVLI_TARGET_AVX512 static void kvli_int4_group_avx512(const float *x, uint32_t n, uint8_t *codes, uint8_t *scale) {
-    __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(), top = _mm512_set1_ps(15.0f);
-    for (uint32_t i = 16; i < n; i += 16) {
-        lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + i));
-        hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + i));
-    }
-    float least = _mm512_reduce_min_ps(lo) + 0.0f, most = _mm512_reduce_max_ps(hi);
-    __m128i hz = kvli_zeros_avx2(_mm256_set1_ps(least)), hs = kvli_scales_avx2(_mm256_set1_ps((most - least) * kvli_per_15));
-    __m512 z = _mm512_broadcastss_ps(_mm_cvtph_ps(hz)), s = _mm512_broadcastss_ps(_mm_cvtph_ps(hs));
-    for (uint32_t i = 0; i < n; i += 16) {
-        __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), z), s, none, top);
-        kvli_put_nibbles_avx2(codes + i / 2, _mm512_cvtepi32_epi8(c));
-    }
-    kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
-    kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
+KVLI_TARGET_AVX512 static void kvli_int4_group_avx512(const float *x,
+                                                      uint32_t n,
+                                                      uint8_t *codes,
+                                                      uint8_t *scale) {
+  __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(),
+         top = _mm512_set1_ps(15.0f);
+  for (uint32_t i = 16; i < n; i += 16) {
+    lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + i));
+    hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + i));
+  }
+  __m256 least = _mm256_add_ps(_mm256_set1_ps(_mm512_reduce_min_ps(lo)),
+                               _mm256_setzero_ps()); /* never -0 */
+  __m256 range = _mm256_sub_ps(_mm256_set1_ps(_mm512_reduce_max_ps(hi)), least);
+  __m128i hz = kvli_zeros_avx2(least), hs = kvli_scales_avx2(_mm256_mul_ps(
+                                           range, _mm256_set1_ps(kvli_per_15)));
+  __m512 z = _mm512_broadcastss_ps(_mm_cvtph_ps(hz)),
+         s = _mm512_broadcastss_ps(_mm_cvtph_ps(hs));
+  for (uint32_t i = 0; i < n; i += 16) {
+    __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), z), s,
+                                  none, top);
+    kvli_put_nibbles_avx2(codes + i / 2, _mm512_cvtepi32_epi8(c));
+  }
+  kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
+  kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
 }
 
-KVLI_TARGET_AVX512 static void kvli_seal_rows_avx512(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
-    if (side->format == KVL_NVFP4) { /* bound by compares, which gain nothing from the width */
-        kvli_seal_rows_avx2(side, rows, first, tile);
-        return;
+KVLI_TARGET_AVX512 static void kvli_seal_rows_avx512(const kvli_side *side,
+                                                     const float *rows,
+                                                     uint32_t first,
+                                                     uint8_t *tile) {
+  if (side->format ==
+      KVL_NVFP4) { /* bound by compares, which gain nothing from the width */
+    kvli_seal_rows_avx2(side, rows, first, tile);
+    return;
+  }
+  uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
+  size_t row_bytes = kvli_row_bytes(side->format, dim);
+  uint8_t *scales = tile + row_bytes * side->tokens,
+          *codes = tile + row_bytes * first;
+  for (uint32_t t = first; t < first + KVLI_SEAL_ROWS;
+       t++, rows += dim, codes += row_bytes) {
+    if (side->format != KVL_INT4)
+      kvli_byte_row_avx512(side->format, rows, dim, codes, scales + 2 * t);
+    for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+      uint32_t e = g * KVLI_INT4_GROUP;
+      kvli_int4_group_avx512(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP),
+                             codes + e / 2, scales + 4 * (t * groups + g));
     }
-    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
-    size_t row_bytes = kvli_row_bytes(side->format, dim);
-    uint8_t *scales = tile + row_bytes * side->tokens, *codes = tile + row_bytes * first;
-    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim, codes += row_bytes) {
-        if (side->format != KVL_INT4) kvli_byte_row_avx512(side->format, rows, dim, codes, scales + 2 * t);
-        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
-            uint32_t e = g * KVLI_INT4_GROUP;
-            kvli_int4_group_avx512(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2, scales + 4 * (t * groups + g));
-        }
-    }
+  }
 }
 
-KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile) {
-    bool wide = side->format == KVL_INT8_CHANNEL;
-    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
-    uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
-    __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(), top = _mm512_set1_ps(wide ? 255.0f : 15.0f);
-    for (uint32_t t = 1; t < side->tokens; t++) {
-        lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + 16 * t));
-        hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + 16 * t));
-    }
-    lo = _mm512_add_ps(lo, none);
-    __m512 range = _mm512_mul_ps(_mm512_sub_ps(hi, lo), _mm512_set1_ps(wide ? kvli_per_255 : kvli_per_15));
-    __m512 finite = _mm512_max_ps(_mm512_min_ps(lo, _mm512_set1_ps(65504.0f)), _mm512_set1_ps(-65504.0f));
-    __m256i hz = _mm512_cvtps_ph(finite, _MM_FROUND_TO_NEAREST_INT);
-    __m256i hs = _mm512_cvtps_ph(_mm512_min_ps(range, _mm512_set1_ps(65504.0f)), _MM_FROUND_TO_NEAREST_INT);
-    __mmask16 none_of = _mm256_testn_epi16_mask(hs, _mm256_set1_epi16(0x7fff));
-    hs = _mm256_mask_mov_epi16(hs, none_of, _mm256_set1_epi16(0x3c00));
-    _mm256_storeu_si256((__m256i *)(void *)scales, hs);
-    _mm256_storeu_si256((__m256i *)(void *)(scales + 2 * (size_t)side->dim), hz);
-    __m512 z = _mm512_cvtph_ps(hz), s = _mm512_cvtph_ps(hs);
-    uint8_t *p = tile + (wide ? first : first / 2);
-    for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
-        __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + 16 * t), z), s, none, top);
-        if (wide) _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(c));
-        else kvli_put_nibbles_avx2(p, _mm512_cvtepi32_epi8(c));
-    }
+KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side,
+                                                         const float *x,
+                                                         uint32_t first,
+                                                         uint8_t *tile) {
+  bool wide = side->format == KVL_INT8_CHANNEL;
+  size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+  uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
+  __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(),
+         top = _mm512_set1_ps(wide ? 255.0f : 15.0f);
+  for (uint32_t t = 1; t < side->tokens; t++) {
+    lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + 16 * t));
+    hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + 16 * t));
+  }
+  lo = _mm512_add_ps(lo, none);
+  __m512 range = _mm512_mul_ps(
+      _mm512_sub_ps(hi, lo), _mm512_set1_ps(wide ? kvli_per_255 : kvli_per_15));
+  __m512 finite = _mm512_max_ps(_mm512_min_ps(lo, _mm512_set1_ps(65504.0f)),
+                                _mm512_set1_ps(-65504.0f));
+  __m256i hz = _mm512_cvtps_ph(finite, _MM_FROUND_TO_NEAREST_INT);
+  __m256i hs = _mm512_cvtps_ph(_mm512_min_ps(range, _mm512_set1_ps(65504.0f)),
+                               _MM_FROUND_TO_NEAREST_INT);
+  __mmask16 none_of = _mm256_testn_epi16_mask(hs, _mm256_set1_epi16(0x7fff));
+  hs = _mm256_mask_mov_epi16(hs, none_of, _mm256_set1_epi16(0x3c00));
+  _mm256_storeu_si256((__m256i *)(void *)scales, hs);
+  _mm256_storeu_si256((__m256i *)(void *)(scales + 2 * (size_t)side->dim), hz);
+  __m512 z = _mm512_cvtph_ps(hz), s = _mm512_cvtph_ps(hs);
+  uint8_t *p = tile + (wide ? first : first / 2);
+  for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
+    __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + 16 * t), z),
+                                  s, none, top);
+    if (wide)
+      _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(c));
+    else
+      kvli_put_nibbles_avx2(p, _mm512_cvtepi32_epi8(c));
+  }
 }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -1759,154 +2136,199 @@ KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side, 
 
 /* ---- the paths ---- */
 typedef struct kvli_codec {
-    /* n_rows rows of n numbers (a multiple of 16), step bytes apart, to dst [n_rows][n] */
-    void (*load)(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst);
-    void (*store)(kvl_format format, const float *src, uint32_t n, void *dst);
-    bool (*finite)(kvl_format format, const void *row, uint32_t n);
-    void (*hadamard)(float *x, uint32_t block, uint32_t n_blocks);
-    void (*seal_rows)(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile);
-    void (*seal_channels)(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile);
+  /* n_rows rows of n numbers (a multiple of 16), step bytes apart, to dst
+   * [n_rows][n] */
+  void (*load)(kvl_format format, const void *src, size_t step, uint32_t n_rows,
+               uint32_t n, float *dst);
+  void (*store)(kvl_format format, const float *src, uint32_t n, void *dst);
+  bool (*finite)(kvl_format format, const void *row, uint32_t n);
+  void (*hadamard)(float *x, uint32_t block, uint32_t n_blocks);
+  void (*seal_rows)(const kvli_side *side, const float *rows, uint32_t first,
+                    uint8_t *tile);
+  void (*seal_channels)(const kvli_side *side, const float *x, uint32_t first,
+                        uint8_t *tile);
 } kvli_codec;
 
 static const kvli_codec kvli_codecs[] = {
-    {kvli_load_scalar, kvli_store_scalar, kvli_finite_scalar, kvli_hadamard_scalar, kvli_seal_rows_scalar,
-     kvli_seal_channels_scalar},
+    {kvli_load_scalar, kvli_store_scalar, kvli_finite_scalar,
+     kvli_hadamard_scalar, kvli_seal_rows_scalar, kvli_seal_channels_scalar},
 #if KVLI_X86
-    {kvli_load_avx2, kvli_store_avx2, kvli_finite_avx2, kvli_hadamard_avx2, kvli_seal_rows_avx2, kvli_seal_channels_avx2},
-    {kvli_load_avx512, kvli_store_avx512, kvli_finite_avx512, kvli_hadamard_avx512, kvli_seal_rows_avx512,
-     kvli_seal_channels_avx512},
+    {kvli_load_avx2, kvli_store_avx2, kvli_finite_avx2, kvli_hadamard_avx2,
+     kvli_seal_rows_avx2, kvli_seal_channels_avx2},
+    {kvli_load_avx512, kvli_store_avx512, kvli_finite_avx512,
+     kvli_hadamard_avx512, kvli_seal_rows_avx512, kvli_seal_channels_avx512},
 #endif
 };
 
 static const kvli_codec *kvli_codec_of(kvl_simd simd) {
 #if KVLI_X86
-    return &kvli_codecs[simd == KVL_SIMD_AVX512 ? 2 : simd == KVL_SIMD_AVX2 ? 1 : 0];
+  return &kvli_codecs[simd == KVL_SIMD_AVX512 ? 2
+                      : simd == KVL_SIMD_AVX2 ? 1
+                                              : 0];
 #else
-    (void)simd;
-    return &kvli_codecs[0];
+  (void)simd;
+  return &kvli_codecs[0];
 #endif
 }
 
-static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows, kvl_simd simd) {
-    uint32_t block = kvli_hadamard_block(dim);
-    kvli_codec_of(simd)->hadamard(x, block, dim / block * n_rows);
+static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows,
+                          kvl_simd simd) {
+  uint32_t block = kvli_hadamard_block(dim);
+  kvli_codec_of(simd)->hadamard(x, block, dim / block * n_rows);
 }
 
-static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src, kvl_dtype dtype, size_t row_stride, uint32_t n,
+static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src,
+                            kvl_dtype dtype, size_t row_stride, uint32_t n,
                             void *tile, uint32_t row, kvl_simd simd) {
-    const kvli_codec *codec = kvli_codec_of(simd);
-    kvl_format from = (kvl_format)dtype + KVL_F32; /* the two enums run alike */
-    size_t step = row_stride * (from == KVL_F32 ? 4 : 2), row_bytes = kvli_row_bytes(exact, dim);
-    const uint8_t *in = (const uint8_t *)src;
-    uint8_t *out = (uint8_t *)tile + row_bytes * row;
-    bool finite = true;
-    for (uint32_t i = 0; i < n; i++, in += step, out += row_bytes) {
-        float x[KVLI_MAX_DIM];
-        if (from == exact) {
-            memcpy(out, in, row_bytes);
-        } else if (from == KVL_F32) {
-            codec->store(exact, (const float *)(const void *)in, dim, out);
-        } else {
-            codec->load(from, in, 0, 1, dim, x);
-            codec->store(exact, x, dim, out);
-        }
-        finite &= codec->finite(exact, out, dim);
-    }
-    return finite;
-}
-
-static void kvli_seal_tile(const kvli_side *side, kvl_format exact, const void *exact_tile, void *tile, kvl_simd simd) {
-    const kvli_codec *codec = kvli_codec_of(simd);
-    const uint8_t *src = (const uint8_t *)exact_tile;
-    uint8_t *dst = (uint8_t *)tile;
-    uint32_t tokens = side->tokens, dim = side->dim;
-    size_t in_bytes = kvli_row_bytes(exact, dim);
-    size_t used = kvli_row_bytes(side->format, dim) * tokens + kvli_scale_bytes(side->format, tokens, dim);
-    if (kvli_is_exact(side->format)) {
-        kvli_write_rows(side->format, dim, src, (kvl_dtype)(exact - KVL_F32), dim, tokens, dst, 0, simd);
-    } else if (kvli_is_channel(side->format)) {
-        for (uint32_t c = 0; c < dim; c += 16) {
-            float x[64 * 16];
-            codec->load(exact, src + in_bytes / dim * c, in_bytes, tokens, 16, x);
-            codec->seal_channels(side, x, c, dst);
-        }
+  const kvli_codec *codec = kvli_codec_of(simd);
+  kvl_format from = (kvl_format)dtype + KVL_F32; /* the two enums run alike */
+  size_t step = row_stride * (from == KVL_F32 ? 4 : 2),
+         row_bytes = kvli_row_bytes(exact, dim);
+  const uint8_t *in = (const uint8_t *)src;
+  uint8_t *out = (uint8_t *)tile + row_bytes * row;
+  bool finite = true;
+  for (uint32_t i = 0; i < n; i++, in += step, out += row_bytes) {
+    float x[KVLI_MAX_DIM];
+    if (from == exact) {
+      memcpy(out, in, row_bytes);
+    } else if (from == KVL_F32) {
+      codec->store(exact, (const float *)(const void *)in, dim, out);
     } else {
-        for (uint32_t t = 0; t < tokens; t += KVLI_SEAL_ROWS) {
-            float rows[KVLI_SEAL_ROWS * KVLI_MAX_DIM];
-            codec->load(exact, src + in_bytes * t, in_bytes, KVLI_SEAL_ROWS, dim, rows);
-            if (side->rotated) codec->hadamard(rows, kvli_hadamard_block(dim), dim / kvli_hadamard_block(dim) * KVLI_SEAL_ROWS);
-            codec->seal_rows(side, rows, t, dst);
-        }
+      codec->load(from, in, 0, 1, dim, x);
+      codec->store(exact, x, dim, out);
     }
-    memset(dst + used, 0, kvli_tile_size(side->format, tokens, dim) - used);
+    finite &= codec->finite(exact, out, dim);
+  }
+  return finite;
 }
 
-/* ---- decoding: bare conversions and products that are exact in f32, so that no order of operations is needed (but for an
-   NVFP4 global that is no power of two: the block's scale is rounded once, then each number) ---- */
-static float kvli_decode_one(const kvli_side *side, const uint8_t *tile, uint32_t t, uint32_t e) {
-    uint32_t dim = side->dim;
-    size_t row_bytes = kvli_row_bytes(side->format, dim);
-    const uint8_t *row = tile + row_bytes * t, *scales = tile + row_bytes * side->tokens;
-    uint32_t nibble = row_bytes == dim / 2 ? row[e / 2] >> (e % 2 ? 4 : 0) & 15u : 0;
-    switch (side->format) {
-    case KVL_INT8: return (float)(int8_t)row[e] * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
-    case KVL_FP8_E4M3: return kvli_e4m3_to_f32(row[e]) * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
-    case KVL_NVFP4: {
-        float s = kvli_rounded(kvli_e4m3_to_f32(scales[t * (dim / KVLI_NVFP4_GROUP) + e / KVLI_NVFP4_GROUP]) * side->global);
-        float v = kvli_e2m1_values[nibble & 7u];
-        return (nibble & 8u ? -v : v) * s;
+static void kvli_seal_tile(const kvli_side *side, kvl_format exact,
+                           const void *exact_tile, void *tile, kvl_simd simd) {
+  const kvli_codec *codec = kvli_codec_of(simd);
+  const uint8_t *src = (const uint8_t *)exact_tile;
+  uint8_t *dst = (uint8_t *)tile;
+  uint32_t tokens = side->tokens, dim = side->dim;
+  size_t in_bytes = kvli_row_bytes(exact, dim);
+  size_t used = kvli_row_bytes(side->format, dim) * tokens +
+                kvli_scale_bytes(side->format, tokens, dim);
+  if (kvli_is_exact(side->format)) {
+    kvli_write_rows(side->format, dim, src, (kvl_dtype)(exact - KVL_F32), dim,
+                    tokens, dst, 0, simd);
+  } else if (kvli_is_channel(side->format)) {
+    for (uint32_t c = 0; c < dim; c += 16) {
+      float x[64 * 16];
+      codec->load(exact, src + in_bytes / dim * c, in_bytes, tokens, 16, x);
+      codec->seal_channels(side, x, c, dst);
     }
-    case KVL_INT4: {
-        const uint8_t *p = scales + 4 * (t * kvli_div_up(dim, KVLI_INT4_GROUP) + e / KVLI_INT4_GROUP);
-        return (float)nibble * kvli_f16_to_f32(kvli_get16(p)) + kvli_f16_to_f32(kvli_get16(p + 2));
+  } else {
+    for (uint32_t t = 0; t < tokens; t += KVLI_SEAL_ROWS) {
+      float rows[KVLI_SEAL_ROWS * KVLI_MAX_DIM];
+      codec->load(exact, src + in_bytes * t, in_bytes, KVLI_SEAL_ROWS, dim,
+                  rows);
+      if (side->rotated)
+        codec->hadamard(rows, kvli_hadamard_block(dim),
+                        dim / kvli_hadamard_block(dim) * KVLI_SEAL_ROWS);
+      codec->seal_rows(side, rows, t, dst);
     }
-    default: { /* the channel formats */
-        float code = side->format == KVL_INT8_CHANNEL ? (float)row[e] : (float)nibble;
-        return code * kvli_f16_to_f32(kvli_get16(scales + 2 * e)) + kvli_f16_to_f32(kvli_get16(scales + 2 * dim + 2 * e));
-    }
-    }
+  }
+  memset(dst + used, 0, kvli_tile_size(side->format, tokens, dim) - used);
 }
 
-static void kvli_decode_tile(const kvli_side *side, const void *tile, float *rows) {
-    if (kvli_is_exact(side->format)) {
-        kvli_load_scalar(side->format, tile, 0, 1, side->tokens * side->dim, rows);
-        return;
-    }
-    for (uint32_t t = 0; t < side->tokens; t++) {
-        for (uint32_t e = 0; e < side->dim; e++) rows[t * side->dim + e] = kvli_decode_one(side, (const uint8_t *)tile, t, e);
-    }
+/* ---- decoding: bare conversions and products that are exact in f32, so that
+   no order of operations is needed (but for an NVFP4 global that is no power of
+   two: the block's scale is rounded once, then each number) ---- */
+static float kvli_decode_one(const kvli_side *side, const uint8_t *tile,
+                             uint32_t t, uint32_t e) {
+  uint32_t dim = side->dim;
+  size_t row_bytes = kvli_row_bytes(side->format, dim);
+  const uint8_t *row = tile + row_bytes * t,
+                *scales = tile + row_bytes * side->tokens;
+  uint32_t nibble =
+      row_bytes == dim / 2 ? row[e / 2] >> (e % 2 ? 4 : 0) & 15u : 0;
+  switch (side->format) {
+  case KVL_INT8:
+    return (float)(int8_t)row[e] * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
+  case KVL_FP8_E4M3:
+    return kvli_e4m3_to_f32(row[e]) *
+           kvli_f16_to_f32(kvli_get16(scales + 2 * t));
+  case KVL_NVFP4: {
+    float s = kvli_rounded(
+        kvli_e4m3_to_f32(
+            scales[t * (dim / KVLI_NVFP4_GROUP) + e / KVLI_NVFP4_GROUP]) *
+        side->global);
+    float v = kvli_e2m1_values[nibble & 7u];
+    return (nibble & 8u ? -v : v) * s;
+  }
+  case KVL_INT4: {
+    const uint8_t *p = scales + 4 * (t * kvli_div_up(dim, KVLI_INT4_GROUP) +
+                                     e / KVLI_INT4_GROUP);
+    return (float)nibble * kvli_f16_to_f32(kvli_get16(p)) +
+           kvli_f16_to_f32(kvli_get16(p + 2));
+  }
+  default: { /* the channel formats */
+    float code =
+        side->format == KVL_INT8_CHANNEL ? (float)row[e] : (float)nibble;
+    return code * kvli_f16_to_f32(kvli_get16(scales + 2 * e)) +
+           kvli_f16_to_f32(kvli_get16(scales + 2 * dim + 2 * e));
+  }
+  }
 }
 
-static kvl_result kvli_tile_side(kvl_format f, uint32_t tokens, uint32_t dim, float global, kvli_side *side) {
-    if (!kvli_side_supported(f, true, tokens, dim, NULL)) return KVL_UNSUPPORTED;
-    if (!(global >= 0.0f && global <= FLT_MAX) || (global > 0.0f && global < FLT_MIN)) return KVL_INVALID_ARG;
-    side->format = f & ~(kvl_format)KVL_ROTATED;
-    side->rotated = side->format != f;
-    side->global = global > 0.0f ? global : 1.0f / 16.0f;
-    side->tokens = tokens;
-    side->dim = dim;
-    side->tile_bytes = kvli_tile_size(f, tokens, dim);
-    return KVL_OK;
+static void kvli_decode_tile(const kvli_side *side, const void *tile,
+                             float *rows) {
+  if (kvli_is_exact(side->format)) {
+    kvli_load_scalar(side->format, tile, 0, 1, side->tokens * side->dim, rows);
+    return;
+  }
+  for (uint32_t t = 0; t < side->tokens; t++) {
+    for (uint32_t e = 0; e < side->dim; e++)
+      rows[t * side->dim + e] =
+          kvli_decode_one(side, (const uint8_t *)tile, t, e);
+  }
 }
 
-KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const float *rows,
-                                   void *tile) {
-    kvli_side side;
-    if (!rows || !tile) return KVL_INVALID_ARG;
-    kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
-    if (r == KVL_OK) kvli_seal_tile(&side, KVL_F32, rows, tile, kvli_simd_best());
+static kvl_result kvli_tile_side(kvl_format f, uint32_t tokens, uint32_t dim,
+                                 float global, kvli_side *side) {
+  if (!kvli_side_supported(f, true, tokens, dim, NULL))
+    return KVL_UNSUPPORTED;
+  if (!(global >= 0.0f && global <= FLT_MAX) ||
+      (global > 0.0f && global < FLT_MIN))
+    return KVL_INVALID_ARG;
+  side->format = f & ~(kvl_format)KVL_ROTATED;
+  side->rotated = side->format != f;
+  side->global = global > 0.0f ? global : 1.0f / 16.0f;
+  side->tokens = tokens;
+  side->dim = dim;
+  side->tile_bytes = kvli_tile_size(f, tokens, dim);
+  return KVL_OK;
+}
+
+KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens,
+                                   uint32_t dim, float nvfp4_global,
+                                   const float *rows, void *tile) {
+  kvli_side side;
+  if (!rows || !tile)
+    return KVL_INVALID_ARG;
+  kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
+  if (r == KVL_OK)
+    kvli_seal_tile(&side, KVL_F32, rows, tile, kvli_simd_best());
+  return r;
+}
+
+KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens,
+                                   uint32_t dim, float nvfp4_global,
+                                   const void *tile, bool unrotate,
+                                   float *rows) {
+  kvli_side side;
+  if (!rows || !tile)
+    return KVL_INVALID_ARG;
+  kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
+  if (r != KVL_OK)
     return r;
-}
-
-KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const void *tile,
-                                   bool unrotate, float *rows) {
-    kvli_side side;
-    if (!rows || !tile) return KVL_INVALID_ARG;
-    kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
-    if (r != KVL_OK) return r;
-    kvli_decode_tile(&side, tile, rows);
-    if (side.rotated && unrotate) kvli_hadamard(rows, dim, block_tokens, kvli_simd_best());
-    return KVL_OK;
+  kvli_decode_tile(&side, tile, rows);
+  if (side.rotated && unrotate)
+    kvli_hadamard(rows, dim, block_tokens, kvli_simd_best());
+  return KVL_OK;
 }
 
 /* ==== >>backend: what a backend must do ================================================================================== */
@@ -3381,18 +3803,17 @@ static void kvli_preempt(kvl_sched *s, uint32_t r) {
 }
 
 /* The worst-ranked running request behind place `after` that is not in the step. */
-static bool kvli_preempt_behind(kvl_sched *s, uint32_t after, bool background_only) {
+static bool kvli_preempt_behind(kvl_sched *s, uint32_t after) {
     for (uint32_t at = s->n_running; at-- > after;) {
         const kvli_req *q = &s->reqs[s->running[at]];
         if (s->cache->seqs[q->seq].step_span != KVL_NONE && s->cache->step.open) continue;
-        if (background_only && q->klass != KVL_BACKGROUND) return false;
         kvli_preempt(s, s->running[at]);
         return true;
     }
     return false;
 }
 
-static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preempt_behind(c->sched, 0, false); }
+static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preempt_behind(c->sched, 0); }
 static bool kvli_sched_owns_step(const kvl_cache *c) { return c->sched && c->sched->step_open; }
 
 /* ---- planning ---- */
@@ -3445,7 +3866,7 @@ static uint32_t kvli_run(kvl_sched *s, uint32_t at, uint32_t n) {
         span.n_tokens = n;
         span.n_logits = position + n == q->n_tokens;
         if (kvli_step_add(c, q->seq, &span, kvli_req_handle(s, r).id) == KVL_OK) break;
-        if (kvli_preempt_behind(s, at + 1, false)) continue;
+        if (kvli_preempt_behind(s, at + 1)) continue;
         s->budget.starved = true;
         n = n > T ? (n / 2 + T - 1) / T * T : n / 2;
     }
@@ -3470,10 +3891,10 @@ static void kvli_plan_decodes(kvl_sched *s) {
     }
 }
 
-static void kvli_plan_prefills(kvl_sched *s) {
+static void kvli_plan_prefills(kvl_sched *s, kvl_class klass) {
     for (uint32_t at = 0; at < s->n_running && s->budget.rows; at++) {
         const kvli_req *q = &s->reqs[s->running[at]];
-        if (q->decode) continue;
+        if (q->decode || q->klass != klass) continue;
         uint32_t position = s->cache->seqs[q->seq].length, n = kvli_chunk(s, position, q->n_tokens - position);
         if (n) kvli_run(s, at, n);
     }
@@ -3533,10 +3954,7 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     kvl_seq_desc d = kvli_req_desc(q);
     kvli_match m = kvli_match_find(c, &d);
     if (kvli_in_flight(s, q, &m)) return KVLI_SKIP;
-    while (!kvli_admissible(s, q, &m)) {
-        if (q->klass == KVL_BACKGROUND || !kvli_preempt_behind(s, 0, true)) return KVLI_STOP;
-        m = kvli_match_find(c, &d);
-    }
+    if (!kvli_admissible(s, q, &m)) return KVLI_STOP;
     uint32_t n = kvli_chunk(s, m.length, q->n_tokens - m.length);
     if (!n) return KVLI_STOP;
     kvli_wait_remove(s, r);
@@ -3579,17 +3997,33 @@ static uint32_t kvli_candidate(kvl_sched *s, uint32_t from) {
     return best;
 }
 
-static void kvli_plan_admissions(kvl_sched *s) {
+static bool kvli_has_slot(const kvl_sched *s) {
+    return s->n_running + s->n_joining < s->desc.max_running && s->cache->n_free_seqs > s->n_joining;
+}
+
+/* Background work gives up memory and slots to the first interactive request that waits, before anything is planned. */
+static void kvli_make_room(kvl_sched *s) {
+    uint32_t r = KVL_NONE;
+    for (uint32_t l = 0; l < KVLI_PRIORITIES && r == KVL_NONE; l++) r = s->waiting[l].head;
+    if (r == KVL_NONE || kvli_gap_full(s)) return;
+    kvl_seq_desc d = kvli_req_desc(&s->reqs[r]);
+    while (s->n_running && s->reqs[s->running[s->n_running - 1]].klass == KVL_BACKGROUND) {
+        kvli_match m = kvli_match_find(s->cache, &d);
+        if (kvli_in_flight(s, &s->reqs[r], &m) || (kvli_has_slot(s) && kvli_admissible(s, &s->reqs[r], &m))) return;
+        kvli_preempt(s, s->running[s->n_running - 1]);
+    }
+}
+
+static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
     uint32_t skipped = 0;
-    for (uint32_t l = 0; l < KVLI_WAIT_LISTS; l++) {
+    for (uint32_t l = (uint32_t)klass * KVLI_PRIORITIES; l < ((uint32_t)klass + 1) * KVLI_PRIORITIES; l++) {
         uint32_t r = s->waiting[l].head;
         while (r != KVL_NONE) {
-            bool slots = s->n_running + s->n_joining < s->desc.max_running && s->cache->n_free_seqs > s->n_joining;
-            if (!slots || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
+            if (!kvli_has_slot(s) || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
             uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
             bool begun = s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was preempted: it was let in before */
-            if (s->reqs[pick].klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s)) {
-                if (!s->desc.refuse_over_gap) break; /* background work has its own place */
+            if (klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s)) {
+                if (!s->desc.refuse_over_gap) return;
                 kvli_wait_remove(s, pick);
                 kvli_lock(&s->cache->lock);
                 kvli_req_end(s, pick, KVL_FINISH_REFUSED);
@@ -3598,7 +4032,10 @@ static void kvli_plan_admissions(kvl_sched *s) {
                 continue;
             }
             kvli_admission a = kvli_admit(s, pick);
-            if (a == KVLI_STOP) return;
+            if (a == KVLI_STOP) {
+                s->budget.starved = true; /* who waits longest must not see others pass for ever */
+                return;
+            }
             if (a == KVLI_SKIP) skipped++;
             r = pick == r ? next : r;
         }
@@ -3648,9 +4085,12 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     kvl_result r = KVL_IDLE;
     if (c->n_slabs && active) {
         kvli_step_reset(c);
+        kvli_make_room(s);
         kvli_plan_decodes(s);
-        kvli_plan_prefills(s);
-        kvli_plan_admissions(s);
+        for (int k = KVL_INTERACTIVE; k <= KVL_BACKGROUND; k++) {
+            kvli_plan_prefills(s, (kvl_class)k);
+            kvli_plan_admissions(s, (kvl_class)k);
+        }
         if (c->step.n_rows) *out = kvli_step_finish(c);
         else kvli_step_rollback(c);
     }
@@ -4145,9 +4585,9 @@ typedef struct kvli_cpu_block {
 
 /* A SIMD path. */
 typedef struct kvli_cpu_ops {
-    uint32_t dim_align;  /* rows of q and accumulators are padded with zeros to a multiple of it */
-    bool splits_nibbles; /* 4-bit rows stand as 16 even, then 16 odd elements of each 32, and INT4 values leave 16 partial sums of
-                            probability times zero point per 64 dims behind the accumulator's dims */
+    uint32_t acc_align;  /* accumulators are padded to a multiple of it */
+    bool splits_nibbles; /* 4-bit rows stand with the even elements of each 8 (keys) or 32 (values) before the odd ones, and INT4 values
+                            leave 16 partial sums of probability times zero point per 64 dims behind the accumulator's dims */
     size_t (*scratch_floats)(const kvli_geometry *geo);
     void (*score)(const kvli_cpu_block *b);
     /* Scores to probabilities; returns what the accumulators must be multiplied with. cap: 0 or softcap * log2(e). */
@@ -4291,21 +4731,26 @@ static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_s
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-/* Rows of a tile in some format, with its scales as f32 beside it. A pair is 32 dims of a row. */
+/* Rows of a tile in some format, with its scales as f32 beside it. Values are taken as pairs: 32 dims of one row in two vectors. Keys are
+   taken as quads: 16 dims of four rows in four vectors, each with four dims of row i in its lanes 4i to 4i + 3, so that little is left
+   to add up across lanes. */
 typedef struct kvli_z_rows {
     const uint8_t *rows;
     size_t stride;
-    const float *side; /* NVFP4: scales per 16 dims; INT4 keys: scale, zero per 64 dims */
-    uint32_t side_stride, n_pairs;
+    const float *side;          /* values: row t's scales at t * side_stride; keys: of four rows at a time, see kvli_z_side */
+    uint32_t side_stride, dim;
 } kvli_z_rows;
+
+/* Keys that were decoded to memory as quads; the second kind wants the scales of NVFP4 still. */
+enum { KVLI_Z_QUADS = 0, KVLI_Z_QUADS_NVFP4 = 0x80 };
 
 /* The parts of a task's scratch. */
 typedef struct kvli_z_scratch {
     float *rows;     /* [CHUNK][padded dim] */
-    float *side;     /* [64][padded dim / 16] */
+    float *side;     /* [64][padded dim / 16] scales of groups */
     float *token;    /* [64] scales, or scales and zeros [2][4][64] for INT4 values */
     float *channel;  /* [2][padded dim] scales, zeros */
-    float *folded;   /* [4][padded dim] q times channel scales */
+    float *folded;   /* [8][padded dim] q times channel scales */
     float *p;        /* [8][STRIDE] probabilities times scales */
     float *spare;    /* accumulators of a row that is not there */
 } kvli_z_scratch;
@@ -4319,17 +4764,32 @@ static kvli_z_scratch kvli_z_carve(float *at, uint32_t dim) {
     s.token = s.side + 4 * dim;
     s.channel = s.token + 512;
     s.folded = s.channel + 2 * dim;
-    s.spare = s.folded + 4 * dim;
+    s.spare = s.folded + 8 * dim;
     s.p = s.spare + dim;
     return s;
 }
 
 static size_t kvli_z_scratch_floats(const kvli_geometry *geo) {
     uint32_t dim = kvli_z_pad(kvli_max_u32(geo->k_dim, geo->v_dim));
-    return (size_t)(KVLI_CPU_CHUNK + 4 + 2 + 4 + 1) * dim + 512 + 8 * KVLI_CPU_STRIDE;
+    return (size_t)(KVLI_CPU_CHUNK + 4 + 2 + 8 + 1) * dim + 512 + 8 * KVLI_CPU_STRIDE;
 }
 
-/* 16 numbers of a row whose elements are whole bytes. FP8 becomes 2^-8 of its value; the scale makes up for that. */
+KVLI_Z __m512 kvli_z_e2m1(void) {
+    return _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+}
+
+KVLI_Z __m512 kvli_z_u4(void) { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+/* 16 bytes as numbers. FP8 shifted into f16 is 2^-8 of its value: the scale makes up for that. */
+KVLI_Z __m512 kvli_z_codes(kvl_format f, __m128i x) {
+    __m256i h;
+    if (f == KVL_INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+    if (f == KVL_INT8_CHANNEL) return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
+    h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16((short)0xbfff)));
+}
+
+/* 16 numbers of a row whose elements are whole bytes. */
 KVLI_Z __m512 kvli_z_16(kvl_format f, const uint8_t *row, uint32_t i) {
     switch (f) {
     case KVL_F32: return _mm512_loadu_ps((const float *)(const void *)row + 16 * i);
@@ -4338,27 +4798,18 @@ KVLI_Z __m512 kvli_z_16(kvl_format f, const uint8_t *row, uint32_t i) {
         __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)row + i);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
     }
-    case KVL_INT8:
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)row + i)));
-    case KVL_FP8_E4M3: {
-        __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)row + i));
-        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((short)0xbfff)));
-    }
-    default: /* INT8_CHANNEL */
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)row + i)));
+    default: return kvli_z_codes(f, _mm_loadu_si128((const __m128i *)(const void *)row + i));
     }
 }
 
 /* Pair j of a row. Nibbles come out as 16 even, then 16 odd elements; vpermps takes the low four bits of a lane as its index. A tail is the
    last 16 dims where 32 does not divide the dims: the rest becomes zero. */
 KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uint32_t j, bool tail, __m512 *v0, __m512 *v1) {
-    const __m512 e2m1 = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
-    const __m512 u4 = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    if (f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL) {
+    if (f == KVL_NVFP4 || f == KVL_INT4_CHANNEL) {
         const __m128i *at = (const __m128i *)(const void *)row + j;
         __m512i x = _mm512_cvtepu8_epi32(tail ? _mm_loadl_epi64(at) : _mm_loadu_si128(at));
-        __m512 table = f == KVL_NVFP4 ? e2m1 : u4;
+        const __m512 table = f == KVL_NVFP4 ? kvli_z_e2m1() : kvli_z_u4();
         *v0 = _mm512_permutexvar_ps(x, table);
         *v1 = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
         if (f == KVL_NVFP4) {
@@ -4366,10 +4817,6 @@ KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uin
             __m512 scale = _mm512_permutexvar_ps(halves, _mm512_broadcast_f32x2(_mm_castsi128_ps(two)));
             *v0 = _mm512_mul_ps(*v0, scale);
             *v1 = _mm512_mul_ps(*v1, scale);
-        } else if (f == KVL_INT4) {
-            __m512 scale = _mm512_set1_ps(side[j / 2 * 2]), zero = _mm512_set1_ps(side[j / 2 * 2 + 1]);
-            *v0 = _mm512_fmadd_ps(*v0, scale, zero);
-            *v1 = _mm512_fmadd_ps(*v1, scale, zero);
         }
     } else {
         *v0 = kvli_z_16(f, row, 2 * j);
@@ -4377,15 +4824,26 @@ KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uin
     }
 }
 
-/* Decodes rows [t0, t0 + n) to f32, pairs as they come. */
-KVLI_Z void kvli_z_decode_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, bool tail, float *out) {
-    uint32_t whole = r->n_pairs - tail;
-    for (uint32_t t = 0; t < n; t++) {
-        const uint8_t *row = r->rows + (t0 + t) * r->stride;
-        const float *side = r->side + (t0 + t) * r->side_stride;
-        for (uint32_t j = 0; j < r->n_pairs; j++, out += 32) {
+/* Calls CALL with each format of values as a constant. INT4 values stand as bare codes, like channel formats. */
+#define KVLI_Z_VALUE_FORMATS(f, CALL)                                                                                  \
+    switch (f) {                                                                                                       \
+    case KVL_F32: CALL(KVL_F32); break;                                                                                \
+    case KVL_F16: CALL(KVL_F16); break;                                                                                \
+    case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
+    case KVL_INT8: CALL(KVL_INT8); break;                                                                              \
+    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;                                                                      \
+    case KVL_NVFP4: CALL(KVL_NVFP4); break;                                                                            \
+    default: CALL(KVL_INT4_CHANNEL); break;                                                                            \
+    }
+
+/* Decodes rows [t0, t0 + n) of values to f32, pairs as they come. */
+KVLI_Z void kvli_z_decode_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
+    for (uint32_t t = t0; t < t0 + n; t++) {
+        const uint8_t *row = r->rows + t * r->stride;
+        const float *side = r->side + t * r->side_stride;
+        for (uint32_t j = 0; j < (r->dim + 31) / 32; j++, out += 32) {
             __m512 v0, v1;
-            if (j < whole)
+            if (32 * j + 32 <= r->dim)
                 kvli_z_pair(f, row, side, j, false, &v0, &v1);
             else
                 kvli_z_pair(f, row, side, j, true, &v0, &v1);
@@ -4395,9 +4853,196 @@ KVLI_Z void kvli_z_decode_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, ui
     }
 }
 
-/* Calls CALL with each format as a constant. */
-#define KVLI_Z_FORMATS(f, CALL)                                                                                        \
+static KVLI_TARGET_AVX512 void kvli_z_decode(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
+#define KVLI_CALL(F) kvli_z_decode_as(F, r, t0, n, out)
+    KVLI_Z_VALUE_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
+}
+
+/* 4 × 4 transposes of the 32-bit or 64-bit elements of four rows. */
+KVLI_Z void kvli_z_turn32(const uint8_t *row, size_t stride, __m128i *x) {
+    __m128i a = _mm_loadu_si128((const __m128i *)(const void *)row), b = _mm_loadu_si128((const __m128i *)(const void *)(row + stride));
+    __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * stride));
+    __m128i d = _mm_loadu_si128((const __m128i *)(const void *)(row + 3 * stride));
+    __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+    x[0] = _mm_unpacklo_epi64(ab, cd);
+    x[1] = _mm_unpackhi_epi64(ab, cd);
+    ab = _mm_unpackhi_epi32(a, b);
+    cd = _mm_unpackhi_epi32(c, d);
+    x[2] = _mm_unpacklo_epi64(ab, cd);
+    x[3] = _mm_unpackhi_epi64(ab, cd);
+}
+
+KVLI_Z void kvli_z_turn64(const uint8_t *row, size_t stride, __m256i *x) {
+    __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)row);
+    __m256i b = _mm256_loadu_si256((const __m256i *)(const void *)(row + stride));
+    __m256i c = _mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * stride));
+    __m256i d = _mm256_loadu_si256((const __m256i *)(const void *)(row + 3 * stride));
+    __m256i ab = _mm256_unpacklo_epi64(a, b), cd = _mm256_unpacklo_epi64(c, d);
+    x[0] = _mm256_permute2x128_si256(ab, cd, 0x20);
+    x[2] = _mm256_permute2x128_si256(ab, cd, 0x31);
+    ab = _mm256_unpackhi_epi64(a, b);
+    cd = _mm256_unpackhi_epi64(c, d);
+    x[1] = _mm256_permute2x128_si256(ab, cd, 0x20);
+    x[3] = _mm256_permute2x128_si256(ab, cd, 0x31);
+}
+
+/* 16 dims of four rows as floats, bytes or nibbles become codes. Nibbles: four even dims of eight, then the four odd ones. */
+KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, __m512 *v) {
+    if (f == KVLI_Z_QUADS || f == KVLI_Z_QUADS_NVFP4) {
+        KVLI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps((const float *)(const void *)row + 16 * k);
+    } else if (f == KVL_F32) {
+        const float *at = (const float *)(const void *)row;
+        size_t step = stride / sizeof(float);
+        __m512 a = _mm512_loadu_ps(at), b = _mm512_loadu_ps(at + step);
+        __m512 c = _mm512_loadu_ps(at + 2 * step), d = _mm512_loadu_ps(at + 3 * step);
+        __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+        v[0] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+        v[1] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+        ab = _mm512_shuffle_f32x4(a, b, 0xee);
+        cd = _mm512_shuffle_f32x4(c, d, 0xee);
+        v[2] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+        v[3] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    } else if (f == KVL_F16 || f == KVL_BF16) {
+        __m256i x[4];
+        kvli_z_turn64(row, stride, x);
+        KVLI_UNROLL for (int k = 0; k < 4; k++)
+            v[k] = f == KVL_F16 ? _mm512_cvtph_ps(x[k]) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x[k]), 16));
+    } else if (f == KVL_INT8 || f == KVL_INT8_CHANNEL || f == KVL_FP8_E4M3) {
+        __m128i x[4];
+        kvli_z_turn32(row, stride, x);
+        KVLI_UNROLL for (int k = 0; k < 4; k++) v[k] = kvli_z_codes(f, x[k]);
+    } else {
+        const __m512 table = f == KVL_NVFP4 ? kvli_z_e2m1() : kvli_z_u4();
+        __m128i ab = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)row),
+                                        _mm_loadl_epi64((const __m128i *)(const void *)(row + stride)));
+        __m128i cd = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(row + 2 * stride)),
+                                        _mm_loadl_epi64((const __m128i *)(const void *)(row + 3 * stride)));
+        __m512i x = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(ab, cd)), y = _mm512_cvtepu8_epi32(_mm_unpackhi_epi64(ab, cd));
+        v[0] = _mm512_permutexvar_ps(x, table);
+        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
+        v[2] = _mm512_permutexvar_ps(y, table);
+        v[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(y, 4), table);
+    }
+}
+
+/* Four numbers, one a row, to the lanes of their rows. */
+KVLI_Z __m512 kvli_z_spread(const float *at) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(at)));
+}
+
+/* Bytes from one chunk of 16 dims of a row to the next, and floats of scales for four rows. */
+KVLI_Z uint32_t kvli_z_chunk_bytes(kvl_format f) {
+    switch (f) {
+    case KVL_F32: return 64;
+    case KVL_F16:
+    case KVL_BF16: return 32;
+    case KVLI_Z_QUADS:
+    case KVLI_Z_QUADS_NVFP4: return 256;
+    case KVL_NVFP4:
+    case KVL_INT4:
+    case KVL_INT4_CHANNEL: return 8;
+    default: return 16;
+    }
+}
+
+KVLI_Z uint32_t kvli_z_side_floats(kvl_format f, uint32_t dim) {
+    if (f == KVL_NVFP4 || f == KVLI_Z_QUADS_NVFP4) return dim / 16 * 4;
+    return f == KVL_INT4 ? (dim + 63) / 64 * 8 : 0;
+}
+
+/* Chunk c of the quad at `row`, INT4 dequantised: its scales and zeros are per 64 dims. */
+KVLI_Z void kvli_z_key(kvl_format f, const uint8_t *row, size_t stride, const float *side, uint32_t c, __m512 *v) {
+    kvli_z_quad(f, row + c * kvli_z_chunk_bytes(f), stride, v);
+    if (f == KVL_INT4) {
+        const __m512 scale = kvli_z_spread(side + c / 4 * 8), zero = kvli_z_spread(side + c / 4 * 8 + 4);
+        KVLI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_fmadd_ps(v[k], scale, zero);
+    }
+}
+
+/* Lane 4t + i of the result is the sum over lanes 4t to 4t + 3 of a[i], as the tree (l, l+2), (l, l+1); then lanes become 4i + t. */
+KVLI_Z __m512 kvli_z_sum4(__m512 *a) {
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512 x = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a[0], a[2]), _mm512_shuffle_ps(a[0], a[2], 0x4e));
+    __m512 y = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a[1], a[3]), _mm512_shuffle_ps(a[1], a[3], 0x4e));
+    __m512 swap = _mm512_permute_ps(_mm512_mask_blend_ps(0xaaaa, y, x), 0xb1);
+    return _mm512_permutexvar_ps(turn, _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, x, y), swap));
+}
+
+KVLI_Z float kvli_z_sum(__m512 a) {
+    a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
+    a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4e));
+    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
+    return _mm512_cvtss_f32(a);
+}
+
+/* Where query rows are and scores go. Rows that fill up a kernel's width repeat a row: both strides may be 0; the last has its own place. */
+typedef struct kvli_z_queries {
+    const float *q;
+    size_t q_stride;
+    const float *zero;  /* [H] to add: q times the zeros of channel scales */
+    const float *token; /* scales of tokens */
+    float *s, *last;
+    size_t s_stride;
+} kvli_z_queries;
+
+/* Scores of H query rows with tokens [0, n), Q quads at a time: n is rounded up to 4 * Q. */
+KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+    const bool scaled = f == KVL_NVFP4 || f == KVLI_Z_QUADS_NVFP4;
+    const uint32_t n_side = kvli_z_side_floats(f, r->dim), n_chunks = r->dim / 16;
+    const size_t stride = r->stride;
+    for (uint32_t t0 = 0; t0 < n; t0 += 4 * (uint32_t)Q) {
+        const uint8_t *row = r->rows + t0 * stride;
+        const float *side = r->side + t0 / 4 * n_side;
+        __m512 a[16];
+        KVLI_UNROLL for (int i = 0; i < H * Q; i++) a[i] = _mm512_setzero_ps();
+        for (uint32_t c = 0; c < n_chunks; c++) {
+            __m512 v[2][4], scale[4];
+            KVLI_UNROLL for (int i = 0; i < Q; i++) {
+                if (H > 1) kvli_z_key(f, row + (size_t)(4 * i) * stride, stride, side + (uint32_t)i * n_side, c, v[i & 1]);
+                if (scaled) scale[i] = kvli_z_spread(side + (uint32_t)i * n_side + 4 * c);
+            }
+            KVLI_UNROLL for (int h = 0; h < H; h++) {
+                const float *at = w->q + (size_t)h * w->q_stride + 16 * c;
+                __m512 q[4];
+                KVLI_UNROLL for (int k = 0; k < 4; k++) q[k] = _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
+                KVLI_UNROLL for (int i = 0; i < Q; i++) {
+                    __m512 *x = v[i & 1], sum = scaled ? _mm512_setzero_ps() : a[h * Q + i];
+                    if (H == 1) kvli_z_key(f, row + (size_t)(4 * i) * stride, stride, side + (uint32_t)i * n_side, c, x);
+                    KVLI_UNROLL for (int k = 0; k < 4; k++) sum = _mm512_fmadd_ps(q[k], x[k], sum);
+                    a[h * Q + i] = scaled ? _mm512_fmadd_ps(sum, scale[i], a[h * Q + i]) : sum;
+                }
+            }
+        }
+        if (H == 1) {
+            __m512 sum = _mm512_fmadd_ps(kvli_z_sum4(a), _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0]));
+            _mm512_storeu_ps(w->s + t0, sum);
+            continue;
+        }
+        KVLI_UNROLL for (int i = 0; i < Q; i++) {
+            KVLI_UNROLL for (int h = 0; h < H; h += 4) {
+                __m512 four[4], sum;
+                float *s = w->s + (size_t)h * w->s_stride + t0 + 4 * (uint32_t)i;
+                float *last = h + 4 == H ? w->last + t0 + 4 * (uint32_t)i : s + 3 * w->s_stride;
+                KVLI_UNROLL for (int k = 0; k < 4; k++) four[k] = a[(h + k) * Q + i];
+                sum = _mm512_fmadd_ps(kvli_z_sum4(four), _mm512_broadcast_f32x4(_mm_loadu_ps(w->token + t0 + 4 * (uint32_t)i)),
+                                      kvli_z_spread(w->zero + h));
+                _mm_storeu_ps(s, _mm512_castps512_ps128(sum));
+                _mm_storeu_ps(s + w->s_stride, _mm512_extractf32x4_ps(sum, 1));
+                _mm_storeu_ps(s + 2 * w->s_stride, _mm512_extractf32x4_ps(sum, 2));
+                _mm_storeu_ps(last, _mm512_extractf32x4_ps(sum, 3));
+            }
+        }
+    }
+}
+
+/* Calls CALL with each format of keys as a constant. */
+#define KVLI_Z_KEY_FORMATS(f, CALL)                                                                                    \
     switch (f) {                                                                                                       \
+    case KVLI_Z_QUADS: CALL(KVLI_Z_QUADS); break;                                                                      \
+    case KVLI_Z_QUADS_NVFP4: CALL(KVLI_Z_QUADS_NVFP4); break;                                                          \
     case KVL_F32: CALL(KVL_F32); break;                                                                                \
     case KVL_F16: CALL(KVL_F16); break;                                                                                \
     case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
@@ -4409,90 +5054,39 @@ KVLI_Z void kvli_z_decode_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, ui
     default: CALL(KVL_INT8_CHANNEL); break;                                                                            \
     }
 
-static KVLI_TARGET_AVX512 void kvli_z_decode(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, bool tail, float *out) {
-#define KVLI_CALL(F) kvli_z_decode_as(F, r, t0, n, tail, out)
-    KVLI_Z_FORMATS(f, KVLI_CALL)
+static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+#define KVLI_CALL(F) kvli_z_score_as(F, 1, 4, r, n, w)
+    KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
 
-/* Lane l of the result is the sum over the lanes of a[l], always as the tree (l, l+8), (l, l+4), (l, l+2), (l, l+1). */
-KVLI_Z __m512 kvli_z_sum16(__m512 *a) {
-    KVLI_UNROLL for (int i = 0; i < 8; i++)
-        a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a[i], a[i + 8]), _mm512_shuffle_f32x4(a[i], a[i + 8], 0x4e));
-    KVLI_UNROLL for (int i = 0; i < 4; i++) {
-        __m512 swap = _mm512_mask_blend_ps(0xf0f0, a[i + 4], a[i]);
-        a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a[i], a[i + 4]), _mm512_shuffle_f32x4(swap, swap, 0xb1));
-    }
-    KVLI_UNROLL for (int i = 0; i < 2; i++)
-        a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a[i], a[i + 2]), _mm512_shuffle_ps(a[i], a[i + 2], 0x4e));
-    a[2] = _mm512_mask_blend_ps(0xaaaa, a[1], a[0]);
-    return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, a[0], a[1]), _mm512_permute_ps(a[2], 0xb1));
+static KVLI_TARGET_AVX512 void kvli_z_score4(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+#define KVLI_CALL(F) kvli_z_score_as(F, 4, 2, r, n, w)
+    KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
 }
 
-KVLI_Z float kvli_z_sum(__m512 a) {
-    a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
-    a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
-    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4e));
-    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
-    return _mm512_cvtss_f32(a);
+static KVLI_TARGET_AVX512 void kvli_z_score8(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+#define KVLI_CALL(F) kvli_z_score_as(F, 8, 2, r, n, w)
+    KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
 }
 
-/* Scores of H query rows with tokens [0, n): n is rounded up to 16 / H. */
-KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const kvli_z_rows *r, uint32_t n, const float *q, size_t q_stride, __m512 zero,
-                            const float *token, float *s, float *last) {
-    const uint32_t NT = 16 / (uint32_t)H;
-    for (uint32_t t0 = 0; t0 < n; t0 += NT) {
-        const uint8_t *row = r->rows + t0 * r->stride;
-        const float *side = r->side + t0 * r->side_stride;
-        __m512 a[16], sum;
-        KVLI_UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_setzero_ps();
-        for (uint32_t j = 0; j < r->n_pairs; j++) {
-            if (H == 1) {
-                __m512 q0 = _mm512_loadu_ps(q + 32 * j), q1 = _mm512_loadu_ps(q + 32 * j + 16);
-                KVLI_UNROLL for (uint32_t t = 0; t < 16; t++) {
-                    __m512 v0, v1;
-                    kvli_z_pair(f, row + t * r->stride, side + t * r->side_stride, j, false, &v0, &v1);
-                    a[t] = _mm512_fmadd_ps(q1, v1, _mm512_fmadd_ps(q0, v0, a[t]));
-                }
-            } else {
-                __m512 v0[4], v1[4];
-                KVLI_UNROLL for (uint32_t t = 0; t < NT; t++)
-                    kvli_z_pair(f, row + t * r->stride, side + t * r->side_stride, j, false, &v0[t], &v1[t]);
-                KVLI_UNROLL for (uint32_t h = 0; h < (uint32_t)H; h++) {
-                    const float *at = q + h * q_stride + 32 * j;
-                    __m512 q0 = _mm512_loadu_ps(at), q1 = _mm512_loadu_ps(at + 16);
-                    KVLI_UNROLL for (uint32_t t = 0; t < NT; t++)
-                        a[h * NT + t] = _mm512_fmadd_ps(q1, v1[t], _mm512_fmadd_ps(q0, v0[t], a[h * NT + t]));
-                }
-            }
-        }
-        if (H == 1) {
-            sum = _mm512_fmadd_ps(kvli_z_sum16(a), _mm512_loadu_ps(token + t0), zero);
-            _mm512_storeu_ps(s + t0, sum);
-        } else {
-            sum = _mm512_fmadd_ps(kvli_z_sum16(a), _mm512_broadcast_f32x4(_mm_loadu_ps(token + t0)), zero);
-            _mm_storeu_ps(s + t0, _mm512_castps512_ps128(sum));
-            _mm_storeu_ps(s + KVLI_CPU_STRIDE + t0, _mm512_extractf32x4_ps(sum, 1));
-            _mm_storeu_ps(s + 2 * KVLI_CPU_STRIDE + t0, _mm512_extractf32x4_ps(sum, 2));
-            _mm_storeu_ps(last + t0, _mm512_extractf32x4_ps(sum, 3));
+/* Decodes keys [t0, t0 + n) to quads in memory. */
+KVLI_Z void kvli_z_decode_keys_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
+    const uint32_t n_side = kvli_z_side_floats(f, r->dim);
+    for (uint32_t t = t0; t < t0 + n; t += 4) {
+        for (uint32_t c = 0; c < r->dim / 16; c++) {
+            __m512 v[4];
+            kvli_z_key(f, r->rows + t * r->stride, r->stride, r->side + t / 4 * n_side, c, v);
+            KVLI_UNROLL for (int k = 0; k < 4; k++, out += 16) _mm512_storeu_ps(out, v[k]);
         }
     }
 }
 
-static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n, const float *q, float zero,
-                                             const float *token, float *s) {
-    const __m512 z = _mm512_set1_ps(zero);
-#define KVLI_CALL(F) kvli_z_score_as(F, 1, r, n, q, 0, z, token, s, s)
-    KVLI_Z_FORMATS(f, KVLI_CALL)
-#undef KVLI_CALL
-}
-
-static KVLI_TARGET_AVX512 void kvli_z_score4(kvl_format f, const kvli_z_rows *r, uint32_t n, const float *q, size_t q_stride,
-                                             const float *zero, const float *token, float *s, float *last) {
-    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m512 z = _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(zero)));
-#define KVLI_CALL(F) kvli_z_score_as(F, 4, r, n, q, q_stride, z, token, s, last)
-    KVLI_Z_FORMATS(f, KVLI_CALL)
+static KVLI_TARGET_AVX512 void kvli_z_decode_keys(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
+#define KVLI_CALL(F) kvli_z_decode_keys_as(F, r, t0, n, out)
+    KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
 
@@ -4502,18 +5096,44 @@ static KVLI_TARGET_AVX512 void kvli_z_f16(const uint8_t *src, uint32_t n, float 
         _mm256_storeu_ps(dst + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i))), m));
 }
 
-/* NVFP4's scales as f32, rows padded to whole pairs. FP8 bits shifted into f16 are 2^-8 of the value. */
-static KVLI_TARGET_AVX512 void kvli_z_scales16(const uint8_t *src, uint32_t n, uint32_t groups, float global, float *dst) {
-    if (groups % 2) {
-        for (uint32_t t = 0; t < n; t++, dst += groups + 1) {
-            for (uint32_t g = 0; g < groups; g++) dst[g] = kvli_e4m3_to_f32(src[t * groups + g]) * global;
-            dst[groups] = 0;
+/* NVFP4's scales as f32. Values: [row][groups, padded to even]. Keys: [row / 4][group][row % 4]. */
+static KVLI_TARGET_AVX512 void kvli_z_scales16(const uint8_t *src, uint32_t n, uint32_t groups, float global, bool is_key, float *dst) {
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512 by = _mm512_set1_ps(256.0f * global);
+    uint32_t padded = (groups + 1) & ~1u;
+    if (is_key ? groups != 4 && groups != 8 : groups % 2 != 0) {
+        for (uint32_t t = 0; t < n; t++) {
+            if (!is_key) dst[t * padded + groups] = 0;
+            for (uint32_t g = 0; g < groups; g++)
+                dst[is_key ? (t / 4 * groups + g) * 4 + t % 4 : t * padded + g] = kvli_e4m3_to_f32(src[t * groups + g]) * global;
         }
         return;
     }
-    for (uint32_t i = 0; i < n * groups; i += 16) {
-        __m512 x = kvli_z_16(KVL_FP8_E4M3, src + i, 0);
-        _mm512_storeu_ps(dst + i, _mm512_mul_ps(x, _mm512_set1_ps(256.0f * global)));
+    for (uint32_t i = 0; i < n * groups; i += 32) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(src + i));
+        __m512 a, b;
+        if (is_key && groups == 8) x = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+        a = kvli_z_codes(KVL_FP8_E4M3, _mm256_castsi256_si128(x));
+        b = kvli_z_codes(KVL_FP8_E4M3, _mm256_extracti128_si256(x, 1));
+        if (is_key) {
+            a = _mm512_permutexvar_ps(turn, a);
+            b = _mm512_permutexvar_ps(turn, b);
+        }
+        _mm512_storeu_ps(dst + i, _mm512_mul_ps(a, by));
+        _mm512_storeu_ps(dst + i + 16, _mm512_mul_ps(b, by));
+    }
+}
+
+/* INT4 keys: scales and zeros as f32 [row / 4][group][scale, zero][row % 4]. */
+static void kvli_z_scales64(const uint8_t *src, uint32_t n, uint32_t groups, float *dst) {
+    for (uint32_t t = 0; t < n; t++) {
+        for (uint32_t g = 0; g < groups; g++, src += 4) {
+            float *at = dst + (t / 4 * groups + g) * 8 + t % 4;
+            uint16_t h[2];
+            memcpy(h, src, sizeof h);
+            at[0] = kvli_f16_to_f32(h[0]);
+            at[4] = kvli_f16_to_f32(h[1]);
+        }
     }
 }
 
@@ -4541,18 +5161,12 @@ static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t 
     }
 }
 
-/* Channel scales and zeros as f32, in the order in which pairs come. */
+/* Channel scales or zeros as f32, in the order in which kvli_z_quad gives dims. */
 static KVLI_TARGET_AVX512 void kvli_z_channels(const uint8_t *src, uint32_t dim, bool split, float *dst) {
-    for (uint32_t i = 0; i < dim; i += 32) {
-        __mmask32 some = dim - i < 32 ? 0xffffu : 0xffffffffu;
-        __m512i x = _mm512_maskz_loadu_epi16(some, src + 2 * i);
-        __m256i a = _mm512_castsi512_si256(x), b = _mm512_extracti64x4_epi64(x, 1);
-        if (split) {
-            a = _mm512_cvtepi32_epi16(x);
-            b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16));
-        }
-        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(a));
-        _mm512_storeu_ps(dst + i + 16, _mm512_cvtph_ps(b));
+    const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    for (uint32_t i = 0; i < dim; i += 16) {
+        __m512 x = kvli_z_16(KVL_F16, src + 2 * i, 0);
+        _mm512_storeu_ps(dst + i, split ? _mm512_permutexvar_ps(order, x) : x);
     }
 }
 
@@ -4570,15 +5184,14 @@ static KVLI_TARGET_AVX512 float kvli_z_fold(const float *q, const float *channel
 /* Scales of a tile to scratch, and where its rows are. */
 static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_side *side, const uint8_t *tile, bool is_key, const kvli_z_scratch *z) {
     kvli_z_rows r;
-    uint32_t T = side->tokens, D = side->dim, padded = kvli_z_pad(D), groups = (D + 63) / 64;
+    uint32_t T = side->tokens, D = side->dim, groups = (D + 63) / 64;
     kvl_format f = side->format;
-    size_t bits = f == KVL_F32 ? 32 : f == KVL_F16 || f == KVL_BF16 ? 16 : f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL ? 4 : 8;
     const uint8_t *scales;
     r.rows = tile;
-    r.stride = D * bits / 8;
+    r.stride = D / 16 * kvli_z_chunk_bytes(f);
     r.side = z->side;
     r.side_stride = 0;
-    r.n_pairs = padded / 32;
+    r.dim = D;
     scales = tile + T * r.stride;
     if (f == KVL_INT8 || f == KVL_FP8_E4M3) {
         kvli_z_f16(scales, T, f == KVL_INT8 ? 1.0f : 256.0f, z->token);
@@ -4586,45 +5199,71 @@ static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_side *side, const u
         for (uint32_t t = 0; t < T; t += 8) _mm256_storeu_ps(z->token + t, _mm256_set1_ps(1.0f));
     }
     if (f == KVL_NVFP4) {
-        r.side_stride = padded / 16;
-        kvli_z_scales16(scales, T, D / 16, side->global, z->side);
+        r.side_stride = (D / 16 + 1) & ~1u;
+        kvli_z_scales16(scales, T, D / 16, side->global, is_key, z->side);
     } else if (f == KVL_INT4 && is_key) {
-        r.side_stride = 2 * groups;
-        kvli_z_f16(scales, T * 2 * groups, 1.0f, z->side);
+        kvli_z_scales64(scales, T, groups, z->side);
     } else if (f == KVL_INT4) {
         kvli_z_split_groups(scales, T, groups, z->token);
     } else if (f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL) {
         kvli_z_channels(scales, D, f == KVL_INT4_CHANNEL, z->channel);
-        kvli_z_channels(scales + 2 * D, D, f == KVL_INT4_CHANNEL, z->channel + padded);
+        kvli_z_channels(scales + 2 * D, D, f == KVL_INT4_CHANNEL, z->channel + D);
     }
     return r;
 }
 
-static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
-    uint32_t D = b->side->dim, padded = kvli_z_pad(D), T = b->side->tokens, step = T, take;
-    kvli_z_scratch z = kvli_z_carve(b->scratch, padded);
-    kvli_z_rows rows = kvli_z_open(b->side, b->tile, true, &z), decoded = {(const uint8_t *)z.rows, padded * sizeof(float), z.side, 0, padded / 32};
-    kvl_format f = b->side->format, as = f;
-    bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL, direct = b->n_q <= KVLI_CPU_DIRECT_Q && D % 32 == 0 && T >= 16;
-    if (!direct) step = kvli_min_u32(T, KVLI_CPU_CHUNK), as = KVL_F32;
-    for (uint32_t t = 0; t < b->n; t += step) {
-        uint32_t n = kvli_min_u32(b->n - t, step);
-        if (!direct) kvli_z_decode(f, &rows, t, kvli_min_u32((n + 15) & ~15u, T - t), D % 32 != 0, z.rows);
-        for (uint32_t i = 0; i < b->n_q; i += take) {
-            float zero[4] = {0, 0, 0, 0}, *s = b->s + (size_t)i * KVLI_CPU_STRIDE + t;
-            const float *q = b->q + i * b->q_stride;
-            size_t q_stride = b->q_stride;
-            take = kvli_cpu_take(b->n_q - i, 4);
-            if (channel) {
-                for (uint32_t h = 0; h < take; h++) zero[h] = kvli_z_fold(q + h * q_stride, z.channel, padded, z.folded + h * padded);
-                q = z.folded;
-                q_stride = padded;
-            }
-            if (take == 1)
-                kvli_z_score1(as, direct ? &rows : &decoded, n, q, zero[0], z.token + t, s);
-            else
-                kvli_z_score4(as, direct ? &rows : &decoded, n, q, q_stride, zero, z.token + t, s, take == 4 ? s + 3 * KVLI_CPU_STRIDE : z.p);
+/* Scores of all query rows with n keys. */
+static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_format f, const kvli_z_rows *rows, uint32_t t, uint32_t n,
+                                                 const kvli_z_scratch *z) {
+    uint32_t D = b->side->dim, take;
+    bool channel = b->side->format == KVL_INT8_CHANNEL || b->side->format == KVL_INT4_CHANNEL;
+    for (uint32_t i = 0; i < b->n_q; i += take) {
+        float zero[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        kvli_z_queries w;
+        take = kvli_cpu_take(b->n_q - i, 8);
+        w.q = b->q + i * b->q_stride;
+        w.q_stride = b->q_stride;
+        w.zero = zero;
+        w.token = z->token + t;
+        w.s = b->s + (size_t)i * KVLI_CPU_STRIDE + t;
+        w.s_stride = KVLI_CPU_STRIDE;
+        w.last = take % 4 == 0 ? w.s + (take - 1) * KVLI_CPU_STRIDE : z->p;
+        if (channel) {
+            for (uint32_t h = 0; h < take; h++) zero[h] = kvli_z_fold(w.q + h * w.q_stride, z->channel, D, z->folded + h * D);
+            w.q = z->folded;
+            w.q_stride = D;
         }
+        if (take >= 7) {
+            kvli_z_score8(f, rows, n, &w);
+        } else if (take >= 3) {
+            kvli_z_score4(f, rows, n, &w);
+        } else if (b->side->tokens >= 16) {
+            kvli_z_score1(f, rows, n, &w);
+        } else { /* eight tokens are too few for the kernel of one row */
+            w.q_stride = w.s_stride = 0;
+            w.last = w.s;
+            zero[1] = zero[2] = zero[3] = zero[0];
+            kvli_z_score4(f, rows, n, &w);
+        }
+    }
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
+    uint32_t D = b->side->dim, T = b->side->tokens;
+    kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(D));
+    kvli_z_rows rows = kvli_z_open(b->side, b->tile, true, &z), decoded = rows;
+    kvl_format f = b->side->format;
+    if (b->n_q <= KVLI_CPU_DIRECT_Q) {
+        kvli_z_score_rows(b, f, &rows, 0, b->n, &z);
+        return;
+    }
+    decoded.rows = (const uint8_t *)z.rows;
+    decoded.stride = D * sizeof(float);
+    for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
+        uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
+        kvli_z_decode_keys(f, &rows, t, kvli_min_u32((n + 15) & ~15u, T - t), z.rows);
+        decoded.side = rows.side + t / 4 * kvli_z_side_floats(f, D);
+        kvli_z_score_rows(b, f == KVL_NVFP4 ? KVLI_Z_QUADS_NVFP4 : KVLI_Z_QUADS, &decoded, t, n, &z);
     }
 }
 
@@ -4691,16 +5330,18 @@ KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli
                              uint32_t j, float *acc, size_t acc_stride, float *last) {
     __m512 a[16];
     const int W = 2 * NP;
+    const uint8_t *row = r->rows + t0 * r->stride;
+    const float *side = r->side + t0 * r->side_stride;
+    p += t0;
     KVLI_UNROLL for (int h = 0; h < H; h++) {
         const float *from = (h < H - 1 ? acc + (size_t)h * acc_stride : last) + 32 * j;
         KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_loadu_ps(from + 16 * i);
     }
-    for (uint32_t t = t0; t < t1; t++) {
+    for (uint32_t t = t0; t < t1; t++, p++, row += r->stride, side += r->side_stride) {
         __m512 v[8];
-        KVLI_UNROLL for (int i = 0; i < NP; i++)
-            kvli_z_pair(f, r->rows + t * r->stride, r->side + t * r->side_stride, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
+        KVLI_UNROLL for (int i = 0; i < NP; i++) kvli_z_pair(f, row, side, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
         KVLI_UNROLL for (int h = 0; h < H; h++) {
-            __m512 w = _mm512_set1_ps(p[h * KVLI_CPU_STRIDE + (int)t]);
+            __m512 w = _mm512_set1_ps(p[h * KVLI_CPU_STRIDE]);
             KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_fmadd_ps(w, v[i], a[h * W + i]);
         }
     }
@@ -4719,18 +5360,6 @@ typedef struct kvli_z_values_job {
     size_t acc_stride;
     uint32_t j0, j1;
 } kvli_z_values_job;
-
-/* Values of an INT4 tile stand as bare codes, like channel formats. */
-#define KVLI_Z_VALUE_FORMATS(f, CALL)                                                                                  \
-    switch (f) {                                                                                                       \
-    case KVL_F32: CALL(KVL_F32); break;                                                                                \
-    case KVL_F16: CALL(KVL_F16); break;                                                                                \
-    case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
-    case KVL_INT8: CALL(KVL_INT8); break;                                                                              \
-    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;                                                                      \
-    case KVL_NVFP4: CALL(KVL_NVFP4); break;                                                                            \
-    default: CALL(KVL_INT4_CHANNEL); break;                                                                            \
-    }
 
 static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1) {
     const kvli_z_values_job *w = (const kvli_z_values_job *)arg;
@@ -4795,7 +5424,7 @@ static KVLI_TARGET_AVX512 void kvli_z_scale_tokens(float *p, const float *token,
 
 /* One chunk of a tile's tokens, its rows being those of `job` from t0 on. INT4: eight query rows and one group of 64 dims at a time. */
 static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, const kvli_z_scratch *z, uint32_t t0, uint32_t n) {
-    uint32_t n_pairs = w->rows.n_pairs, dim = kvli_z_pad(b->side->dim);
+    uint32_t dim = kvli_z_pad(b->side->dim), n_pairs = dim / 32;
     w->spare = z->spare;
     w->acc_stride = b->acc_stride;
     if (b->side->format != KVL_INT4) {
@@ -4841,10 +5470,10 @@ static KVLI_TARGET_AVX512 void kvli_z_values(const kvli_cpu_block *b) {
     w.rows.stride = padded * sizeof(float);
     w.rows.side = z.side;
     w.rows.side_stride = 0;
-    w.rows.n_pairs = padded / 32;
+    w.rows.dim = padded;
     for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
         uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
-        kvli_z_decode(f, &rows, t, n, D % 32 != 0, z.rows);
+        kvli_z_decode(f, &rows, t, n, z.rows);
         kvli_z_values_chunk(b, &w, &z, t, n);
     }
 }
@@ -5122,7 +5751,7 @@ typedef struct kvli_cpu_job {
     kvli_cpu_plan *plan; /* [n_spans + 1] */
     uint8_t *bad;        /* by write task: a row was not finite */
     float *partial;
-    uint32_t max_q, k_pad, v_pad, acc_floats;
+    uint32_t max_q, v_pad, acc_floats;
     bool two_q, two_acc; /* packed tiles want q, or add to accumulators, of their own: rotated, or in another order */
 } kvli_cpu_job;
 
@@ -5241,8 +5870,8 @@ static void kvli_cpu_store(const kvl_tensor *t, uint32_t row, uint32_t head, uin
 
 static bool kvli_is_nibbles(kvl_format f) { return f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL; }
 
-/* Where element d of a row stands where nibbles are split. */
-static inline uint32_t kvli_cpu_split(uint32_t d) { return (d & ~31u) + (d & 1) * 16 + (d & 31) / 2; }
+/* Where element d of a row stands where the even elements of each 8 (keys) or 32 (values) come before the odd ones. */
+static inline uint32_t kvli_cpu_split(uint32_t d, uint32_t n) { return (d & ~(n - 1)) + (d & 1) * (n / 2) + (d & (n - 1)) / 2; }
 
 /* q rows as f32, scaled (softmax scale, softcap, base 2), and once more as packed keys want them. */
 KVLI_NOINLINE void kvli_cpu_prepare_q(kvli_cpu_unit *u) {
@@ -5251,10 +5880,10 @@ KVLI_NOINLINE void kvli_cpu_prepare_q(kvli_cpu_unit *u) {
     const kvli_side *packed = &a->layer->k[KVLI_PACKED];
     uint32_t gqa = a->geo->gqa, dim = a->geo->k_dim;
     float by = a->layer->softcap != 0 ? a->layer->scale / a->layer->softcap : a->layer->scale * KVLI_LOG2E;
-    memset(u->q[KVLI_EXACT], 0, (size_t)(u->n_q + 1) * job->k_pad * sizeof(float));
-    if (job->two_q) memset(u->q[KVLI_PACKED], 0, (size_t)(u->n_q + 1) * job->k_pad * sizeof(float));
+    memset(u->q[KVLI_EXACT], 0, (size_t)(u->n_q + 1) * dim * sizeof(float));
+    if (job->two_q) memset(u->q[KVLI_PACKED], 0, (size_t)(u->n_q + 1) * dim * sizeof(float));
     for (uint32_t i = 0; i < u->n_q; i++) {
-        float *q = u->q[KVLI_EXACT] + (size_t)i * job->k_pad, *p = u->q[KVLI_PACKED] + (size_t)i * job->k_pad, x[256];
+        float *q = u->q[KVLI_EXACT] + (size_t)i * dim, *p = u->q[KVLI_PACKED] + (size_t)i * dim, x[256];
         uint32_t at = u->q0 + i;
         kvli_cpu_load(&a->q, u->span->first_row + at / gqa, u->head * gqa + at % gqa, dim, q);
         for (uint32_t d = 0; d < dim; d++) q[d] *= by;
@@ -5262,7 +5891,7 @@ KVLI_NOINLINE void kvli_cpu_prepare_q(kvli_cpu_unit *u) {
         memcpy(x, q, dim * sizeof(float));
         if (packed->rotated) kvli_hadamard(x, dim, 1, job->simd);
         if (job->ops->splits_nibbles && kvli_is_nibbles(packed->format)) {
-            for (uint32_t d = 0; d < dim; d++) p[kvli_cpu_split(d)] = x[d];
+            for (uint32_t d = 0; d < dim; d++) p[kvli_cpu_split(d, 8)] = x[d];
         } else {
             memcpy(p, x, dim * sizeof(float));
         }
@@ -5277,7 +5906,7 @@ KVLI_NOINLINE void kvli_cpu_join(const kvli_cpu_unit *u, uint32_t i) {
     const float *from = u->acc[KVLI_PACKED] + (size_t)i * job->acc_floats;
     float *to = u->acc[KVLI_EXACT] + (size_t)i * job->acc_floats, x[256];
     if (job->ops->splits_nibbles && kvli_is_nibbles(packed->format)) {
-        for (uint32_t d = 0; d < dim; d++) x[d] = from[kvli_cpu_split(d)];
+        for (uint32_t d = 0; d < dim; d++) x[d] = from[kvli_cpu_split(d, 32)];
         for (uint32_t g = 0; packed->format == KVL_INT4 && g * 64 < dim; g++) {
             float sum = 0;
             for (uint32_t l = 0; l < 16; l++) sum += from[job->v_pad + 16 * g + l];
@@ -5386,8 +6015,8 @@ static kvli_cpu_block kvli_cpu_block_of(const kvli_cpu_unit *u, const kvli_cpu_p
     b.n = p->n;
     b.first = p->first;
     b.n_q = p->n_q;
-    b.q = u->q[p->cls] + (size_t)p->q0 * job->k_pad;
-    b.q_stride = job->k_pad;
+    b.q = u->q[p->cls] + (size_t)p->q0 * job->a->geo->k_dim;
+    b.q_stride = job->a->geo->k_dim;
     b.s = u->s + (size_t)p->q0 * KVLI_CPU_STRIDE + p->first;
     b.runs = u->runs + p->q0;
     b.acc = u->acc[p->cls] + (size_t)p->q0 * job->acc_floats;
@@ -5504,7 +6133,7 @@ static void kvli_cpu_unit_task(void *arg, uint32_t task) {
     u.q0 = local / plan->n_parts % plan->n_query_blocks * job->max_q;
     rows = u.span->n_rows * geo->gqa;
     u.n_q = kvli_min_u32(rows - u.q0, job->max_q);
-    q_floats = (size_t)(u.n_q + 1) * job->k_pad;
+    q_floats = (size_t)(u.n_q + 1) * geo->k_dim;
     acc_floats = (size_t)u.n_q * job->acc_floats;
     u.q[KVLI_EXACT] = memory;
     u.q[KVLI_PACKED] = job->two_q ? memory + q_floats : memory;
@@ -5542,16 +6171,15 @@ static void kvli_cpu_shape(kvli_cpu_job *job) {
     const kvli_geometry *geo = job->a->geo;
     const kvli_layer *L = job->a->layer;
     const kvli_side *k = &L->k[KVLI_PACKED], *v = &L->v[KVLI_PACKED];
-    uint32_t align = job->ops->dim_align;
+    uint32_t align = job->ops->acc_align;
     bool split = job->ops->splits_nibbles;
     size_t row, left;
-    job->k_pad = kvli_div_up(geo->k_dim, align) * align;
     job->v_pad = kvli_div_up(geo->v_dim, align) * align;
     job->two_q = k->rotated || (split && kvli_is_nibbles(k->format));
     job->two_acc = v->rotated || (split && kvli_is_nibbles(v->format));
     job->acc_floats = job->v_pad + (split && v->format == KVL_INT4 ? 16 * kvli_div_up(geo->v_dim, 64) : 0);
-    row = (job->two_q ? 2 : 1) * job->k_pad + (job->two_acc ? 2 : 1) * job->acc_floats + geo->v_dim + KVLI_CPU_STRIDE;
-    left = KVLI_CPU_FLOATS - job->ops->scratch_floats(geo) - 2 * job->k_pad - KVLI_CPU_STRIDE;
+    row = (job->two_q ? 2 : 1) * geo->k_dim + (job->two_acc ? 2 : 1) * job->acc_floats + geo->v_dim + KVLI_CPU_STRIDE;
+    left = KVLI_CPU_FLOATS - job->ops->scratch_floats(geo) - 2 * geo->k_dim - KVLI_CPU_STRIDE;
     job->max_q = (uint32_t)(left / row);
     if (job->max_q > KVLI_CPU_MAX_Q) job->max_q = KVLI_CPU_MAX_Q;
     if (job->max_q > 4) job->max_q &= ~3u;
@@ -5941,16 +6569,32 @@ static kvl_result kvli_geometry_make(kvl_cache *c) {
     return r;
 }
 
+static size_t kvli_largest_block(const kvl_cache *c) {
+    size_t largest = 0;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++)
+        if (c->classes[k].bytes > largest) largest = c->classes[k].bytes;
+    return largest;
+}
+
+static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes, uint64_t budget) { /* returns how many slabs the budget holds */
+    c->slab_bytes = bytes;
+    c->max_per_slab = 0;
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
+        c->classes[k].partial = KVL_NONE;
+        if (!c->classes[k].bytes) continue;
+        c->classes[k].per_slab = (uint32_t)(bytes / c->classes[k].bytes);
+        c->max_per_slab = kvli_max_u32(c->max_per_slab, c->classes[k].per_slab);
+    }
+    return budget / bytes;
+}
+
 /* Slab size: at least the largest block and about 1/256 of the budget, chosen so that what the classes leave over at its end, and the slab
    that each class has half empty, waste least. */
 static size_t kvli_slab_size(const kvl_cache *c, uint64_t budget) {
-    size_t largest = 0, best = 0;
+    size_t largest = kvli_largest_block(c), best = 0;
     double best_cost = 1e30;
     uint32_t classes = 0;
-    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
-        if (c->classes[k].bytes > largest) largest = c->classes[k].bytes;
-        classes += c->classes[k].bytes != 0;
-    }
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) classes += c->classes[k].bytes != 0;
     size_t base = budget / 256 > largest ? (size_t)(budget / 256) : largest;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
         size_t bytes = c->classes[k].bytes;
@@ -6003,16 +6647,11 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
     c->scratch_bytes = two ? c->scratch_slot * (d->max_step_tokens / T) : 0;
     c->workspace_bytes = c->ctx->backend->workspace(&c->geo, kvli_threads(c->ctx), d->max_step_tokens, d->max_seq_tokens);
     c->fixed_bytes = (uint64_t)c->scratch_bytes + c->workspace_bytes;
-    c->slab_bytes = kvli_slab_size(c, d->max_device_bytes > c->fixed_bytes ? d->max_device_bytes - c->fixed_bytes : 0);
-    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
-        c->classes[k].partial = KVL_NONE;
-        if (!c->classes[k].bytes) continue;
-        c->classes[k].per_slab = (uint32_t)(c->slab_bytes / c->classes[k].bytes);
-        c->max_per_slab = kvli_max_u32(c->max_per_slab, c->classes[k].per_slab);
-    }
-    uint64_t slabs = d->max_device_bytes > c->fixed_bytes ? (d->max_device_bytes - c->fixed_bytes) / c->slab_bytes : 0, least = 0;
+    uint64_t room = d->max_device_bytes > c->fixed_bytes ? d->max_device_bytes - c->fixed_bytes : 0, least = 0, slabs;
     kvli_need(c, 2 * T, T, need);
+    slabs = kvli_slab_set(c, kvli_slab_size(c, room), room);
     if (slabs * c->max_per_slab > KVL_ENTRY_ID - 1) return KVLI_ERROR(c, KVL_LIMIT, "max_device_bytes: more than 2^30 blocks");
+    if (!kvli_fits(c, need, (uint32_t)slabs, true, NULL)) slabs = kvli_slab_set(c, kvli_largest_block(c), room);
     if (!kvli_fits(c, need, (uint32_t)slabs, true, &least))
         return KVLI_ERROR(c, KVL_NO_BLOCKS, "device_bytes: %llu is too small: one sequence of two blocks takes %llu (%llu of it scratch)",
                           (unsigned long long)d->max_device_bytes, (unsigned long long)(least * c->slab_bytes + c->fixed_bytes),

@@ -7,7 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Rows go through a layer's products in slices of this many, whose intermediate results stay in the L2 cache. */
+/* Rows go through a layer's products in slices of this many, whose intermediate results stay in the L2
+ * cache. */
 #define SLICE_ROWS 128
 
 typedef struct layer {
@@ -20,10 +21,10 @@ struct model {
     pool *threads;
     uint32_t max_rows;
     layer *layers;
-    float *out_norm;                     /* [width] */
-    matrix out;                          /* n_vocab x width */
-    const gguf_tensor_info *embeddings;  /* n_vocab rows in the file */
-    size_t embedding_bytes;              /* of a row */
+    float *out_norm;                    /* [width] */
+    matrix out;                         /* n_vocab x width */
+    const gguf_tensor_info *embeddings; /* n_vocab rows in the file */
+    size_t embedding_bytes;             /* of a row */
     /* Activations of a whole forward, [max_rows][...]. */
     float *x;       /* width: the residual stream */
     float *q, *att; /* n_q_heads * head_dim */
@@ -50,7 +51,8 @@ static bool read_config(const gguf_file *f, model_config *c, char *err, size_t n
         return false;
     }
     c->rope_base = 10000.0f;
-    if (gguf_has(f, "llama.rope.freq_base") && !gguf_get_f32(f, "llama.rope.freq_base", &c->rope_base, err, n)) {
+    if (gguf_has(f, "llama.rope.freq_base") &&
+        !gguf_get_f32(f, "llama.rope.freq_base", &c->rope_base, err, n)) {
         return false;
     }
     if (c->n_q_heads == 0 || c->width % c->n_q_heads != 0) {
@@ -75,11 +77,12 @@ static bool check_config(const model_config *c, char *err, size_t n) {
                         WEIGHTS_BLOCK);
     }
     if (c->ffn_width == 0 || c->ffn_width % WEIGHTS_BLOCK != 0 || c->ffn_width > 1u << 20) {
-        return llm_fail(err, n, "llama.feed_forward_length %u is not a multiple of %d up to 1048576", c->ffn_width,
-                        WEIGHTS_BLOCK);
+        return llm_fail(err, n, "llama.feed_forward_length %u is not a multiple of %d up to 1048576",
+                        c->ffn_width, WEIGHTS_BLOCK);
     }
     if (c->n_kv_heads == 0 || c->n_q_heads % c->n_kv_heads != 0) {
-        return llm_fail(err, n, "llama.attention.head_count_kv %u does not divide llama.attention.head_count %u",
+        return llm_fail(err, n,
+                        "llama.attention.head_count_kv %u does not divide llama.attention.head_count %u",
                         c->n_kv_heads, c->n_q_heads);
     }
     if (c->rope_dims == 0 || c->rope_dims % 2 != 0 || c->rope_dims > c->head_dim) {
@@ -87,32 +90,43 @@ static bool check_config(const model_config *c, char *err, size_t n) {
                         c->rope_dims, c->head_dim);
     }
     if (!(c->rope_base > 0) || !(c->rms_eps >= 0)) {
-        return llm_fail(err, n, "llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is not positive");
+        return llm_fail(err, n,
+                        "llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is not positive");
     }
     return true;
 }
 
-/* Keys that change the computation, with the one value at which they do not; refused otherwise. */
-static bool refuse_keys(const gguf_file *f, const model_config *c, char *err, size_t n) {
+/* A scaling type, or (in older files) a factor without a type, which meant linear. */
+static bool refuse_rope_scaling(const gguf_file *f, char *err, size_t n) {
+    static const char *const factors[] = {"llama.rope.scaling.factor", "llama.rope.scale_linear"};
     gguf_str scaling;
     if (gguf_has(f, "llama.rope.scaling.type")) {
+        char text[64];
         if (!gguf_get_str(f, "llama.rope.scaling.type", &scaling, err, n)) return false;
-        if (!gguf_str_eq(scaling, "none")) {
-            char text[64];
-            return llm_fail(err, n, "llama.rope.scaling.type '%s' is not supported",
-                            gguf_printable(scaling, text, sizeof text));
+        if (gguf_str_eq(scaling, "none")) return true;
+        return llm_fail(err, n, "llama.rope.scaling.type '%s' is not supported",
+                        gguf_printable(scaling, text, sizeof text));
+    }
+    for (int i = 0; i < 2; i++) {
+        float factor;
+        if (!gguf_has(f, factors[i])) continue;
+        if (!gguf_get_f32(f, factors[i], &factor, err, n)) return false;
+        if (factor != 0.0f && factor != 1.0f) {
+            return llm_fail(err, n, "%s %g is not supported", factors[i], (double)factor);
         }
     }
-    if (gguf_has(f, "llama.rope.scale_linear")) {
-        float scale;
-        if (!gguf_get_f32(f, "llama.rope.scale_linear", &scale, err, n)) return false;
-        if (scale != 1.0f) return llm_fail(err, n, "llama.rope.scale_linear %g is not supported", (double)scale);
-    }
+    return true;
+}
+
+/* Keys that change the computation, with the one value at which they do not. */
+static bool refuse_keys(const gguf_file *f, const model_config *c, char *err, size_t n) {
     const struct {
         const char *key;
         uint32_t allowed;
-    } keys[] = {{"llama.attention.key_length", c->head_dim}, {"llama.attention.value_length", c->head_dim},
-                {"llama.expert_count", 0},                   {"llama.attention.sliding_window", 0}};
+    } keys[] = {{"llama.attention.key_length", c->head_dim},
+                {"llama.attention.value_length", c->head_dim},
+                {"llama.expert_count", 0},
+                {"llama.attention.sliding_window", 0}};
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
         uint32_t v;
         if (!gguf_has(f, keys[i].key)) continue;
@@ -158,16 +172,17 @@ static bool refuse_tensors(const gguf_file *f, const model_config *c, char *err,
     return true;
 }
 
-static bool load_matrix(const gguf_file *f, const char *name, uint32_t n_rows, uint32_t n_cols, weights_mode mode,
-                        matrix *w, char *err, size_t n) {
+static bool load_matrix(const gguf_file *f, const char *name, uint32_t n_rows, uint32_t n_cols,
+                        const model_desc *d, matrix *w, char *err, size_t n) {
     const gguf_tensor_info *t;
     char why[LLM_ERR_LEN];
     if (!gguf_require_tensor(f, name, n_cols, n_rows, &t, err, n)) return false;
-    if (matrix_pack(w, t->type, t->data, n_rows, n_cols, mode, why, sizeof why)) return true;
+    if (matrix_pack(d->threads, w, t->type, t->data, n_rows, n_cols, d->mode, why, sizeof why)) return true;
     return llm_fail(err, n, "tensor '%s': %s", name, why);
 }
 
-static bool load_vector(const gguf_file *f, const char *name, uint32_t length, float **out, char *err, size_t n) {
+static bool load_vector(const gguf_file *f, const char *name, uint32_t length, float **out, char *err,
+                        size_t n) {
     const gguf_tensor_info *t;
     if (!gguf_require_tensor(f, name, length, 0, &t, err, n)) return false;
     *out = (float *)malloc(length * sizeof(float));
@@ -176,21 +191,24 @@ static bool load_vector(const gguf_file *f, const char *name, uint32_t length, f
     return true;
 }
 
-static bool load_layer(const gguf_file *f, const model_config *c, uint32_t index, weights_mode mode, layer *l, char *err,
-                       size_t n) {
+static bool load_layer(const gguf_file *f, const model_config *c, uint32_t index, const model_desc *d,
+                       layer *l, char *err, size_t n) {
     const uint32_t qw = c->n_q_heads * c->head_dim, kvw = c->n_kv_heads * c->head_dim;
     const struct {
         const char *name;
         matrix *w;
         uint32_t n_rows, n_cols;
-    } all[] = {{"attn_q", &l->q, qw, c->width},          {"attn_k", &l->k, kvw, c->width},
-               {"attn_v", &l->v, kvw, c->width},         {"attn_output", &l->o, c->width, qw},
-               {"ffn_gate", &l->gate, c->ffn_width, c->width}, {"ffn_up", &l->up, c->ffn_width, c->width},
+    } all[] = {{"attn_q", &l->q, qw, c->width},
+               {"attn_k", &l->k, kvw, c->width},
+               {"attn_v", &l->v, kvw, c->width},
+               {"attn_output", &l->o, c->width, qw},
+               {"ffn_gate", &l->gate, c->ffn_width, c->width},
+               {"ffn_up", &l->up, c->ffn_width, c->width},
                {"ffn_down", &l->down, c->width, c->ffn_width}};
     char name[64];
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         snprintf(name, sizeof name, "blk.%u.%s.weight", index, all[i].name);
-        if (!load_matrix(f, name, all[i].n_rows, all[i].n_cols, mode, all[i].w, err, n)) return false;
+        if (!load_matrix(f, name, all[i].n_rows, all[i].n_cols, d, all[i].w, err, n)) return false;
     }
     snprintf(name, sizeof name, "blk.%u.attn_norm.weight", index);
     if (!load_vector(f, name, c->width, &l->attn_norm, err, n)) return false;
@@ -198,21 +216,23 @@ static bool load_layer(const gguf_file *f, const model_config *c, uint32_t index
     return load_vector(f, name, c->width, &l->ffn_norm, err, n);
 }
 
-static bool load_weights(const gguf_file *f, model *m, weights_mode mode, char *err, size_t n) {
+static bool load_weights(const gguf_file *f, model *m, const model_desc *d, char *err, size_t n) {
     model_config *c = &m->config;
     const gguf_tensor_info *t = gguf_tensor(f, "token_embd.weight");
     if (!t) return llm_fail(err, n, "tensor 'token_embd.weight' is missing");
-    if (t->ne[1] == 0 || t->ne[1] > 1u << 24) return llm_fail(err, n, "tensor 'token_embd.weight' has no sane shape");
+    if (t->ne[1] == 0 || t->ne[1] > 1u << 24)
+        return llm_fail(err, n, "tensor 'token_embd.weight' has no sane shape");
     c->n_vocab = (uint32_t)t->ne[1];
-    if (!gguf_require_tensor(f, "token_embd.weight", c->width, c->n_vocab, &m->embeddings, err, n)) return false;
+    if (!gguf_require_tensor(f, "token_embd.weight", c->width, c->n_vocab, &m->embeddings, err, n))
+        return false;
     m->embedding_bytes = (size_t)(t->bytes / c->n_vocab);
     const char *out = gguf_tensor(f, "output.weight") ? "output.weight" : "token_embd.weight";
-    if (!load_matrix(f, out, c->n_vocab, c->width, mode, &m->out, err, n)) return false;
+    if (!load_matrix(f, out, c->n_vocab, c->width, d, &m->out, err, n)) return false;
     if (!load_vector(f, "output_norm.weight", c->width, &m->out_norm, err, n)) return false;
     m->layers = (layer *)calloc(c->n_layers, sizeof(layer));
     if (!m->layers) return llm_fail(err, n, "no memory for %u layers", c->n_layers);
     for (uint32_t l = 0; l < c->n_layers; l++) {
-        if (!load_layer(f, c, l, mode, &m->layers[l], err, n)) return false;
+        if (!load_layer(f, c, l, d, &m->layers[l], err, n)) return false;
     }
     return true;
 }
@@ -254,8 +274,9 @@ bool model_load(const gguf_file *f, const model_desc *desc, model **out, char *e
     m->threads = desc->threads;
     m->max_rows = desc->max_rows ? desc->max_rows : 512;
     if (!read_config(f, &m->config, err, err_len) || !check_config(&m->config, err, err_len) ||
-        !refuse_keys(f, &m->config, err, err_len) || !refuse_tensors(f, &m->config, err, err_len) ||
-        !load_weights(f, m, desc->mode, err, err_len) || !alloc_buffers(m, desc, err, err_len)) {
+        !refuse_rope_scaling(f, err, err_len) || !refuse_keys(f, &m->config, err, err_len) ||
+        !refuse_tensors(f, &m->config, err, err_len) || !load_weights(f, m, desc, err, err_len) ||
+        !alloc_buffers(m, desc, err, err_len)) {
         model_free(m);
         return false;
     }
@@ -394,7 +415,8 @@ static void after_attention(slice *s, const layer *l) {
     const matmul_job o = {&l->o, x, c->width, true};
     matmul(m->threads, &m->a, &o, 1);
     normalise(s, l->ffn_norm);
-    const matmul_job ffn[2] = {{&l->gate, m->gate, c->ffn_width, false}, {&l->up, m->up, c->ffn_width, false}};
+    const matmul_job ffn[2] = {{&l->gate, m->gate, c->ffn_width, false},
+                               {&l->up, m->up, c->ffn_width, false}};
     matmul(m->threads, &m->a, ffn, 2);
     acts_begin(&m->a, s->n_rows, c->ffn_width);
     each_row(s, step_silu);
@@ -402,7 +424,8 @@ static void after_attention(slice *s, const layer *l) {
     matmul(m->threads, &m->a, &down, 1);
 }
 
-/* Moves to the slice after this one (or to the first, from a slice without rows); false at the end of the batch. */
+/* Moves to the slice after this one (or to the first, from a slice without rows); false at the end of the
+ * batch. */
 static bool next_slice(slice *s, uint32_t n_rows) {
     s->first += s->n_rows;
     s->n_rows = n_rows - s->first < SLICE_ROWS ? n_rows - s->first : SLICE_ROWS;
@@ -421,7 +444,7 @@ static int check_input(const model *m, const int32_t *tokens, uint32_t n_rows, c
                        uint32_t n_logits) {
     if (n_rows == 0 || n_rows > m->max_rows || n_logits > n_rows) return MODEL_BAD_ROWS;
     for (uint32_t i = 0; i < n_rows; i++) {
-        if (tokens[i] < 0 || (uint32_t)tokens[i] >= m->config.n_vocab) return MODEL_BAD_TOKEN;
+        if ((uint32_t)tokens[i] >= m->config.n_vocab) return MODEL_BAD_TOKEN;
     }
     for (uint32_t i = 0; i < n_logits; i++) {
         if (logit_rows[i] >= n_rows) return MODEL_BAD_ROWS;
@@ -438,7 +461,8 @@ static void output_logits(slice *s, float *logits) {
 }
 
 int model_forward(model *m, const int32_t *tokens, const uint32_t *positions, uint32_t n_rows,
-                  const uint32_t *logit_rows, uint32_t n_logits, float *logits, model_attend_fn attend, void *user) {
+                  const uint32_t *logit_rows, uint32_t n_logits, float *logits, model_attend_fn attend,
+                  void *user) {
     int result = check_input(m, tokens, n_rows, logit_rows, n_logits);
     if (result != MODEL_OK) return result;
     const slice start = {m, tokens, positions, NULL, 0, 0, 0, NULL};

@@ -1,12 +1,12 @@
 /* model.h - the forward pass of llama models from a GGUF file, without attention.
  *
- * The model does everything between a token and its logits except the one thing that needs memory of the past: for
- * each layer it hands q, k and v to a callback and takes the attention output back. Rows may belong to any mix of
- * sequences; a row's result depends on its token, its position and what attention returns, never on the other rows
- * or on the number of threads, bit for bit.
+ * The model does everything between a token and its logits except the one thing that needs memory of the
+ * past: for each layer it hands q, k and v to a callback and takes the attention output back. Rows may belong
+ * to any mix of sequences; a row's result depends on its token, its position and what attention returns,
+ * never on the other rows or on the number of threads, bit for bit.
  *
- * What a file asks for beyond this (another architecture, biases, experts, RoPE scaling, other weight types) is
- * refused, naming the key or the tensor.
+ * What a file asks for beyond this (another architecture, biases, experts, RoPE scaling, other weight types)
+ * is refused, naming the key or the tensor.
  *
  * Threads: one forward at a time per model.
  */
@@ -50,9 +50,11 @@ const model_config *model_get_config(const model *m);
 uint32_t model_max_rows(const model *m);
 size_t model_bytes(const model *m); /* of packed weights */
 
-/* One layer's attention over all rows. q is [rows][n_q_heads][head_dim], k and v [rows][n_kv_heads][head_dim], q and
- * k after RoPE; out is shaped as q. 0 is success; anything else ends the forward and becomes its result. */
-typedef int (*model_attend_fn)(void *user, int layer, const float *q, const float *k, const float *v, float *out);
+/* One layer's attention over all rows. q is [rows][n_q_heads][head_dim], k and v
+ * [rows][n_kv_heads][head_dim], q and k after RoPE; out is shaped as q. 0 is success; anything else ends
+ * the forward and becomes its result. */
+typedef int (*model_attend_fn)(void *user, int layer, const float *q, const float *k, const float *v,
+                               float *out);
 
 enum {
     MODEL_OK = 0,
@@ -62,6 +64,7 @@ enum {
 
 /* Runs n_rows tokens. logits[i] is the row of n_vocab logits of batch row logit_rows[i]. */
 int model_forward(model *m, const int32_t *tokens, const uint32_t *positions, uint32_t n_rows,
-                  const uint32_t *logit_rows, uint32_t n_logits, float *logits, model_attend_fn attend, void *user);
+                  const uint32_t *logit_rows, uint32_t n_logits, float *logits, model_attend_fn attend,
+                  void *user);
 
 #endif /* LLM_MODEL_H */

@@ -9,7 +9,8 @@
 #include <immintrin.h>
 #endif
 
-/* 16 lanes that every compiler maps to the vectors it has; the order of additions is the same on all of them. */
+/* 16 lanes that every compiler maps to the vectors it has; the order of additions is the same on all of
+ * them. */
 typedef float lanes16 __attribute__((vector_size(64), aligned(4), may_alias));
 
 void ops_rmsnorm(const float *x, const float *w, uint32_t n, float eps, float *out) {
@@ -44,8 +45,14 @@ void ops_rope(float *x, uint32_t n_heads, uint32_t head_dim, uint32_t n_dims, co
     }
 }
 
-/* exp(x) = 2^n * p(r): n = round(x log2 e), r = x - n ln 2 in two steps, p the degree-6 Taylor polynomial with
- * |r| <= ln 2 / 2 (relative error below 2e-8). x is clamped to [-87, 88], where 2^n is a normal number. */
+static void scalar_silu_mul(float *gate, const float *up, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+#if OPS_X86
+/* exp(x) = 2^n * p(r): n = round(x log2 e), r = x - n ln 2 in two steps, p the degree-6 Taylor polynomial
+ * with |r| <= ln 2 / 2 (relative error below 2e-7). x is clamped to [-87, 88], where 2^n is a normal
+ * number. */
 #define EXP_MIN -87.0f
 #define EXP_MAX 88.0f
 #define LOG2E 1.44269504f
@@ -53,11 +60,6 @@ void ops_rope(float *x, uint32_t n_heads, uint32_t head_dim, uint32_t n_dims, co
 #define LN2_LOW -2.12194440e-4f
 static const float exp_coefficients[7] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
 
-static void scalar_silu_mul(float *gate, const float *up, uint32_t n) {
-    for (uint32_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-}
-
-#if OPS_X86
 __attribute__((target("avx512f"))) static void avx512_silu_mul(float *gate, const float *up, uint32_t n) {
     const __m512 one = _mm512_set1_ps(1.0f);
     for (uint32_t i = 0; i < n; i += 16) {
@@ -65,13 +67,15 @@ __attribute__((target("avx512f"))) static void avx512_silu_mul(float *gate, cons
         /* The bound first: min and max return their second operand for a NaN. */
         __m512 x = _mm512_min_ps(_mm512_set1_ps(EXP_MAX), _mm512_sub_ps(_mm512_setzero_ps(), g));
         x = _mm512_max_ps(_mm512_set1_ps(EXP_MIN), x);
-        const __m512 e = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2E)), 8); /* nearest even, quiet */
+        const __m512 e =
+            _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2E)), 8); /* nearest even, quiet */
         __m512 r = _mm512_fnmadd_ps(e, _mm512_set1_ps(LN2_HIGH), x);
         r = _mm512_fnmadd_ps(e, _mm512_set1_ps(LN2_LOW), r);
         __m512 p = _mm512_set1_ps(exp_coefficients[0]);
         for (int c = 1; c < 7; c++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_coefficients[c]));
         p = _mm512_scalef_ps(p, e);
-        _mm512_storeu_ps(gate + i, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, p)), _mm512_loadu_ps(up + i)));
+        _mm512_storeu_ps(gate + i,
+                         _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, p)), _mm512_loadu_ps(up + i)));
     }
 }
 
@@ -86,9 +90,11 @@ __attribute__((target("avx2,fma"))) static void avx2_silu_mul(float *gate, const
         r = _mm256_fnmadd_ps(e, _mm256_set1_ps(LN2_LOW), r);
         __m256 p = _mm256_set1_ps(exp_coefficients[0]);
         for (int c = 1; c < 7; c++) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_coefficients[c]));
-        const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(e), _mm256_set1_epi32(127)), 23);
+        const __m256i bits =
+            _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(e), _mm256_set1_epi32(127)), 23);
         p = _mm256_mul_ps(p, _mm256_castsi256_ps(bits));
-        _mm256_storeu_ps(gate + i, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, p)), _mm256_loadu_ps(up + i)));
+        _mm256_storeu_ps(gate + i,
+                         _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, p)), _mm256_loadu_ps(up + i)));
     }
 }
 #endif

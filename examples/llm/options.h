@@ -24,7 +24,7 @@ bool args_is(const args *a, const char *name); /* "--temp"; "-m" */
 /* The value of the current option, which must have one. */
 bool args_value(args *a, const char **value, char *err, size_t err_len);
 bool args_u64(args *a, uint64_t min, uint64_t max, uint64_t *value, char *err, size_t err_len);
-bool args_float(args *a, float *value, char *err, size_t err_len);
+bool args_float(args *a, float min, float max, float *value, char *err, size_t err_len);
 bool args_bytes(args *a, uint64_t *value, char *err, size_t err_len); /* 64M, 1G, 4096K, 1000000 */
 bool args_flag(args *a, char *err, size_t err_len);                   /* refuses an =value */
 
@@ -39,7 +39,7 @@ extern const char options_help[]; /* the lines about them for a --help text */
 
 /* Takes the current option if it is one of these: *taken says so. False: its value is bad, err names it. */
 bool options_take(options *o, args *a, bool *taken, char *err, size_t err_len);
-/* After the last option: the model must be given, and the sampling settings valid. */
+/* After the last option: the model must be given. */
 bool options_check(const options *o, char *err, size_t err_len);
 
 #endif /* LLM_OPTIONS_H */

@@ -1,8 +1,9 @@
 /* pool.c - see pool.h.
  *
- * One 64-bit word says what there is to do: the loop's generation above, the number of unclaimed tasks below. A
- * claim is a compare-and-swap of that word, so a worker that comes late can never take a task of a loop other than
- * the one it saw, and fn/ctx may be read after the claim: the loop cannot end while a claimed task is unfinished.
+ * One 64-bit word says what there is to do: the loop's generation above, the number of unclaimed tasks below.
+ * A claim is a compare-and-swap of that word, so a worker that comes late can never take a task of a loop
+ * other than the one it saw, and fn/ctx may be read after the claim: the loop cannot end while a claimed task
+ * is unfinished.
  */
 #include "pool.h"
 
@@ -88,8 +89,8 @@ static void *worker(void *arg) {
     return NULL;
 }
 
-/* The caller publishes first and then looks for sleepers; a sleeper announces itself first and then looks for work.
- * Both in one total order: at least one of them sees the other. */
+/* The caller publishes first and then looks for sleepers; a sleeper announces itself first and then looks
+ * for work. Both in one total order: at least one of them sees the other. */
 static void wake_sleepers(pool *p) {
     if (atomic_load_explicit(&p->sleepers, memory_order_seq_cst) == 0) return;
     pthread_mutex_lock(&p->lock);

@@ -1,10 +1,12 @@
 /* pool.h - a thread pool for short parallel loops.
  *
- * A decode step of a small model is some hundred parallel loops of a few microseconds each, so idle workers spin
- * for a moment before they sleep, and tasks are claimed one by one from an atomic counter. The calling thread works
- * too: a pool of n threads starts n - 1 workers, and a pool of one thread runs everything inline.
+ * A decode step of a small model is some hundred parallel loops of a few microseconds each, so idle workers
+ * spin for a moment before they sleep, and tasks are claimed one by one from an atomic counter. The calling
+ * thread works too: a pool of n threads starts n - 1 workers, and a pool of one thread runs everything
+ * inline.
  *
- * Threads: one caller at a time. Tasks of one loop run concurrently and may not start a loop on the same pool.
+ * Threads: one caller at a time. Tasks of one loop run concurrently and may not start a loop on the same
+ * pool.
  */
 #ifndef LLM_POOL_H
 #define LLM_POOL_H

@@ -42,6 +42,7 @@ typedef struct runtime {
     double load_s;
     float *logits; /* [logits_cap][n_vocab] of the last forward */
     uint32_t *logit_rows, *logit_slot;
+    kvl_output *outputs;
     uint32_t logits_cap;
 } runtime;
 
@@ -54,11 +55,12 @@ typedef struct runtime_cache_desc {
     uint64_t device_bytes;        /* budget; 0: what n_sequences of seq_tokens take, and no prefix left to evict */
     uint32_t n_sequences;         /* 0 = 1 */
     uint32_t seq_tokens;          /* longest sequence; 0 or too many: the model's context length */
+    uint32_t least_tokens;        /* a given budget must hold one sequence of so many; 0: seq_tokens */
     bool no_prefix_cache;
 } runtime_cache_desc;
 
-/* A cache for this model. With a given budget the error says how much one sequence of seq_tokens needs where it does
- * not fit; more than one sequence is the scheduler's business. */
+/* A cache for this model. Where a given budget does not hold a sequence of least_tokens, the error says how much it
+ * takes; what it holds beyond that is kvl_can_fit's fit.max_tokens. */
 bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len);
 
 /* Bytes that n_tokens tokens of one sequence take where every sequence has a contiguous buffer in f16: what a cache

@@ -95,8 +95,8 @@ static int packed_weight(matrix_kind kind, const uint8_t *p, uint32_t r, uint32_
 }
 
 /* fmaf and not a * b + c: the SIMD paths fuse, and their bits are the same. */
-static void scalar_int8(matrix_kind kind, const uint8_t *panel, const act_block *a, uint32_t t, uint32_t n_blocks,
-                        const output *o) {
+static void scalar_int8(matrix_kind kind, const uint8_t *panel, const act_block *a, uint32_t t,
+                        uint32_t n_blocks, const output *o) {
     float acc[ACTS_TILE][WEIGHTS_PANEL] = {{0}};
     for (uint32_t b = 0; b < n_blocks; b++, panel += block_bytes(kind), a += t) {
         const uint8_t *scales = panel + weight_bytes(kind);
@@ -125,7 +125,8 @@ static void scalar_expand_block(matrix_kind kind, const uint8_t *p, float *out) 
         float d = read_half(scales + 2 * r);
         float m = kind == MATRIX_Q4_1 ? read_half(scales + 32 + 2 * r) : 0;
         int zero = kind == MATRIX_Q4_0 ? 8 : 0;
-        for (uint32_t k = 0; k < WEIGHTS_BLOCK; k++) out[16 * k + r] = (float)(packed_weight(kind, p, r, k) - zero) * d + m;
+        for (uint32_t k = 0; k < WEIGHTS_BLOCK; k++)
+            out[16 * k + r] = (float)(packed_weight(kind, p, r, k) - zero) * d + m;
     }
 }
 
@@ -174,7 +175,8 @@ static void scalar_quantise(const float *x, uint32_t n_blocks, act_block *out, s
 bool weights_path_available(weights_path path) {
 #if WEIGHTS_X86
     unsigned eax, ebx, ecx, edx;
-    bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C); /* clang's builtin does not know it */
+    bool f16c =
+        __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C); /* clang's builtin does not know it */
     bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (path == WEIGHTS_AVX2) return avx2;
     if (path == WEIGHTS_AVX512) {
@@ -270,8 +272,8 @@ static void pack_q8(const int8_t *q, uint16_t d, uint32_t r, uint8_t *block) {
     for (int k = 0; k < WEIGHTS_BLOCK; k++) block[64 * (k / 4) + 4 * r + k % 4] = (uint8_t)(q[k] + 128);
 }
 
-/* F32 or F16 weights in int8 mode: f16 scale absmax / 127, then q = round(w / scale), within +-127. What f16 cannot
- * hold, and NaN, becomes an infinite scale. */
+/* F32 or F16 weights in int8 mode: f16 scale absmax / 127, then q = round(w / scale), within +-127. What
+ * f16 cannot hold, and NaN, becomes an infinite scale. */
 static void quantise_weights(const float *w, int8_t q[WEIGHTS_BLOCK], uint16_t *scale) {
     float amax = 0;
     bool nan = false;
@@ -284,10 +286,11 @@ static void quantise_weights(const float *w, int8_t q[WEIGHTS_BLOCK], uint16_t *
     for (int k = 0; k < WEIGHTS_BLOCK; k++) q[k] = (int8_t)lrintf(fminf(fmaxf(w[k] * inv, -127), 127));
 }
 
-static void pack_row(matrix *w, uint32_t type, const uint8_t *row, uint32_t r, uint8_t *panel) {
+static void pack_row(const matrix *w, uint32_t type, const uint8_t *row, uint32_t r, uint8_t *panel) {
     uint32_t step = w->kind == MATRIX_F32 ? 4 : 2;
     if (w->kind == MATRIX_F32 || w->kind == MATRIX_F16) {
-        for (size_t k = 0; k < w->n_cols; k++) memcpy(panel + (k * WEIGHTS_PANEL + r) * step, row + k * step, step);
+        for (size_t k = 0; k < w->n_cols; k++)
+            memcpy(panel + (k * WEIGHTS_PANEL + r) * step, row + k * step, step);
         return;
     }
     size_t in_bytes = gguf_row_bytes(type, WEIGHTS_BLOCK);
@@ -297,7 +300,7 @@ static void pack_row(matrix *w, uint32_t type, const uint8_t *row, uint32_t r, u
         } else if (type == GGUF_Q8_0) {
             pack_q8((const int8_t *)row + 2, read_u16(row), r, panel);
         } else {
-            float values[WEIGHTS_BLOCK];
+            float values[WEIGHTS_BLOCK] = {0};
             int8_t q[WEIGHTS_BLOCK];
             uint16_t d;
             weights_decode_row(type, row, WEIGHTS_BLOCK, values);
@@ -307,8 +310,26 @@ static void pack_row(matrix *w, uint32_t type, const uint8_t *row, uint32_t r, u
     }
 }
 
-bool matrix_pack(matrix *w, uint32_t gguf_type, const void *data, uint64_t n_rows, uint64_t n_cols, weights_mode mode,
-                 char *err, size_t err_len) {
+typedef struct pack_run {
+    const matrix *w;
+    uint32_t type;
+    const uint8_t *rows;
+    size_t row_bytes;
+} pack_run;
+
+static void pack_panel(void *ctx, uint32_t i) {
+    const pack_run *run = (const pack_run *)ctx;
+    const matrix *w = run->w;
+    uint8_t *panel = w->data + i * w->panel_bytes;
+    const uint32_t first = i * WEIGHTS_PANEL;
+    memset(panel, 0, w->panel_bytes);
+    for (uint32_t r = 0; r < WEIGHTS_PANEL && first + r < w->n_rows; r++) {
+        pack_row(w, run->type, run->rows + (first + r) * run->row_bytes, r, panel);
+    }
+}
+
+bool matrix_pack(pool *p, matrix *w, uint32_t gguf_type, const void *data, uint64_t n_rows, uint64_t n_cols,
+                 weights_mode mode, char *err, size_t err_len) {
     memset(w, 0, sizeof *w);
     switch (gguf_type) {
     case GGUF_Q4_0: w->kind = MATRIX_Q4_0; break;
@@ -318,9 +339,10 @@ bool matrix_pack(matrix *w, uint32_t gguf_type, const void *data, uint64_t n_row
     case GGUF_F32: w->kind = mode == WEIGHTS_F32 ? MATRIX_F32 : MATRIX_Q8; break;
     default: return llm_fail(err, err_len, "weight type %s is not supported", gguf_type_name(gguf_type));
     }
-    if (n_rows == 0 || n_cols == 0 || n_rows > INT32_MAX || n_cols > INT32_MAX || n_cols % WEIGHTS_BLOCK != 0) {
+    if (n_rows == 0 || n_cols == 0 || n_rows > INT32_MAX || n_cols > INT32_MAX ||
+        n_cols % WEIGHTS_BLOCK != 0) {
         return llm_fail(err, err_len, "%llu x %llu weights: the row length must be a multiple of %d",
-                    (unsigned long long)n_rows, (unsigned long long)n_cols, WEIGHTS_BLOCK);
+                        (unsigned long long)n_rows, (unsigned long long)n_cols, WEIGHTS_BLOCK);
     }
     w->n_rows = (uint32_t)n_rows;
     w->n_cols = (uint32_t)n_cols;
@@ -330,12 +352,8 @@ bool matrix_pack(matrix *w, uint32_t gguf_type, const void *data, uint64_t n_row
     size_t bytes = (n_panels * w->panel_bytes + 63) / 64 * 64;
     w->data = (uint8_t *)aligned_alloc(64, bytes);
     if (!w->data) return llm_fail(err, err_len, "no memory for %zu bytes of weights", bytes);
-    memset(w->data, 0, bytes);
-    size_t row_bytes = gguf_row_bytes(gguf_type, n_cols);
-    for (uint32_t r = 0; r < w->n_rows; r++) {
-        uint8_t *panel = w->data + r / WEIGHTS_PANEL * w->panel_bytes;
-        pack_row(w, gguf_type, (const uint8_t *)data + r * row_bytes, r % WEIGHTS_PANEL, panel);
-    }
+    pack_run run = {w, gguf_type, (const uint8_t *)data, gguf_row_bytes(gguf_type, n_cols)};
+    pool_run(p, (uint32_t)n_panels, pack_panel, &run);
     return true;
 }
 
@@ -356,7 +374,8 @@ bool acts_create(acts *a, weights_mode mode, weights_path path, uint32_t max_row
     a->path = weights_path_resolve(path);
     a->max_rows = max_rows;
     a->max_cols = max_cols;
-    size_t per_row = mode == WEIGHTS_INT8 ? max_cols / WEIGHTS_BLOCK * sizeof(act_block) : (size_t)max_cols * 4;
+    size_t per_row =
+        mode == WEIGHTS_INT8 ? max_cols / WEIGHTS_BLOCK * sizeof(act_block) : (size_t)max_cols * 4;
     if (max_cols % WEIGHTS_BLOCK != 0 || per_row == 0 || max_rows == 0) return false;
     if (!weights_path_available(a->path) || max_rows > (SIZE_MAX - 64) / per_row) return false;
     a->data = aligned_alloc(64, (max_rows * per_row + 63) / 64 * 64);
@@ -379,7 +398,8 @@ static uint32_t tile_rows(const acts *a, uint32_t first) {
 }
 
 void acts_store(acts *a, uint32_t row, const float *x) {
-    uint32_t first = row / ACTS_TILE * ACTS_TILE, t = tile_rows(a, first), n_blocks = a->n_cols / WEIGHTS_BLOCK;
+    uint32_t first = row / ACTS_TILE * ACTS_TILE, t = tile_rows(a, first),
+             n_blocks = a->n_cols / WEIGHTS_BLOCK;
     if (a->mode == WEIGHTS_INT8) {
         act_block *out = (act_block *)a->data + (size_t)first * n_blocks + (row - first);
         path_kernels(a->path)->quantise(x, n_blocks, out, t);
@@ -403,7 +423,8 @@ static void panel_int8(const kernels *k, const matrix *w, const uint8_t *panel, 
 }
 
 /* n k of a panel from k0 on as [n][16] floats. */
-static const float *expand(const kernels *k, const matrix *w, const uint8_t *panel, uint32_t k0, uint32_t n, float *out) {
+static const float *expand(const kernels *k, const matrix *w, const uint8_t *panel, uint32_t k0, uint32_t n,
+                           float *out) {
     if (w->kind == MATRIX_F32) return (const float *)panel + (size_t)k0 * WEIGHTS_PANEL;
     if (w->kind == MATRIX_F16) {
         k->expand_f16(panel + (size_t)k0 * WEIGHTS_PANEL * 2, n, out);
@@ -465,7 +486,8 @@ void matmul(pool *p, const acts *a, const matmul_job *jobs, uint32_t n_jobs) {
         run.n_panels += (jobs[j].w->n_rows + WEIGHTS_PANEL - 1) / WEIGHTS_PANEL;
         run.first_panel[j + 1] = run.n_panels;
     }
-    run.n_tasks = 4 * pool_threads(p); /* a few per thread: the threads are never equally fast */
+    /* Several tasks per thread, since threads are never equally fast; more where a task is long. */
+    run.n_tasks = pool_threads(p) * (a->n_rows > ACTS_TILE ? 16 : 4);
     if (run.n_tasks > run.n_panels) run.n_tasks = run.n_panels;
     pool_run(p, run.n_tasks, matmul_task, &run);
 }

@@ -6,14 +6,15 @@
  * Quantised weights keep their bits: 4-bit weights stay 4-bit in memory and become bytes in registers.
  *
  * Two ways to compute, chosen when the matrices are packed:
- *   WEIGHTS_INT8  activations become int8 with one scale per 32 (absmax / 127, round to nearest even), products of
- *                 32 are summed as integers without error, and block sums are added in f32 in the order of k.
- *                 F32 and F16 weights become 8-bit with an f16 scale per 32 (as Q8_0), whose error is of the size
- *                 of the activations'. The scalar, AVX2 and AVX-512 paths give the same bits.
- *   WEIGHTS_F32   float activations times the exact weights. Slower; for quality work. Paths agree to rounding.
+ *   WEIGHTS_INT8  Activations become int8 with one scale per 32 (absmax / 127, round to nearest even).
+ *                 Products of 32 are summed as integers without error, and block sums are added in f32 in the
+ *                 order of k. F32 and F16 weights become 8-bit with an f16 scale per 32 (as Q8_0), whose
+ *                 error is of the size of the activations'. All paths give the same bits.
+ *   WEIGHTS_F32   Float activations times the exact weights; slower, for quality work. Paths agree to
+ *                 rounding.
  *
- * The value of an output depends on its own activation row alone: not on the batch the row ran in, nor on the number
- * of threads, bit for bit.
+ * The value of an output depends on its own activation row alone: not on the batch the row ran in, nor on the
+ * number of threads, bit for bit.
  *
  * Threads: a packed matrix is immutable. An `acts` has one user at a time, except acts_store (see there).
  * Source of the block layouts: ggml-common.h in the ggml project.
@@ -35,7 +36,7 @@
 typedef enum weights_mode { WEIGHTS_INT8 = 0, WEIGHTS_F32 = 1 } weights_mode;
 
 typedef enum weights_path {
-    WEIGHTS_AUTO = 0,  /* the best that the processor has */
+    WEIGHTS_AUTO = 0, /* the best that the processor has */
     WEIGHTS_SCALAR = 1,
     WEIGHTS_AVX2 = 2,  /* AVX2, FMA, F16C */
     WEIGHTS_AVX512 = 3 /* AVX-512 F, BW, VL and VNNI */
@@ -62,10 +63,11 @@ typedef struct matrix {
     uint8_t *data; /* ceil(n_rows / 16) panels; rows past n_rows are zero */
 } matrix;
 
-/* Packs n_rows x n_cols weights of a GGUF type (rows contiguous). false, with a line in err, where the type is not
- * one of F32 F16 Q4_0 Q4_1 Q8_0, n_cols is no multiple of 32, a size is zero or overflows, or memory is short. */
-bool matrix_pack(matrix *w, uint32_t gguf_type, const void *data, uint64_t n_rows, uint64_t n_cols, weights_mode mode,
-                 char *err, size_t err_len);
+/* Packs n_rows x n_cols weights of a GGUF type (rows contiguous) on the pool's threads. false, with a line
+ * in err, where the type is not one of F32 F16 Q4_0 Q4_1 Q8_0, n_cols is no multiple of 32, a size is zero
+ * or overflows, or memory is short. */
+bool matrix_pack(pool *p, matrix *w, uint32_t gguf_type, const void *data, uint64_t n_rows, uint64_t n_cols,
+                 weights_mode mode, char *err, size_t err_len);
 void matrix_free(matrix *w);
 size_t matrix_bytes(const matrix *w);
 
@@ -75,14 +77,14 @@ void weights_decode_row(uint32_t gguf_type, const void *row, uint32_t n, float *
 /* 32 int8 activations of one row and what the kernels need of them. */
 typedef struct act_block {
     int8_t q[WEIGHTS_BLOCK];
-    float d;       /* x = q d */
-    float d_sum;   /* d * sum of q: times a Q4_1 minimum */
-    int32_t neg8;  /* -8 * sum of q: where a Q4_0 accumulator starts */
+    float d;        /* x = q d */
+    float d_sum;    /* d * sum of q: times a Q4_1 minimum */
+    int32_t neg8;   /* -8 * sum of q: where a Q4_0 accumulator starts */
     int32_t neg128; /* -128 * sum of q: where a Q8 accumulator starts */
 } act_block;
 
-/* A batch of activation rows, cut into tiles of 8 rows (the last may have fewer). Inside a tile of t rows the t
- * blocks, or in f32 mode the t values, of one k lie together. */
+/* A batch of activation rows, cut into tiles of 8 rows (the last may have fewer). Inside a tile of t rows
+ * the t blocks, or in f32 mode the t values, of one k lie together. */
 typedef struct acts {
     weights_mode mode;
     weights_path path;
@@ -94,12 +96,13 @@ typedef struct acts {
 bool acts_create(acts *a, weights_mode mode, weights_path path, uint32_t max_rows, uint32_t max_cols);
 void acts_free(acts *a);
 
-/* Sets the shape: n_rows <= max_rows, n_cols <= max_cols and a multiple of 32. Then every row must be stored; rows
- * may be stored by several threads at a time. */
+/* Sets the shape: n_rows <= max_rows, n_cols <= max_cols and a multiple of 32. Then every row must be
+ * stored; rows may be stored by several threads at a time. */
 void acts_begin(acts *a, uint32_t n_rows, uint32_t n_cols);
 void acts_store(acts *a, uint32_t row, const float *x);
 
-/* One product of the batch. y is [acts rows][stride] floats, stride >= w->n_rows; add: y += instead of y =. */
+/* One product of the batch. y is [acts rows][stride] floats, stride >= w->n_rows. With `add` the
+ * product is added to what y holds. */
 typedef struct matmul_job {
     const matrix *w;
     float *y;
@@ -109,7 +112,8 @@ typedef struct matmul_job {
 
 #define MATMUL_MAX_JOBS 4
 
-/* Runs up to MATMUL_MAX_JOBS products of the same activations in one parallel loop. w->n_cols must equal n_cols. */
+/* Runs up to MATMUL_MAX_JOBS products of the same activations in one parallel loop. Each w has n_cols
+ * columns and was packed for the mode of `a`. */
 void matmul(pool *p, const acts *a, const matmul_job *jobs, uint32_t n_jobs);
 
 #endif /* LLM_WEIGHTS_H */

@@ -226,7 +226,7 @@ static void end_player(player *p) {
     kvl_cache_destroy(p->cache);
 }
 
-enum { PLENTY = 64 << 20 };
+enum { PLENTY = 16 << 20 };
 
 /* Every stream alone, all of it in one chunk. */
 static void record_golden(const char *preset, kvl_simd simd) {
@@ -307,7 +307,7 @@ static void fork_and_trim(const char *preset, kvl_simd simd) {
     open_stream(&p, 0, TOKENS, false);
     feed_to(&p, 0, SHARED, 20);
     for (uint32_t s = 1; s < STREAMS; s++) {
-        uint32_t reached;
+        uint32_t reached = KVL_NONE;
         need(p.cache, "seq_fork", kvl_seq_fork(p.cache, p.seq[0], &p.seq[s], &p.length[s]), KVL_OK);
         assert_true(p.length[s] <= SHARED);
         need(p.cache, "seq_trim", kvl_seq_trim(p.cache, p.seq[s], from[s - 1], &reached), KVL_OK);
@@ -317,7 +317,7 @@ static void fork_and_trim(const char *preset, kvl_simd simd) {
     feed_all(&p, STREAMS, true);
     for (uint32_t round = 0; round < 4; round++) {
         for (uint32_t s = 0; s < STREAMS; s++) {
-            uint32_t want = pick(&p.rng, TOKENS + 1), reached;
+            uint32_t want = pick(&p.rng, TOKENS + 1), reached = KVL_NONE;
             need(p.cache, "seq_trim", kvl_seq_trim(p.cache, p.seq[s], want, &reached), KVL_OK);
             assert_true(reached <= want);
             p.length[s] = reached;

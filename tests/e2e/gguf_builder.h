@@ -91,7 +91,7 @@ static GB_UNUSED void gb_free(gb *b) {
     *b = (gb){0};
 }
 
-/* ---- a small vocabulary: the 256 bytes, some merges, three special tokens ---------------------------------- */
+/* ---- a small vocabulary: the 256 bytes, some merges, five special tokens ---------------------------------- */
 
 #define GB_CHATML                                                                                        \
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"               \
@@ -126,10 +126,10 @@ typedef struct gb_vocab {
     uint8_t add_bos, no_bos;
 } gb_vocab;
 
-enum { GB_END = 256, GB_IM_START, GB_IM_END, GB_USER_DEFINED, GB_FIRST_MERGE };
+enum { GB_END = 256, GB_IM_START, GB_IM_END, GB_USER_DEFINED, GB_LONGER, GB_FIRST_MERGE };
 
 static GB_UNUSED void gb_vocab_file(gb *b, const gb_vocab *v) {
-    static const char *const special[] = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "[[pad]]"};
+    static const char *const special[] = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "[[pad]]", "[[pad]]+"};
     uint32_t n = GB_FIRST_MERGE + v->n_merges + (v->extra_token ? 1 : 0);
     char s[4];
     gb_header(b, 3, 1, 8u - v->no_bos);
@@ -140,7 +140,7 @@ static GB_UNUSED void gb_vocab_file(gb *b, const gb_vocab *v) {
         gb_spell((uint8_t)i, s);
         gb_str(b, s);
     }
-    for (int i = 0; i < 4; i++) gb_str(b, special[i]);
+    for (int i = 0; i < 5; i++) gb_str(b, special[i]);
     for (uint32_t i = 0; i < v->n_merges; i++) {
         gb_u64(b, strlen(v->merges[i][0]) + strlen(v->merges[i][1]));
         gb_bytes(b, v->merges[i][0], strlen(v->merges[i][0]));
@@ -149,7 +149,7 @@ static GB_UNUSED void gb_vocab_file(gb *b, const gb_vocab *v) {
     if (v->extra_token) gb_str(b, v->extra_token);
     gb_kv_array(b, "tokenizer.ggml.token_type", 5, n - (uint32_t)v->missing_types);
     for (uint32_t i = 0; i < n - (uint32_t)v->missing_types; i++) {
-        uint32_t type = i < GB_END || i >= GB_FIRST_MERGE ? 1 : i == GB_USER_DEFINED ? 4 : 3;
+        uint32_t type = i < GB_END || i >= GB_FIRST_MERGE ? 1 : i >= GB_USER_DEFINED ? 4 : 3;
         if (i == GB_IM_START && v->type_of_im_start) type = (uint32_t)v->type_of_im_start;
         gb_u32(b, type);
     }

@@ -1,5 +1,6 @@
-/* The runner's forward pass on small random llama models written in memory: against a double-precision forward pass
- * written here, bit for bit however the rows are batched, and refusals that name what a file has too much. */
+/* The runner's forward pass on small random llama models written in memory: against a double-precision
+ * forward pass written here, bit for bit however the rows are batched, and refusals that name what a file
+ * has too much. */
 #include "gguf_builder.h"
 #include "llm/model.h"
 
@@ -20,6 +21,8 @@ typedef struct variant {
     const char *string_key, *string_value; /* an extra key */
     const char *number_key;                /* an extra key, or another value of one */
     uint32_t number;
+    const char *float_key; /* an extra key */
+    float float_value;
     bool untied;
 } variant;
 
@@ -71,9 +74,9 @@ static void make_tensors(const variant *v) {
     static const struct {
         const char *name;
         uint32_t ne0, ne1;
-    } parts[] = {{"attn_norm", WIDTH, 0},       {"attn_q", WIDTH, WIDTH}, {"attn_k", WIDTH, KV},
-                 {"attn_v", WIDTH, KV},         {"attn_output", WIDTH, WIDTH}, {"ffn_norm", WIDTH, 0},
-                 {"ffn_gate", WIDTH, FFN},      {"ffn_up", WIDTH, FFN},   {"ffn_down", FFN, WIDTH}};
+    } parts[] = {{"attn_norm", WIDTH, 0},  {"attn_q", WIDTH, WIDTH},      {"attn_k", WIDTH, KV},
+                 {"attn_v", WIDTH, KV},    {"attn_output", WIDTH, WIDTH}, {"ffn_norm", WIDTH, 0},
+                 {"ffn_gate", WIDTH, FFN}, {"ffn_up", WIDTH, FFN},        {"ffn_down", FFN, WIDTH}};
     n_tensors = 0;
     n_data = 0;
     seed = 9;
@@ -118,6 +121,7 @@ static void build(gb *b, const variant *v) {
     put_f32(&kv, "llama.rope.freq_base", (float)rope_base, &n);
     put_f32(&kv, "llama.attention.layer_norm_rms_epsilon", (float)eps, &n);
     if (v->string_key) gb_kv_str(&kv, v->string_key, v->string_value), n++;
+    if (v->float_key) put_f32(&kv, v->float_key, v->float_value, &n);
     if (v->number_key && strstr(v->number_key, "expert")) put_u32(&kv, v, v->number_key, 0, &n);
     gb_header(b, 3, n_tensors, n);
     gb_bytes(b, kv.data, kv.n);
@@ -258,8 +262,8 @@ static void run_chunks(fixture *x, uint32_t n, uint32_t chunk) {
     for (uint32_t at = 0; at < n; at += chunk) {
         x->d.past = at;
         x->d.n_rows = n - at < chunk ? n - at : chunk;
-        assert_int_equal(model_forward(x->m, x->tokens + at, x->positions + at, x->d.n_rows, x->all_rows, x->d.n_rows,
-                                       x->logits + at * VOCAB, attend, &x->d),
+        assert_int_equal(model_forward(x->m, x->tokens + at, x->positions + at, x->d.n_rows, x->all_rows,
+                                       x->d.n_rows, x->logits + at * VOCAB, attend, &x->d),
                          MODEL_OK);
     }
 }
@@ -317,7 +321,8 @@ static void test_chosen_logits(void **state) {
     float chosen[5 * VOCAB + 1];
     run_chunks(x, N, N);
     chosen[5 * VOCAB] = 42;
-    assert_int_equal(model_forward(x->m, x->tokens, x->positions, N, rows, 5, chosen, attend, &x->d), MODEL_OK);
+    assert_int_equal(model_forward(x->m, x->tokens, x->positions, N, rows, 5, chosen, attend, &x->d),
+                     MODEL_OK);
     for (int i = 0; i < 5; i++) {
         assert_memory_equal(chosen + i * VOCAB, x->logits + rows[i] * VOCAB, VOCAB * sizeof(float));
     }
@@ -385,7 +390,10 @@ static void test_refusals(void **state) {
         {{.number_key = "llama.rope.dimension_count", .number = 13}, {"llama.rope.dimension_count", "13"}},
         {{.number_key = "llama.rope.dimension_count", .number = 18}, {"llama.rope.dimension_count", "18"}},
         {{.number_key = "llama.expert_count", .number = 8}, {"llama.expert_count", "8"}},
-        {{.string_key = "llama.rope.scaling.type", .string_value = "yarn"}, {"llama.rope.scaling.type", "yarn"}},
+        {{.string_key = "llama.rope.scaling.type", .string_value = "yarn"},
+         {"llama.rope.scaling.type", "yarn"}},
+        {{.float_key = "llama.rope.scaling.factor", .float_value = 4}, {"llama.rope.scaling.factor", "4"}},
+        {{.float_key = "llama.rope.scale_linear", .float_value = 0.5f}, {"llama.rope.scale_linear", "0.5"}},
         {{.extra_tensor = "blk.0.attn_q.bias"}, {"blk.0.attn_q.bias", ""}},
         {{.extra_tensor = "rope_freqs.weight"}, {"rope_freqs.weight", ""}},
         {{.extra_tensor = "blk.99999999999.ffn_up.weight"}, {"blk.99999999999.ffn_up.weight", ""}},
@@ -407,7 +415,8 @@ static void test_refusals(void **state) {
         if (!gguf_open_memory(b.data, b.n, &f, err, sizeof err)) fail_msg("case %zu: %s", i, err);
         assert_false(model_load(f, &(model_desc){.threads = p}, &m, err, sizeof err));
         assert_null(m);
-        if (!strstr(err, cases[i].says[0]) || !strstr(err, cases[i].says[1])) fail_msg("case %zu says: %s", i, err);
+        if (!strstr(err, cases[i].says[0]) || !strstr(err, cases[i].says[1]))
+            fail_msg("case %zu says: %s", i, err);
         gguf_close(f);
         gb_free(&b);
     }
@@ -417,16 +426,19 @@ static void test_refusals(void **state) {
 /* A key that says nothing new is no reason to refuse. */
 static void test_accepts_no_scaling(void **state) {
     (void)state;
-    close_model(open_model(&(variant){.string_key = "llama.rope.scaling.type", .string_value = "none"}, WEIGHTS_INT8,
+    close_model(open_model(&(variant){.string_key = "llama.rope.scaling.type", .string_value = "none"},
+                           WEIGHTS_INT8, WEIGHTS_AUTO, 1, 1));
+    close_model(open_model(&(variant){.float_key = "llama.rope.scale_linear", .float_value = 1}, WEIGHTS_INT8,
                            WEIGHTS_AUTO, 1, 1));
-    close_model(open_model(&(variant){.number_key = "llama.expert_count", .number = 0}, WEIGHTS_INT8, WEIGHTS_AUTO, 1, 1));
+    close_model(open_model(&(variant){.number_key = "llama.expert_count", .number = 0}, WEIGHTS_INT8,
+                           WEIGHTS_AUTO, 1, 1));
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits),     cmocka_unit_test(test_batches_and_threads),
+        cmocka_unit_test(test_logits),        cmocka_unit_test(test_batches_and_threads),
         cmocka_unit_test(test_chosen_logits), cmocka_unit_test(test_bad_calls),
-        cmocka_unit_test(test_refusals),   cmocka_unit_test(test_accepts_no_scaling),
+        cmocka_unit_test(test_refusals),      cmocka_unit_test(test_accepts_no_scaling),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -416,6 +416,9 @@ static void test_flags(void **state) {
     assert_true(tokenizer_encode(s.t, "y[[pad]][[pad]", 14, TOKENIZE_PLAIN, &l, err, sizeof err));
     check_ids("user-defined", &l, (int32_t[]){'y', GB_USER_DEFINED, '[', '[', 'p', 'a', 'd', ']'}, 8);
     l.n = 0;
+    assert_true(tokenizer_encode(s.t, "[[pad]]+[[pad]]", 15, TOKENIZE_PLAIN, &l, err, sizeof err));
+    check_ids("the longest", &l, (int32_t[]){GB_LONGER, GB_USER_DEFINED}, 2);
+    l.n = 0;
     assert_true(tokenizer_encode(s.t, "<|im_end|", 9, TOKENIZE_SPECIAL, &l, err, sizeof err));
     assert_int_equal(l.n, 9);
     token_list_free(&l);
@@ -470,14 +473,14 @@ static void test_refusals(void **state) {
         {{.pre = "qwen2"}, {"tokenizer.ggml.pre", "'qwen2'"}},
         {{.pre = "default"}, {"tokenizer.ggml.pre", "'default'"}},
         {{.extra_token = "<|im_end|>"}, {"tokenizer.ggml.tokens", "repeats token 258", "<|im_end|>"}},
-        {{.missing_types = 1}, {"tokenizer.ggml.token_type", "259 entries for 260"}},
+        {{.missing_types = 1}, {"tokenizer.ggml.token_type", "260 entries for 261"}},
         {{.type_of_im_start = 9}, {"tokenizer.ggml.token_type", "token 257", "9"}},
         {{.type_of_im_start = -1}, {"tokenizer.ggml.token_type", "token 257", "-1"}},
         {{.extra_merge = "a b"}, {"tokenizer.ggml.merges", "merge 0", "'a b'"}},
         {{.extra_merge = "ab"}, {"tokenizer.ggml.merges", "merge 0", "'ab'"}},
         {{.extra_merge = "a "}, {"tokenizer.ggml.merges", "merge 0"}},
         {{.extra_merge = ""}, {"tokenizer.ggml.merges", "merge 0"}},
-        {{.bos = 260}, {"tokenizer.ggml.bos_token_id", "260"}},
+        {{.bos = GB_FIRST_MERGE}, {"tokenizer.ggml.bos_token_id", "261"}},
         {{.add_bos = 1, .no_bos = 1}, {"tokenizer.ggml.add_bos_token", "bos_token_id"}},
     };
     for (size_t i = 0; i < sizeof k_refusals / sizeof k_refusals[0]; i++) {

@@ -1,5 +1,5 @@
-/* The runner's thread pool, weight matrices and row operations: against double-precision references written here
- * from the formats' definitions, and bit for bit across paths, batches and threads. */
+/* The runner's thread pool, weight matrices and row operations: against double-precision references
+ * written here from the formats' definitions, and bit for bit across paths, batches and threads. */
 #include "llm/ops.h"
 #include "llm/pool.h"
 #include "llm/weights.h"
@@ -118,7 +118,8 @@ static void quantised_weights(double *w, size_t n) {
         double amax = 0;
         for (size_t i = b; i < b + 32; i++) amax = fmax(amax, fabs(w[i]));
         float d = (float)half_value(nearest_half((float)amax / 127.0f)), inv = d > 0 ? 1 / d : 0;
-        for (size_t i = b; i < b + 32; i++) w[i] = (double)d * fmax(-127, fmin(127, nearbyint((float)w[i] * inv)));
+        for (size_t i = b; i < b + 32; i++)
+            w[i] = (double)d * fmaxf(-127, fminf(127, nearbyintf((float)w[i] * inv)));
     }
 }
 
@@ -129,8 +130,8 @@ static void store_rows(acts *a, const float *x, uint32_t n_rows, uint32_t n_cols
     for (uint32_t r = 0; r < n_rows; r++) acts_store(a, r, x + (size_t)r * n_cols);
 }
 
-static void product(pool *p, weights_mode mode, weights_path path, const matrix *w, const float *x, uint32_t n_rows,
-                    float *y, bool add) {
+static void product(pool *p, weights_mode mode, weights_path path, const matrix *w, const float *x,
+                    uint32_t n_rows, float *y, bool add) {
     acts a;
     assert_true(acts_create(&a, mode, path, n_rows, w->n_cols));
     store_rows(&a, x, n_rows, w->n_cols);
@@ -138,20 +139,23 @@ static void product(pool *p, weights_mode mode, weights_path path, const matrix 
     acts_free(&a);
 }
 
-static void check_product(uint32_t type, weights_mode mode, weights_path path, uint32_t n_out, uint32_t n_cols) {
+static void check_product(uint32_t type, weights_mode mode, weights_path path, uint32_t n_out,
+                          uint32_t n_cols) {
     enum { ROWS = 11 };
     pool *p = pool_create(2);
     uint8_t *data = random_weights(type, (size_t)n_out * n_cols);
     float *x = random_rows((size_t)ROWS * n_cols), *y = malloc(sizeof(float) * ROWS * n_out);
-    double *w = weight_values(type, data, (size_t)n_out * n_cols), *xd = malloc(sizeof(double) * ROWS * n_cols);
+    double *w = weight_values(type, data, (size_t)n_out * n_cols),
+           *xd = malloc(sizeof(double) * ROWS * n_cols);
     for (size_t i = 0; i < (size_t)ROWS * n_cols; i++) xd[i] = x[i];
     if (mode == WEIGHTS_INT8) {
-        for (uint32_t r = 0; r < ROWS; r++) quantised_rows(x + (size_t)r * n_cols, n_cols, xd + (size_t)r * n_cols);
+        for (uint32_t r = 0; r < ROWS; r++)
+            quantised_rows(x + (size_t)r * n_cols, n_cols, xd + (size_t)r * n_cols);
         if (type == GGUF_F32 || type == GGUF_F16) quantised_weights(w, (size_t)n_out * n_cols);
     }
     matrix m;
     char err[LLM_ERR_LEN];
-    assert_true(matrix_pack(&m, type, data, n_out, n_cols, mode, err, sizeof err));
+    assert_true(matrix_pack(p, &m, type, data, n_out, n_cols, mode, err, sizeof err));
     for (int add = 0; add < 2; add++) {
         for (uint32_t i = 0; i < ROWS * n_out; i++) y[i] = 3.0f;
         product(p, mode, path, &m, x, ROWS, y, add);
@@ -165,8 +169,8 @@ static void check_product(uint32_t type, weights_mode mode, weights_path path, u
                 }
                 if (!(fabs(y[r * n_out + o] - want) <= 2e-6 * size)) {
                     fail_msg("%s %s %s %ux%u: y[%u][%u] = %g, want %g", gguf_type_name(type),
-                             mode == WEIGHTS_F32 ? "f32" : "int8", weights_path_name(path), n_out, n_cols, r, o,
-                             (double)y[r * n_out + o], want);
+                             mode == WEIGHTS_F32 ? "f32" : "int8", weights_path_name(path), n_out, n_cols, r,
+                             o, (double)y[r * n_out + o], want);
                 }
             }
         }
@@ -201,12 +205,13 @@ static void test_integer_extremes(void **state) {
             float x[ROWS * COLS], y[ROWS * OUT];
             size_t bytes = type_bytes(types[t]), head = types[t] == GGUF_Q4_1 ? 4 : 2;
             const uint8_t fills[] = {0x00, 0xff, 0x80};
-            for (size_t b = 0; b < OUT * COLS / 32; b++) memset(data + b * bytes + head, fills[fill], bytes - head);
+            for (size_t b = 0; b < OUT * COLS / 32; b++)
+                memset(data + b * bytes + head, fills[fill], bytes - head);
             for (int i = 0; i < ROWS * COLS; i++) x[i] = i / COLS % 2 ? -127.0f : 127.0f;
             double *w = weight_values(types[t], data, OUT * COLS);
             matrix m;
             char err[LLM_ERR_LEN];
-            assert_true(matrix_pack(&m, types[t], data, OUT, COLS, WEIGHTS_INT8, err, sizeof err));
+            assert_true(matrix_pack(pool1, &m, types[t], data, OUT, COLS, WEIGHTS_INT8, err, sizeof err));
             for (size_t p = 0; p < COUNT(paths); p++) {
                 if (!weights_path_available(paths[p])) continue;
                 product(pool1, WEIGHTS_INT8, paths[p], &m, x, ROWS, y, false);
@@ -226,7 +231,8 @@ static void test_integer_extremes(void **state) {
     pool_destroy(pool1);
 }
 
-/* Every batch size to 17, every thread count to 3: each row has the bits it has alone; in int8, on every path. */
+/* Every batch size to 17, every thread count to 3: each row has the bits it has alone; in int8, on every
+ * path. */
 static void test_rows_are_independent(void **state) {
     (void)state;
     enum { OUT = 41, COLS = 288, MOST = 17 };
@@ -237,12 +243,14 @@ static void test_rows_are_independent(void **state) {
             uint8_t *data = random_weights(types[t], OUT * COLS);
             matrix m;
             char err[LLM_ERR_LEN];
-            assert_true(matrix_pack(&m, types[t], data, OUT, COLS, (weights_mode)mode, err, sizeof err));
+            assert_true(
+                matrix_pack(pools[0], &m, types[t], data, OUT, COLS, (weights_mode)mode, err, sizeof err));
             for (size_t p = 0; p < COUNT(paths); p++) {
                 if (!weights_path_available(paths[p])) continue;
                 if (p == 0 || mode == WEIGHTS_F32) {
                     for (uint32_t r = 0; r < MOST; r++) {
-                        product(pools[0], (weights_mode)mode, paths[p], &m, x + r * COLS, 1, alone + r * OUT, false);
+                        product(pools[0], (weights_mode)mode, paths[p], &m, x + r * COLS, 1, alone + r * OUT,
+                                false);
                     }
                 }
                 for (uint32_t n = 1; n <= MOST; n++) {
@@ -259,7 +267,8 @@ static void test_rows_are_independent(void **state) {
     for (int i = 0; i < 3; i++) pool_destroy(pools[i]);
 }
 
-/* Several matrices in one call, with rows of y longer than a matrix needs: what lies between is not touched. */
+/* Several matrices in one call, with rows of y longer than a matrix needs: what lies between is not
+ * touched. */
 static void test_jobs_and_strides(void **state) {
     (void)state;
     enum { COLS = 64, ROWS = 9, STRIDE = 80 };
@@ -273,7 +282,7 @@ static void test_jobs_and_strides(void **state) {
     assert_true(acts_create(&a, WEIGHTS_INT8, WEIGHTS_AUTO, ROWS, COLS));
     for (int j = 0; j < 3; j++) {
         uint8_t *data = random_weights(types[2 + j], outs[j] * COLS);
-        assert_true(matrix_pack(&m[j], types[2 + j], data, outs[j], COLS, WEIGHTS_INT8, err, sizeof err));
+        assert_true(matrix_pack(p, &m[j], types[2 + j], data, outs[j], COLS, WEIGHTS_INT8, err, sizeof err));
         for (int i = 0; i < ROWS * STRIDE; i++) wide[j][i] = -99;
         jobs[j] = (matmul_job){&m[j], wide[j], STRIDE, false};
         free(data);
@@ -302,7 +311,7 @@ static void test_nan_stays_in_its_row(void **state) {
     char err[LLM_ERR_LEN];
     for (int mode = 0; mode < 2; mode++) {
         matrix m;
-        assert_true(matrix_pack(&m, GGUF_Q4_0, data, OUT, COLS, (weights_mode)mode, err, sizeof err));
+        assert_true(matrix_pack(p, &m, GGUF_Q4_0, data, OUT, COLS, (weights_mode)mode, err, sizeof err));
         for (size_t i = 0; i < COUNT(paths); i++) {
             if (!weights_path_available(paths[i])) continue;
             float *x = random_rows(ROWS * COLS), clean[ROWS * OUT], y[ROWS * OUT];
@@ -354,19 +363,21 @@ static void test_decode_row(void **state) {
 
 static void test_pack_refuses(void **state) {
     (void)state;
+    pool *p = pool_create(1);
     matrix m;
     float data[64] = {0};
     char err[LLM_ERR_LEN];
-    assert_false(matrix_pack(&m, 12, data, 2, 32, WEIGHTS_INT8, err, sizeof err)); /* Q4_K */
+    assert_false(matrix_pack(p, &m, 12, data, 2, 32, WEIGHTS_INT8, err, sizeof err)); /* Q4_K */
     assert_non_null(strstr(err, "Q4_K"));
-    assert_false(matrix_pack(&m, GGUF_F32, data, 1, 33, WEIGHTS_INT8, err, sizeof err));
+    assert_false(matrix_pack(p, &m, GGUF_F32, data, 1, 33, WEIGHTS_INT8, err, sizeof err));
     assert_non_null(strstr(err, "multiple of 32"));
-    assert_false(matrix_pack(&m, GGUF_F32, data, 0, 32, WEIGHTS_INT8, err, sizeof err));
-    assert_false(matrix_pack(&m, GGUF_F32, data, 1, 0, WEIGHTS_F32, err, sizeof err));
-    assert_false(matrix_pack(&m, GGUF_F32, data, 1, 1ull << 32, WEIGHTS_F32, NULL, 0));
+    assert_false(matrix_pack(p, &m, GGUF_F32, data, 0, 32, WEIGHTS_INT8, err, sizeof err));
+    assert_false(matrix_pack(p, &m, GGUF_F32, data, 1, 0, WEIGHTS_F32, err, sizeof err));
+    assert_false(matrix_pack(p, &m, GGUF_F32, data, 1, 1ull << 32, WEIGHTS_F32, NULL, 0));
     acts a;
     assert_false(acts_create(&a, WEIGHTS_INT8, WEIGHTS_AUTO, 1, 33));
     assert_false(acts_create(&a, WEIGHTS_INT8, WEIGHTS_AUTO, 0, 32));
+    pool_destroy(p);
 }
 
 /* ---- row operations ---- */
@@ -458,7 +469,8 @@ static void test_pool(void **state) {
             uint32_t n = loop % 100 == 99 ? 1000 : (uint32_t)(loop % 9);
             pool_parallel_for(p, n, tally_task, &t);
             for (uint32_t i = 0; i < n; i++) loops[i]++;
-            if (loop % 500 == 0) nanosleep(&(struct timespec){0, 1000000}, NULL); /* let the workers fall asleep */
+            if (loop % 500 == 0)
+                nanosleep(&(struct timespec){0, 1000000}, NULL); /* let the workers fall asleep */
         }
         for (int i = 0; i < 1000; i++) {
             assert_int_equal(atomic_load(&t.hits[i]), loops[i]);

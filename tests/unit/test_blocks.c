@@ -378,25 +378,25 @@ static void test_extend(void **state) {
     kvl_cache_desc desc = kt_desc(&f->env, LAYERS, 16, "f16");
     kvl_stats before, s;
     kt_seq a, b;
-    desc.device_bytes = kt_budget(&desc, 8);
+    desc.device_bytes = kt_budget(&desc, 12);
     make(f, desc);
-    a = start(f, 0, 200);
-    b = start(f, 1000, 200);
-    KT_OK(f->cache, kvl_seq_extend(f->cache, a.seq, 80)); /* 5 of 8 blocks */
+    a = start(f, 0, 160);
+    b = start(f, 1000, 160);
+    KT_OK(f->cache, kvl_seq_extend(f->cache, a.seq, 112)); /* 7 of 12 blocks */
     KT_VALID(f->cache);
     before = kt_stats(f->cache);
-    KT_RESULT(KVL_NO_BLOCKS, f->cache, kvl_seq_extend(f->cache, b.seq, 80));
+    KT_RESULT(KVL_NO_BLOCKS, f->cache, kvl_seq_extend(f->cache, b.seq, 112));
     s = kt_stats(f->cache);
     assert_int_equal(kt_used(&before), kt_used(&s));
     KT_VALID(f->cache);
-    KT_OK(f->cache, kvl_seq_extend(f->cache, b.seq, 40));
-    feed(f, &b, 48);
+    KT_OK(f->cache, kvl_seq_extend(f->cache, b.seq, 75));
+    feed(f, &b, 80);
     KT_RESULT(KVL_NO_BLOCKS, f->cache, kt_try_feed(f->cache, &f->shadow, LAYERS, &b, 1));
     KT_VALID(f->cache);
-    for (int i = 0; i < 8; i++) feed(f, &a, 10); /* cannot fail */
+    for (int i = 0; i < 8; i++) feed(f, &a, 14); /* cannot fail */
     KT_RESULT(KVL_NO_BLOCKS, f->cache, kt_try_feed(f->cache, &f->shadow, LAYERS, &a, 1));
     kt_close(f->cache, &b);
-    feed(f, &a, 40); /* evicts what b left */
+    feed(f, &a, 48); /* evicts what b left */
     s = kt_stats(f->cache);
     assert_true(s.evicted_blocks >= 3);
     kt_close(f->cache, &a);
@@ -417,11 +417,11 @@ static void test_extend_two_classes(void **state) {
         a = start(f, 0, 205);
         feed(f, &a, 5);
         KT_OK(f->cache, kvl_seq_extend(f->cache, a.seq, 200));
-        for (; n < 12; n++) thief[n] = start(f, 1000 * (int32_t)(n + 1), 1000);
+        for (; n < 12; n++) thief[n] = start(f, 1000 * (int32_t)(n + 1), 300);
         while (a.length < 205) {
             for (uint32_t i = 0; i < n; i++) {
                 kvl_result r = KVL_OK;
-                while (r == KVL_OK && thief[i].length < 990) r = kt_try_feed(f->cache, &f->shadow, LAYERS, &thief[i], 5);
+                while (r == KVL_OK && thief[i].length < 300) r = kt_try_feed(f->cache, &f->shadow, LAYERS, &thief[i], 5);
                 KT_CHECK(r == KVL_NO_BLOCKS || r == KVL_OK, "%s", kvl_result_name(r));
             }
             feed(f, &a, 205 - a.length < chunk ? 205 - a.length : chunk);
@@ -530,10 +530,11 @@ static void test_can_fit_is_true(void **state) {
             }
             for (uint32_t i = 0; i < n; i++) kt_close(f->cache, &q[i]);
         }
-        KT_RESULT(KVL_NEVER_FITS, f->cache, kvl_can_fit(f->cache, 1000, 1000, &fit));
+        KT_RESULT(KVL_NEVER_FITS, f->cache, kvl_can_fit(f->cache, 16, 1000, &fit));
         assert_false(fit.fits_empty);
         assert_true(fit.need_bytes > desc.device_bytes && fit.short_bytes > 0);
-        KT_RESULT(KVL_NEVER_FITS, f->cache, kvl_can_fit(f->cache, 0xffffffffu, 0xffffffffu, &fit));
+        KT_RESULT(KVL_NEVER_FITS, f->cache, kvl_can_fit(f->cache, 16, 0xffffffffu, &fit));
+        KT_RESULT(KVL_INVALID_ARG, f->cache, kvl_can_fit(f->cache, 17, 10, &fit)); /* above max_sequences */
         KT_OK(f->cache, kvl_can_fit(f->cache, 1, 10, NULL));
         KT_RESULT(KVL_INVALID_ARG, f->cache, kvl_can_fit(f->cache, 0, 10, &fit));
         kt_close(f->cache, &first);
@@ -603,7 +604,7 @@ static void test_resize_sweep(void **state) {
     desc.device_bytes = top;
     make(f, desc);
     for (int i = 0; i < 3; i++) {
-        q[i] = start(f, 1000 * i, 1000);
+        q[i] = start(f, 1000 * i, 900);
         feed(f, &q[i], 60);
     }
     for (int turn = 0; turn < 2; turn++) {
