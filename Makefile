@@ -50,9 +50,11 @@ PROGRAMS := $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
 LLM_PROGRAMS := $(filter-out $(B)/minimal,$(PROGRAMS))
 LLM_OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(wildcard examples/llm/*.c))
 
-# Every tests/DIR/test_*.c and fuzz_*.c is a test program, every bench_*.c a benchmark.
+# Every tests/DIR/test_*.c and fuzz_*.c is a test program, every bench_*.c a benchmark, every dump_*.c a program that
+# the test scripts run.
 TEST_SOURCES := $(foreach d,$(TESTS),$(wildcard tests/$d/test_*.c tests/$d/fuzz_*.c))
 TEST_PROGRAMS := $(patsubst %.c,$(B)/%,$(TEST_SOURCES))
+TEST_HELPERS := $(patsubst %.c,$(B)/%,$(foreach d,$(TESTS),$(wildcard tests/$d/dump_*.c)))
 TEST_SCRIPTS := $(foreach d,$(TESTS),$(wildcard tests/$d/test_*.sh tests/$d/test_*.py))
 BENCH_SOURCES := $(wildcard tests/*/bench_*.c)
 BENCH_PROGRAMS := $(patsubst %.c,$(B)/bench/%,$(notdir $(BENCH_SOURCES)))
@@ -83,8 +85,8 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TEST_PROGRAMS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
-	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python \
+test: $(PROGRAMS) $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS)
 
 sanitized-test: $(TEST_PROGRAMS)
@@ -172,7 +174,7 @@ LINK = $(CC) $(KVL_CFLAGS) $(CFLAGS) $(LDFLAGS) $(filter %.o,$^) $(filter %/libl
 $(PROGRAMS): $(B)/%: $(B)/obj/examples/%.o $(B)/libkvlite.a
 	$(call say,LINK  $@)$(LINK) $(LIBS) -o $@
 
-$(TEST_PROGRAMS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlite.a
+$(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlite.a
 	@mkdir -p $(@D)
 	$(call say,LINK  $@)$(LINK) -lcmocka $(LIBS) -o $@
 
@@ -181,7 +183,7 @@ $(BENCH_PROGRAMS): $(B)/libkvlite.a
 	@mkdir -p $(@D)
 	$(call say,LINK  $@)$(LINK) $(LIBS) -o $@
 
-$(LLM_PROGRAMS) $(filter $(B)/tests/e2e/% $(B)/tests/fuzz/%,$(TEST_PROGRAMS)): $(B)/libllm.a
+$(LLM_PROGRAMS) $(filter $(B)/tests/e2e/% $(B)/tests/fuzz/%,$(TEST_PROGRAMS) $(TEST_HELPERS)): $(B)/libllm.a
 $(patsubst tests/e2e/%.c,$(B)/bench/%,$(filter tests/e2e/%,$(BENCH_SOURCES))): $(B)/libllm.a
 
 $(VENV)/.made:

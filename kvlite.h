@@ -969,8 +969,7 @@ static void kvli_parallel(kvl_context *ctx, uint32_t n, void (*fn)(void *arg, ui
 #include <float.h>
 
 #if defined(__FAST_MATH__)
-#error                                                                         \
-    "kvlite needs IEEE float arithmetic: compile the file with KVL_IMPLEMENTATION without -ffast-math"
+#error "kvlite needs IEEE float arithmetic: compile the file with KVL_IMPLEMENTATION without -ffast-math"
 #endif
 
 #define KVLI_MAX_DIM 256u
@@ -982,14 +981,14 @@ static void kvli_parallel(kvl_context *ctx, uint32_t n, void (*fn)(void *arg, ui
  * what follows, no excess precision. */
 KVLI_INLINE float kvli_rounded(float x) {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
-  __asm__("" : "+x"(x));
-  return x;
+    __asm__("" : "+x"(x));
+    return x;
 #elif (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__)
-  __asm__("" : "+w"(x));
-  return x;
+    __asm__("" : "+w"(x));
+    return x;
 #else
-  volatile float v = x;
-  return v;
+    volatile float v = x;
+    return v;
 #endif
 }
 
@@ -1000,21 +999,21 @@ KVLI_INLINE float kvli_rounded(float x) {
 #endif
 
 KVLI_INLINE uint32_t kvli_f32_bits(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
 }
 
 KVLI_INLINE float kvli_f32_from_bits(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
 }
 
 KVLI_INLINE uint16_t kvli_get16(const void *p) {
-  uint16_t v;
-  memcpy(&v, p, 2);
-  return v;
+    uint16_t v;
+    memcpy(&v, p, 2);
+    return v;
 }
 
 KVLI_INLINE void kvli_put16(void *p, uint16_t v) { memcpy(p, &v, 2); }
@@ -1022,121 +1021,91 @@ KVLI_INLINE void kvli_put16(void *p, uint16_t v) { memcpy(p, &v, 2); }
 /* ---- conversions of single numbers. NaNs come out quiet with the top of their
  * payload, as F16C does it. ---- */
 static float kvli_f16_to_f32(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  if (magnitude > 0x7c00u)
-    return kvli_f32_from_bits(sign | 0x7fc00000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude == 0x7c00u)
-    return kvli_f32_from_bits(sign | 0x7f800000u);
-  if (magnitude >= 0x400u)
-    return kvli_f32_from_bits(sign | ((magnitude << 13) + 0x38000000u));
-  return kvli_f32_from_bits(
-      sign | kvli_f32_bits((float)magnitude * 5.9604644775390625e-8f));
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+    if (magnitude > 0x7c00u) return kvli_f32_from_bits(sign | 0x7fc00000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude == 0x7c00u) return kvli_f32_from_bits(sign | 0x7f800000u);
+    if (magnitude >= 0x400u) return kvli_f32_from_bits(sign | ((magnitude << 13) + 0x38000000u));
+    return kvli_f32_from_bits(sign | kvli_f32_bits((float)magnitude * 5.9604644775390625e-8f));
 }
 
 static uint16_t kvli_f32_to_f16(float f) {
-  uint32_t bits = kvli_f32_bits(f), sign = bits >> 16 & 0x8000u,
-           magnitude = bits & 0x7fffffffu, h;
-  if (magnitude > 0x7f800000u) {
-    h = 0x7e00u | (magnitude >> 13 & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) { /* 65520 and up */
-    h = 0x7c00u;
-  } else if (magnitude >= 0x38800000u) {
-    h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  } else { /* below 2^-14: adding 0.5 puts the rounding position at f16's last
+    uint32_t bits = kvli_f32_bits(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu, h;
+    if (magnitude > 0x7f800000u) {
+        h = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+    } else if (magnitude >= 0x477ff000u) { /* 65520 and up */
+        h = 0x7c00u;
+    } else if (magnitude >= 0x38800000u) {
+        h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    } else { /* below 2^-14: adding 0.5 puts the rounding position at f16's last
               subnormal bit */
-    h = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 0.5f)) -
-        0x3f000000u;
-  }
-  return (uint16_t)(sign | h);
+        h = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 0.5f)) - 0x3f000000u;
+    }
+    return (uint16_t)(sign | h);
 }
 
-static float kvli_bf16_to_f32(uint16_t h) {
-  return kvli_f32_from_bits((uint32_t)h << 16);
-}
+static float kvli_bf16_to_f32(uint16_t h) { return kvli_f32_from_bits((uint32_t)h << 16); }
 
 static uint16_t kvli_f32_to_bf16(float f) {
-  uint32_t bits = kvli_f32_bits(f);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    return (uint16_t)(bits >> 16 | 0x40u);
-  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    uint32_t bits = kvli_f32_bits(f);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 static float kvli_e4m3_to_f32(uint8_t b) {
-  uint32_t sign = (uint32_t)(b & 0x80u) << 24, magnitude = b & 0x7fu;
-  if (magnitude == 0x7fu)
-    return kvli_f32_from_bits(sign | 0x7fc00000u);
-  if (magnitude >= 8u)
-    return kvli_f32_from_bits(sign | ((magnitude << 20) + 0x3c000000u));
-  return kvli_f32_from_bits(sign |
-                            kvli_f32_bits((float)magnitude * 0.001953125f));
+    uint32_t sign = (uint32_t)(b & 0x80u) << 24, magnitude = b & 0x7fu;
+    if (magnitude == 0x7fu) return kvli_f32_from_bits(sign | 0x7fc00000u);
+    if (magnitude >= 8u) return kvli_f32_from_bits(sign | ((magnitude << 20) + 0x3c000000u));
+    return kvli_f32_from_bits(sign | kvli_f32_bits((float)magnitude * 0.001953125f));
 }
 
 static uint8_t kvli_f32_to_e4m3(float f) {
-  uint32_t bits = kvli_f32_bits(f), sign = bits >> 24 & 0x80u,
-           magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u)
-    return (uint8_t)(sign | 0x7fu);
-  if (magnitude > 0x43e00000u)
-    magnitude = 0x43e00000u; /* 448 */
-  if (magnitude >= 0x3c800000u) {
-    magnitude =
-        (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-  } else { /* below 2^-6: adding 2^14 puts the rounding position at 2^-9 */
-    magnitude =
-        kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 16384.0f)) -
-        0x46800000u;
-  }
-  return (uint8_t)(sign | magnitude);
+    uint32_t bits = kvli_f32_bits(f), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7fu);
+    if (magnitude > 0x43e00000u) magnitude = 0x43e00000u; /* 448 */
+    if (magnitude >= 0x3c800000u) {
+        magnitude = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
+    } else { /* below 2^-6: adding 2^14 puts the rounding position at 2^-9 */
+        magnitude = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 16384.0f)) - 0x46800000u;
+    }
+    return (uint8_t)(sign | magnitude);
 }
 
 /* Objects, since a constant expression may keep excess precision. */
-static const float kvli_per_4 = 1.0f / 4.0f, kvli_per_6 = 1.0f / 6.0f,
-                   kvli_per_15 = 1.0f / 15.0f;
-static const float kvli_per_127 = 1.0f / 127.0f, kvli_per_255 = 1.0f / 255.0f,
-                   kvli_per_448 = 1.0f / 448.0f;
-static const float kvli_e2m1_values[8] = {0.0f, 0.5f, 1.0f, 1.5f,
-                                          2.0f, 3.0f, 4.0f, 6.0f};
-static const float kvli_e2m1_midpoints[7] = {0.25f, 0.75f, 1.25f, 1.75f,
-                                             2.5f,  3.5f,  5.0f};
+static const float kvli_per_4 = 1.0f / 4.0f, kvli_per_6 = 1.0f / 6.0f, kvli_per_15 = 1.0f / 15.0f;
+static const float kvli_per_127 = 1.0f / 127.0f, kvli_per_255 = 1.0f / 255.0f, kvli_per_448 = 1.0f / 448.0f;
+static const float kvli_e2m1_values[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+static const float kvli_e2m1_midpoints[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
 
 /* ---- shapes and names ---- */
-static bool kvli_is_exact(kvl_format f) {
-  return f == KVL_F32 || f == KVL_F16 || f == KVL_BF16;
-}
-static bool kvli_is_channel(kvl_format f) {
-  return f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL;
-}
+static bool kvli_is_exact(kvl_format f) { return f == KVL_F32 || f == KVL_F16 || f == KVL_BF16; }
+static bool kvli_is_channel(kvl_format f) { return f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL; }
 
-static const char *const kvli_format_names[KVL_FORMAT_COUNT][2] = {
-    {"default", NULL},
-    {"f32", NULL},
-    {"f16", NULL},
-    {"bf16", NULL},
-    {"int8", "int8+rot"},
-    {"int8_channel", NULL},
-    {"fp8_e4m3", "fp8_e4m3+rot"},
-    {"nvfp4", "nvfp4+rot"},
-    {"int4", "int4+rot"},
-    {"int4_channel", NULL}};
+static const char *const kvli_format_names[KVL_FORMAT_COUNT][2] = {{"default", NULL},
+                                                                   {"f32", NULL},
+                                                                   {"f16", NULL},
+                                                                   {"bf16", NULL},
+                                                                   {"int8", "int8+rot"},
+                                                                   {"int8_channel", NULL},
+                                                                   {"fp8_e4m3", "fp8_e4m3+rot"},
+                                                                   {"nvfp4", "nvfp4+rot"},
+                                                                   {"int4", "int4+rot"},
+                                                                   {"int4_channel", NULL}};
 
 KVL_API const char *kvl_format_name(kvl_format f) {
-  kvl_format base = f & ~(kvl_format)KVL_ROTATED;
-  const char *name =
-      base < KVL_FORMAT_COUNT ? kvli_format_names[base][base != f] : NULL;
-  return name ? name : "unknown";
+    kvl_format base = f & ~(kvl_format)KVL_ROTATED;
+    const char *name = base < KVL_FORMAT_COUNT ? kvli_format_names[base][base != f] : NULL;
+    return name ? name : "unknown";
 }
 
 KVL_API kvl_format kvl_format_from_name(const char *name) {
-  if (!name)
-    return KVL_FORMAT_DEFAULT;
-  for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
-    for (uint32_t rotated = 0; rotated < 2; rotated++) {
-      const char *known = kvli_format_names[f][rotated];
-      if (known && strcmp(known, name) == 0)
-        return f | (rotated ? (kvl_format)KVL_ROTATED : 0);
+    if (!name) return KVL_FORMAT_DEFAULT;
+    for (uint32_t f = 0; f < KVL_FORMAT_COUNT; f++) {
+        for (uint32_t rotated = 0; rotated < 2; rotated++) {
+            const char *known = kvli_format_names[f][rotated];
+            if (known && strcmp(known, name) == 0) return f | (rotated ? (kvl_format)KVL_ROTATED : 0);
+        }
     }
-  }
-  return KVL_FORMAT_DEFAULT;
+    return KVL_FORMAT_DEFAULT;
 }
 
 static const kvl_preset kvli_presets[] = {
@@ -1146,988 +1115,807 @@ static const kvl_preset kvli_presets[] = {
     {"int8", KVL_INT8, KVL_INT8, KVL_F16},
     {"int8+", KVL_INT8_CHANNEL, KVL_INT8, KVL_F16},
     {"fp8", KVL_FP8_E4M3, KVL_FP8_E4M3, KVL_F16},
-    {"nvfp4", (kvl_format)KVL_NVFP4 | (kvl_format)KVL_ROTATED, KVL_NVFP4,
-     KVL_F16},
-    {"balanced", KVL_INT8, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED,
-     KVL_F16},
-    {"int4", KVL_INT4_CHANNEL, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED,
-     KVL_F16},
+    {"nvfp4", (kvl_format)KVL_NVFP4 | (kvl_format)KVL_ROTATED, KVL_NVFP4, KVL_F16},
+    {"balanced", KVL_INT8, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED, KVL_F16},
+    {"int4", KVL_INT4_CHANNEL, (kvl_format)KVL_INT4 | (kvl_format)KVL_ROTATED, KVL_F16},
 };
 
 KVL_API const kvl_preset *kvl_presets(uint32_t *count) {
-  if (count)
-    *count = (uint32_t)(sizeof kvli_presets / sizeof kvli_presets[0]);
-  return kvli_presets;
+    if (count) *count = (uint32_t)(sizeof kvli_presets / sizeof kvli_presets[0]);
+    return kvli_presets;
 }
 
 KVL_API const kvl_preset *kvl_preset_find(const char *name) {
-  uint32_t n;
-  const kvl_preset *p = kvl_presets(&n);
-  for (uint32_t i = 0; name && i < n; i++) {
-    if (strcmp(p[i].name, name) == 0)
-      return &p[i];
-  }
-  return NULL;
+    uint32_t n;
+    const kvl_preset *p = kvl_presets(&n);
+    for (uint32_t i = 0; name && i < n; i++) {
+        if (strcmp(p[i].name, name) == 0) return &p[i];
+    }
+    return NULL;
 }
 
-static bool kvli_side_supported(kvl_format format, bool is_key, uint32_t tokens,
-                                uint32_t dim, const char **why) {
-  kvl_format base = format & ~(kvl_format)KVL_ROTATED;
-  const char *text = NULL;
-  if (base == KVL_FORMAT_DEFAULT || base >= KVL_FORMAT_COUNT)
-    text = "unknown format";
-  else if (dim < 16 || dim > KVLI_MAX_DIM || dim % 16)
-    text = "the head dim must be a multiple of 16 in 16..256";
-  else if (tokens != 8 && tokens != 16 && tokens != 32 && tokens != 64)
-    text = "block_tokens must be 8, 16, 32 or 64";
-  else if (kvli_is_channel(base) && tokens < 32)
-    text = "the channel formats need block_tokens of 32 or 64";
-  else if (kvli_is_channel(base) && !is_key)
-    text = "the channel formats are for keys only";
-  else if (base != format && !kvli_format_names[base][1])
-    text = "only INT8, FP8_E4M3, NVFP4 and INT4 can be rotated";
-  if (text && why)
-    *why = text;
-  return !text;
+static bool kvli_side_supported(kvl_format format, bool is_key, uint32_t tokens, uint32_t dim,
+                                const char **why) {
+    kvl_format base = format & ~(kvl_format)KVL_ROTATED;
+    const char *text = NULL;
+    if (base == KVL_FORMAT_DEFAULT || base >= KVL_FORMAT_COUNT)
+        text = "unknown format";
+    else if (dim < 16 || dim > KVLI_MAX_DIM || dim % 16)
+        text = "the head dim must be a multiple of 16 in 16..256";
+    else if (tokens != 8 && tokens != 16 && tokens != 32 && tokens != 64)
+        text = "block_tokens must be 8, 16, 32 or 64";
+    else if (kvli_is_channel(base) && tokens < 32)
+        text = "the channel formats need block_tokens of 32 or 64";
+    else if (kvli_is_channel(base) && !is_key)
+        text = "the channel formats are for keys only";
+    else if (base != format && !kvli_format_names[base][1])
+        text = "only INT8, FP8_E4M3, NVFP4 and INT4 can be rotated";
+    if (text && why) *why = text;
+    return !text;
 }
 
 /* Bytes of one row of codes (or of exact numbers), and of all that stands
  * behind the rows. */
 static size_t kvli_row_bytes(kvl_format base, uint32_t dim) {
-  switch (base) {
-  case KVL_F32:
-    return (size_t)dim * 4;
-  case KVL_F16:
-  case KVL_BF16:
-    return (size_t)dim * 2;
-  case KVL_NVFP4:
-  case KVL_INT4:
-  case KVL_INT4_CHANNEL:
-    return dim / 2;
-  default:
-    return dim;
-  }
+    switch (base) {
+    case KVL_F32: return (size_t)dim * 4;
+    case KVL_F16:
+    case KVL_BF16: return (size_t)dim * 2;
+    case KVL_NVFP4:
+    case KVL_INT4:
+    case KVL_INT4_CHANNEL: return dim / 2;
+    default: return dim;
+    }
 }
 
 static size_t kvli_scale_bytes(kvl_format base, uint32_t tokens, uint32_t dim) {
-  switch (base) {
-  case KVL_INT8:
-  case KVL_FP8_E4M3:
-    return (size_t)tokens * 2;
-  case KVL_NVFP4:
-    return (size_t)tokens * (dim / KVLI_NVFP4_GROUP);
-  case KVL_INT4:
-    return (size_t)tokens * kvli_div_up(dim, KVLI_INT4_GROUP) * 4;
-  case KVL_INT8_CHANNEL:
-  case KVL_INT4_CHANNEL:
-    return (size_t)dim * 4;
-  default:
-    return 0;
-  }
+    switch (base) {
+    case KVL_INT8:
+    case KVL_FP8_E4M3: return (size_t)tokens * 2;
+    case KVL_NVFP4: return (size_t)tokens * (dim / KVLI_NVFP4_GROUP);
+    case KVL_INT4: return (size_t)tokens * kvli_div_up(dim, KVLI_INT4_GROUP) * 4;
+    case KVL_INT8_CHANNEL:
+    case KVL_INT4_CHANNEL: return (size_t)dim * 4;
+    default: return 0;
+    }
 }
 
 static size_t kvli_tile_size(kvl_format format, uint32_t tokens, uint32_t dim) {
-  kvl_format base = format & ~(kvl_format)KVL_ROTATED;
-  return (kvli_row_bytes(base, dim) * tokens +
-          kvli_scale_bytes(base, tokens, dim) + 127) /
-         128 * 128;
+    kvl_format base = format & ~(kvl_format)KVL_ROTATED;
+    return (kvli_row_bytes(base, dim) * tokens + kvli_scale_bytes(base, tokens, dim) + 127) / 128 * 128;
 }
 
-KVL_API size_t kvl_tile_bytes(kvl_format f, uint32_t block_tokens,
-                              uint32_t dim) {
-  return kvli_side_supported(f, true, block_tokens, dim, NULL)
-             ? kvli_tile_size(f, block_tokens, dim)
-             : 0;
+KVL_API size_t kvl_tile_bytes(kvl_format f, uint32_t block_tokens, uint32_t dim) {
+    return kvli_side_supported(f, true, block_tokens, dim, NULL) ? kvli_tile_size(f, block_tokens, dim) : 0;
 }
 
 /* ---- scalar ---- */
-static void kvli_load_scalar(kvl_format format, const void *src, size_t step,
-                             uint32_t n_rows, uint32_t n, float *dst) {
-  const uint8_t *row = (const uint8_t *)src;
-  for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
-    if (format == KVL_F32)
-      memcpy(dst, row, (size_t)n * 4);
-    for (uint32_t i = 0; i < n && format == KVL_F16; i++)
-      dst[i] = kvli_f16_to_f32(kvli_get16(row + 2 * i));
-    for (uint32_t i = 0; i < n && format == KVL_BF16; i++)
-      dst[i] = kvli_bf16_to_f32(kvli_get16(row + 2 * i));
-  }
+static void kvli_load_scalar(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n,
+                             float *dst) {
+    const uint8_t *row = (const uint8_t *)src;
+    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+        if (format == KVL_F32) memcpy(dst, row, (size_t)n * 4);
+        for (uint32_t i = 0; i < n && format == KVL_F16; i++)
+            dst[i] = kvli_f16_to_f32(kvli_get16(row + 2 * i));
+        for (uint32_t i = 0; i < n && format == KVL_BF16; i++)
+            dst[i] = kvli_bf16_to_f32(kvli_get16(row + 2 * i));
+    }
 }
 
-static void kvli_store_scalar(kvl_format format, const float *src, uint32_t n,
-                              void *dst) {
-  uint8_t *p = (uint8_t *)dst;
-  if (format == KVL_F32)
-    memcpy(dst, src, (size_t)n * 4);
-  for (uint32_t i = 0; i < n && format == KVL_F16; i++)
-    kvli_put16(p + 2 * i, kvli_f32_to_f16(src[i]));
-  for (uint32_t i = 0; i < n && format == KVL_BF16; i++)
-    kvli_put16(p + 2 * i, kvli_f32_to_bf16(src[i]));
+static void kvli_store_scalar(kvl_format format, const float *src, uint32_t n, void *dst) {
+    uint8_t *p = (uint8_t *)dst;
+    if (format == KVL_F32) memcpy(dst, src, (size_t)n * 4);
+    for (uint32_t i = 0; i < n && format == KVL_F16; i++) kvli_put16(p + 2 * i, kvli_f32_to_f16(src[i]));
+    for (uint32_t i = 0; i < n && format == KVL_BF16; i++) kvli_put16(p + 2 * i, kvli_f32_to_bf16(src[i]));
 }
 
 static bool kvli_finite_scalar(kvl_format format, const void *row, uint32_t n) {
-  const uint8_t *p = (const uint8_t *)row;
-  bool finite = true;
-  if (format == KVL_F32) {
-    for (uint32_t i = 0; i < n; i++) {
-      uint32_t bits;
-      memcpy(&bits, p + 4 * i, 4);
-      finite &= (bits & 0x7f800000u) != 0x7f800000u;
+    const uint8_t *p = (const uint8_t *)row;
+    bool finite = true;
+    if (format == KVL_F32) {
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t bits;
+            memcpy(&bits, p + 4 * i, 4);
+            finite &= (bits & 0x7f800000u) != 0x7f800000u;
+        }
+    } else {
+        uint16_t mask = format == KVL_F16 ? 0x7c00u : 0x7f80u;
+        for (uint32_t i = 0; i < n; i++) finite &= (kvli_get16(p + 2 * i) & mask) != mask;
     }
-  } else {
-    uint16_t mask = format == KVL_F16 ? 0x7c00u : 0x7f80u;
-    for (uint32_t i = 0; i < n; i++)
-      finite &= (kvli_get16(p + 2 * i) & mask) != mask;
-  }
-  return finite;
+    return finite;
 }
 
 /* Side of the Hadamard blocks, and 1/sqrt of it. */
-static uint32_t kvli_hadamard_block(uint32_t dim) {
-  return kvli_min_u32(dim & (0u - dim), 128u);
-}
+static uint32_t kvli_hadamard_block(uint32_t dim) { return kvli_min_u32(dim & (0u - dim), 128u); }
 static float kvli_hadamard_scale(uint32_t block) {
-  return block == 16   ? 0.25f
-         : block == 32 ? 0.17677669529663687f
-         : block == 64 ? 0.125f
-                       : 0.08838834764831845f;
+    return block == 16   ? 0.25f
+           : block == 32 ? 0.17677669529663687f
+           : block == 64 ? 0.125f
+                         : 0.08838834764831845f;
 }
 
 static void kvli_hadamard_scalar(float *x, uint32_t block, uint32_t n_blocks) {
-  float scale = kvli_hadamard_scale(block);
-  for (uint32_t b = 0; b < n_blocks; b++, x += block) {
-    for (uint32_t stride = 1; stride < block; stride *= 2) {
-      for (uint32_t i = 0; i < block; i++) {
-        if (i & stride)
-          continue;
-        float lo = x[i], hi = x[i + stride];
-        x[i] = KVLI_F32(lo + hi);
-        x[i + stride] = KVLI_F32(lo - hi);
-      }
+    float scale = kvli_hadamard_scale(block);
+    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+        for (uint32_t stride = 1; stride < block; stride *= 2) {
+            for (uint32_t i = 0; i < block; i++) {
+                if (i & stride) continue;
+                float lo = x[i], hi = x[i + stride];
+                x[i] = KVLI_F32(lo + hi);
+                x[i + stride] = KVLI_F32(lo - hi);
+            }
+        }
+        for (uint32_t i = 0; i < block; i++) x[i] = KVLI_F32(x[i] * scale);
     }
-    for (uint32_t i = 0; i < block; i++)
-      x[i] = KVLI_F32(x[i] * scale);
-  }
 }
 
 /* f16 that stays finite. */
 static uint16_t kvli_f16_saturated(float f) {
-  return kvli_f32_to_f16(f > 65504.0f    ? 65504.0f
-                         : f < -65504.0f ? -65504.0f
-                                         : f);
+    return kvli_f32_to_f16(f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f);
 }
 /* The same for a scale: 0 becomes 1. */
 static uint16_t kvli_f16_scale(float f) {
-  uint16_t h = kvli_f16_saturated(f);
-  return h & 0x7fffu ? h : 0x3c00u;
+    uint16_t h = kvli_f16_saturated(f);
+    return h & 0x7fffu ? h : 0x3c00u;
 }
 
 /* rint(x / s) clamped to lo..hi; NaN becomes lo. 1.5 * 2^23 puts the rounding
  * position at 1. */
 KVLI_INLINE int32_t kvli_code(float x, float s, float lo, float hi) {
-  float q = KVLI_F32(x / s);
-  q = q > lo ? q : lo;
-  q = q < hi ? q : hi;
-  return (int32_t)(kvli_f32_bits(KVLI_F32(q + 12582912.0f)) - 0x4b400000u);
+    float q = KVLI_F32(x / s);
+    q = q > lo ? q : lo;
+    q = q < hi ? q : hi;
+    return (int32_t)(kvli_f32_bits(KVLI_F32(q + 12582912.0f)) - 0x4b400000u);
 }
 
 static float kvli_amax(const float *x, uint32_t n) {
-  float amax = 0.0f;
-  for (uint32_t i = 0; i < n; i++)
-    amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-  return amax;
+    float amax = 0.0f;
+    for (uint32_t i = 0; i < n; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+    return amax;
 }
 
-static void kvli_int8_row(const float *x, uint32_t dim, uint8_t *codes,
-                          uint8_t *scale) {
-  uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_127));
-  float s = kvli_f16_to_f32(h);
-  for (uint32_t i = 0; i < dim; i++)
-    codes[i] = (uint8_t)kvli_code(x[i], s, -127.0f, 127.0f);
-  kvli_put16(scale, h);
+static void kvli_int8_row(const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
+    uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_127));
+    float s = kvli_f16_to_f32(h);
+    for (uint32_t i = 0; i < dim; i++) codes[i] = (uint8_t)kvli_code(x[i], s, -127.0f, 127.0f);
+    kvli_put16(scale, h);
 }
 
-static void kvli_fp8_row(const float *x, uint32_t dim, uint8_t *codes,
-                         uint8_t *scale) {
-  uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_448));
-  float s = kvli_f16_to_f32(h);
-  for (uint32_t i = 0; i < dim; i++)
-    codes[i] = kvli_f32_to_e4m3(KVLI_F32(x[i] / s));
-  kvli_put16(scale, h);
+static void kvli_fp8_row(const float *x, uint32_t dim, uint8_t *codes, uint8_t *scale) {
+    uint16_t h = kvli_f16_scale(KVLI_F32(kvli_amax(x, dim) * kvli_per_448));
+    float s = kvli_f16_to_f32(h);
+    for (uint32_t i = 0; i < dim; i++) codes[i] = kvli_f32_to_e4m3(KVLI_F32(x[i] / s));
+    kvli_put16(scale, h);
 }
 
 /* n numbers under one (scale, zero); codes of 4 bits. */
-static void kvli_int4_group(const float *x, uint32_t n, uint8_t *codes,
-                            uint8_t *scale) {
-  float lo = x[0], hi = x[0];
-  for (uint32_t i = 1; i < n; i++) {
-    lo = x[i] < lo ? x[i] : lo;
-    hi = x[i] > hi ? x[i] : hi;
-  }
-  lo = KVLI_F32(
-      lo +
-      0.0f); /* -0 becomes 0: which of them is the least depends on the order */
-  uint16_t hz = kvli_f16_saturated(lo),
-           hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * kvli_per_15));
-  float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
-  for (uint32_t i = 0; i < n; i += 2) {
-    int32_t low = kvli_code(KVLI_F32(x[i] - z), s, 0.0f, 15.0f);
-    int32_t high = kvli_code(KVLI_F32(x[i + 1] - z), s, 0.0f, 15.0f);
-    codes[i / 2] = (uint8_t)(low | high << 4);
-  }
-  kvli_put16(scale, hs);
-  kvli_put16(scale + 2, hz);
+static void kvli_int4_group(const float *x, uint32_t n, uint8_t *codes, uint8_t *scale) {
+    float lo = x[0], hi = x[0];
+    for (uint32_t i = 1; i < n; i++) {
+        lo = x[i] < lo ? x[i] : lo;
+        hi = x[i] > hi ? x[i] : hi;
+    }
+    lo = KVLI_F32(lo + 0.0f); /* -0 becomes 0: which of them is the least depends on the order */
+    uint16_t hz = kvli_f16_saturated(lo), hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * kvli_per_15));
+    float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
+    for (uint32_t i = 0; i < n; i += 2) {
+        int32_t low = kvli_code(KVLI_F32(x[i] - z), s, 0.0f, 15.0f);
+        int32_t high = kvli_code(KVLI_F32(x[i + 1] - z), s, 0.0f, 15.0f);
+        codes[i / 2] = (uint8_t)(low | high << 4);
+    }
+    kvli_put16(scale, hs);
+    kvli_put16(scale + 2, hz);
 }
 
 /* e4m3 scale that maps amax to a peak of 6 or 4; 0 becomes 2^-9. inverse =
  * f32(1 / peak), per_global = 1 / global. */
 static uint8_t kvli_nvfp4_scale(float amax, float inverse, float per_global) {
-  uint8_t b = kvli_f32_to_e4m3(KVLI_F32(KVLI_F32(amax * inverse) * per_global));
-  return b ? b : 1;
+    uint8_t b = kvli_f32_to_e4m3(KVLI_F32(KVLI_F32(amax * inverse) * per_global));
+    return b ? b : 1;
 }
 
 /* Codes of 16 numbers under the scale s; returns their squared error, summed in
  * element order. */
 static float kvli_nvfp4_codes(const float *x, float s, uint8_t *codes) {
-  float error = 0.0f;
-  for (uint32_t i = 0; i < KVLI_NVFP4_GROUP; i++) {
-    float a = fabsf(x[i]);
-    uint32_t code = 0;
-    for (uint32_t m = 0; m < 7; m++) { /* a tie goes up where that is even */
-      float limit = KVLI_F32(kvli_e2m1_midpoints[m] * s);
-      code += m & 1 ? a >= limit : a > limit;
+    float error = 0.0f;
+    for (uint32_t i = 0; i < KVLI_NVFP4_GROUP; i++) {
+        float a = fabsf(x[i]);
+        uint32_t code = 0;
+        for (uint32_t m = 0; m < 7; m++) { /* a tie goes up where that is even */
+            float limit = KVLI_F32(kvli_e2m1_midpoints[m] * s);
+            code += m & 1 ? a >= limit : a > limit;
+        }
+        float d = KVLI_F32(a - kvli_rounded(kvli_e2m1_values[code] * s));
+        error = KVLI_F32(error + kvli_rounded(d * d));
+        code |= kvli_f32_bits(x[i]) >> 28 & 8u;
+        if (i % 2)
+            codes[i / 2] = (uint8_t)(codes[i / 2] | code << 4);
+        else
+            codes[i / 2] = (uint8_t)code;
     }
-    float d = KVLI_F32(a - kvli_rounded(kvli_e2m1_values[code] * s));
-    error = KVLI_F32(error + kvli_rounded(d * d));
-    code |= kvli_f32_bits(x[i]) >> 28 & 8u;
-    if (i % 2)
-      codes[i / 2] = (uint8_t)(codes[i / 2] | code << 4);
-    else
-      codes[i / 2] = (uint8_t)code;
-  }
-  return error;
+    return error;
 }
 
-static void kvli_nvfp4_group(const float *x, float global, uint8_t *codes,
-                             uint8_t *scale) {
-  float amax = kvli_amax(x, KVLI_NVFP4_GROUP),
-        per_global = KVLI_F32(1.0f / global);
-  uint8_t six = kvli_nvfp4_scale(amax, kvli_per_6, per_global),
-          four = kvli_nvfp4_scale(amax, kvli_per_4, per_global);
-  uint8_t other[KVLI_NVFP4_GROUP / 2];
-  float error =
-      kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(six) * global), codes);
-  *scale = six;
-  if (kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(four) * global), other) <
-      error) {
-    memcpy(codes, other, sizeof other);
-    *scale = four;
-  }
+static void kvli_nvfp4_group(const float *x, float global, uint8_t *codes, uint8_t *scale) {
+    float amax = kvli_amax(x, KVLI_NVFP4_GROUP), per_global = KVLI_F32(1.0f / global);
+    uint8_t six = kvli_nvfp4_scale(amax, kvli_per_6, per_global),
+            four = kvli_nvfp4_scale(amax, kvli_per_4, per_global);
+    uint8_t other[KVLI_NVFP4_GROUP / 2];
+    float error = kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(six) * global), codes);
+    *scale = six;
+    if (kvli_nvfp4_codes(x, KVLI_F32(kvli_e4m3_to_f32(four) * global), other) < error) {
+        memcpy(codes, other, sizeof other);
+        *scale = four;
+    }
 }
 
 /* Encodes KVLI_SEAL_ROWS rows, the first of which is row `first` of the tile.
  */
-static void kvli_seal_rows_scalar(const kvli_side *side, const float *rows,
-                                  uint32_t first, uint8_t *tile) {
-  uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
-  size_t row_bytes = kvli_row_bytes(side->format, dim);
-  uint8_t *scales = tile + row_bytes * side->tokens;
-  for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim) {
-    uint8_t *codes = tile + row_bytes * t;
-    if (side->format == KVL_INT8)
-      kvli_int8_row(rows, dim, codes, scales + 2 * t);
-    if (side->format == KVL_FP8_E4M3)
-      kvli_fp8_row(rows, dim, codes, scales + 2 * t);
-    for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
-      uint32_t e = g * KVLI_INT4_GROUP;
-      kvli_int4_group(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP),
-                      codes + e / 2, scales + 4 * (t * groups + g));
+static void kvli_seal_rows_scalar(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
+    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    uint8_t *scales = tile + row_bytes * side->tokens;
+    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim) {
+        uint8_t *codes = tile + row_bytes * t;
+        if (side->format == KVL_INT8) kvli_int8_row(rows, dim, codes, scales + 2 * t);
+        if (side->format == KVL_FP8_E4M3) kvli_fp8_row(rows, dim, codes, scales + 2 * t);
+        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+            uint32_t e = g * KVLI_INT4_GROUP;
+            kvli_int4_group(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2,
+                            scales + 4 * (t * groups + g));
+        }
+        for (uint32_t g = 0; g < dim / KVLI_NVFP4_GROUP && side->format == KVL_NVFP4; g++) {
+            kvli_nvfp4_group(rows + g * 16, side->global, codes + g * 8,
+                             scales + t * (dim / KVLI_NVFP4_GROUP) + g);
+        }
     }
-    for (uint32_t g = 0;
-         g < dim / KVLI_NVFP4_GROUP && side->format == KVL_NVFP4; g++) {
-      kvli_nvfp4_group(rows + g * 16, side->global, codes + g * 8,
-                       scales + t * (dim / KVLI_NVFP4_GROUP) + g);
-    }
-  }
 }
 
 /* Encodes channels first .. first+15 of a whole tile; x [tokens][16]. */
-static void kvli_seal_channels_scalar(const kvli_side *side, const float *x,
-                                      uint32_t first, uint8_t *tile) {
-  bool wide = side->format == KVL_INT8_CHANNEL;
-  float top = wide ? 255.0f : 15.0f,
-        inverse = wide ? kvli_per_255 : kvli_per_15;
-  size_t row_bytes = kvli_row_bytes(side->format, side->dim);
-  uint8_t *scales = tile + row_bytes * side->tokens,
-          *zeros = scales + 2 * (size_t)side->dim;
-  for (uint32_t c = 0; c < 16; c++) {
-    float lo = x[c], hi = x[c];
-    for (uint32_t t = 1; t < side->tokens; t++) {
-      lo = x[t * 16 + c] < lo ? x[t * 16 + c] : lo;
-      hi = x[t * 16 + c] > hi ? x[t * 16 + c] : hi;
+static void kvli_seal_channels_scalar(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile) {
+    bool wide = side->format == KVL_INT8_CHANNEL;
+    float top = wide ? 255.0f : 15.0f, inverse = wide ? kvli_per_255 : kvli_per_15;
+    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+    uint8_t *scales = tile + row_bytes * side->tokens, *zeros = scales + 2 * (size_t)side->dim;
+    for (uint32_t c = 0; c < 16; c++) {
+        float lo = x[c], hi = x[c];
+        for (uint32_t t = 1; t < side->tokens; t++) {
+            lo = x[t * 16 + c] < lo ? x[t * 16 + c] : lo;
+            hi = x[t * 16 + c] > hi ? x[t * 16 + c] : hi;
+        }
+        lo = KVLI_F32(lo + 0.0f);
+        uint16_t hz = kvli_f16_saturated(lo), hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * inverse));
+        float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
+        for (uint32_t t = 0; t < side->tokens; t++) {
+            uint8_t code = (uint8_t)kvli_code(KVLI_F32(x[t * 16 + c] - z), s, 0.0f, top);
+            uint8_t *p = tile + row_bytes * t + (wide ? first + c : (first + c) / 2);
+            *p = wide || c % 2 == 0 ? code : (uint8_t)(*p | code << 4);
+        }
+        kvli_put16(scales + 2 * (first + c), hs);
+        kvli_put16(zeros + 2 * (first + c), hz);
     }
-    lo = KVLI_F32(lo + 0.0f);
-    uint16_t hz = kvli_f16_saturated(lo),
-             hs = kvli_f16_scale(KVLI_F32(KVLI_F32(hi - lo) * inverse));
-    float z = kvli_f16_to_f32(hz), s = kvli_f16_to_f32(hs);
-    for (uint32_t t = 0; t < side->tokens; t++) {
-      uint8_t code =
-          (uint8_t)kvli_code(KVLI_F32(x[t * 16 + c] - z), s, 0.0f, top);
-      uint8_t *p = tile + row_bytes * t + (wide ? first + c : (first + c) / 2);
-      *p = wide || c % 2 == 0 ? code : (uint8_t)(*p | code << 4);
-    }
-    kvli_put16(scales + 2 * (first + c), hs);
-    kvli_put16(zeros + 2 * (first + c), hz);
-  }
 }
 
 #if KVLI_X86
+#define KVLI_LOAD128(p) _mm_loadu_si128((const __m128i *)(p))
+#define KVLI_LOAD256(p) _mm256_loadu_si256((const __m256i *)(p))
+#define KVLI_STORE128(p, v) _mm_storeu_si128((__m128i *)(p), v)
+#define KVLI_STORE256(p, v) _mm256_storeu_si256((__m256i *)(p), v)
+
 /* ---- AVX2 ---- */
-KVLI_TARGET_AVX2 static void kvli_load_avx2(kvl_format format, const void *src,
-                                            size_t step, uint32_t n_rows,
+KVLI_TARGET_AVX2 static void kvli_load_avx2(kvl_format format, const void *src, size_t step, uint32_t n_rows,
                                             uint32_t n, float *dst) {
-  const uint8_t *row = (const uint8_t *)src;
-  for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
-    for (uint32_t i = 0; i < n; i += 8) {
-      __m256 v;
-      if (format == KVL_F16)
-        v = _mm256_cvtph_ps(
-            _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i)));
-      else if (format == KVL_F32)
-        v = _mm256_loadu_ps((const float *)(const void *)(row + 4 * i));
-      else
-        v = _mm256_castsi256_ps(_mm256_slli_epi32(
-            _mm256_cvtepu16_epi32(
-                _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i))),
-            16));
-      _mm256_storeu_ps(dst + i, v);
+    const uint8_t *row = (const uint8_t *)src;
+    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+        for (uint32_t i = 0; i < n; i += 8) {
+            __m256 v;
+            if (format == KVL_F16)
+                v = _mm256_cvtph_ps(KVLI_LOAD128(row + 2 * i));
+            else if (format == KVL_F32)
+                v = _mm256_loadu_ps((const float *)(row + 4 * i));
+            else
+                v = _mm256_castsi256_ps(
+                    _mm256_slli_epi32(_mm256_cvtepu16_epi32(KVLI_LOAD128(row + 2 * i)), 16));
+            _mm256_storeu_ps(dst + i, v);
+        }
     }
-  }
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_bf16_avx2(__m256 x) {
-  __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
-  __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd),
-      16);
-  __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-  __m256i h = _mm256_blendv_epi8(
-      rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-  return _mm_packus_epi32(_mm256_castsi256_si128(h),
-                          _mm256_extracti128_si256(h, 1));
+    __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    __m256i h = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
 }
 
-KVLI_TARGET_AVX2 static void
-kvli_store_avx2(kvl_format format, const float *src, uint32_t n, void *dst) {
-  uint8_t *p = (uint8_t *)dst;
-  for (uint32_t i = 0; i < n; i += 8) {
-    __m256 x = _mm256_loadu_ps(src + i);
-    if (format == KVL_F32)
-      _mm256_storeu_ps((float *)(void *)(p + 4 * i), x);
-    else
-      _mm_storeu_si128((__m128i *)(void *)(p + 2 * i),
-                       format == KVL_F16
-                           ? _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
-                           : kvli_bf16_avx2(x));
-  }
+KVLI_TARGET_AVX2 static void kvli_store_avx2(kvl_format format, const float *src, uint32_t n, void *dst) {
+    uint8_t *p = (uint8_t *)dst;
+    for (uint32_t i = 0; i < n; i += 8) {
+        __m256 x = _mm256_loadu_ps(src + i);
+        if (format == KVL_F32)
+            _mm256_storeu_ps((float *)(p + 4 * i), x);
+        else
+            KVLI_STORE128(p + 2 * i, format == KVL_F16 ? _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
+                                                       : kvli_bf16_avx2(x));
+    }
 }
 
-KVLI_TARGET_AVX2 static bool kvli_finite_avx2(kvl_format format,
-                                              const void *row, uint32_t n) {
-  const uint8_t *p = (const uint8_t *)row;
-  __m256i bad = _mm256_setzero_si256();
-  __m256i mask = format == KVL_F32
-                     ? _mm256_set1_epi32(0x7f800000)
-                     : _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
-  for (uint32_t i = 0, bytes = n * (format == KVL_F32 ? 4u : 2u); i < bytes;
-       i += 32) {
-    __m256i v = _mm256_and_si256(
-        _mm256_loadu_si256((const __m256i *)(const void *)(p + i)), mask);
-    bad = _mm256_or_si256(bad, format == KVL_F32 ? _mm256_cmpeq_epi32(v, mask)
-                                                 : _mm256_cmpeq_epi16(v, mask));
-  }
-  return _mm256_testz_si256(bad, bad);
+KVLI_TARGET_AVX2 static bool kvli_finite_avx2(kvl_format format, const void *row, uint32_t n) {
+    const uint8_t *p = (const uint8_t *)row;
+    __m256i bad = _mm256_setzero_si256();
+    __m256i mask = format == KVL_F32 ? _mm256_set1_epi32(0x7f800000)
+                                     : _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
+    for (uint32_t i = 0, bytes = n * (format == KVL_F32 ? 4u : 2u); i < bytes; i += 32) {
+        __m256i v = _mm256_and_si256(KVLI_LOAD256(p + i), mask);
+        bad = _mm256_or_si256(bad,
+                              format == KVL_F32 ? _mm256_cmpeq_epi32(v, mask) : _mm256_cmpeq_epi16(v, mask));
+    }
+    return _mm256_testz_si256(bad, bad);
 }
 
 /* Strides 1, 2 and 4 of the butterflies lie within a register. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_butterfly_avx2(__m256 x) {
-  __m256 y = _mm256_permute_ps(x, 0xb1);
-  x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xaa);
-  y = _mm256_permute_ps(x, 0x4e);
-  x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xcc);
-  y = _mm256_permute2f128_ps(x, x, 1);
-  return _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xf0);
+    __m256 y = _mm256_permute_ps(x, 0xb1);
+    x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xaa);
+    y = _mm256_permute_ps(x, 0x4e);
+    x = _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xcc);
+    y = _mm256_permute2f128_ps(x, x, 1);
+    return _mm256_blend_ps(_mm256_add_ps(x, y), _mm256_sub_ps(y, x), 0xf0);
 }
 
-KVLI_TARGET_AVX2 static void kvli_hadamard_avx2(float *x, uint32_t block,
-                                                uint32_t n_blocks) {
-  __m256 scale = _mm256_set1_ps(kvli_hadamard_scale(block));
-  for (uint32_t b = 0; b < n_blocks; b++, x += block) {
-    for (uint32_t i = 0; i < block; i += 8)
-      _mm256_storeu_ps(x + i, kvli_butterfly_avx2(_mm256_loadu_ps(x + i)));
-    for (uint32_t stride = 8; stride < block; stride *= 2) {
-      for (uint32_t i = 0; i < block; i += 8) {
-        if (i & stride)
-          continue;
-        __m256 lo = _mm256_loadu_ps(x + i),
-               hi = _mm256_loadu_ps(x + i + stride);
-        _mm256_storeu_ps(x + i, _mm256_add_ps(lo, hi));
-        _mm256_storeu_ps(x + i + stride, _mm256_sub_ps(lo, hi));
-      }
+KVLI_TARGET_AVX2 static void kvli_hadamard_avx2(float *x, uint32_t block, uint32_t n_blocks) {
+    __m256 scale = _mm256_set1_ps(kvli_hadamard_scale(block));
+    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+        for (uint32_t i = 0; i < block; i += 8)
+            _mm256_storeu_ps(x + i, kvli_butterfly_avx2(_mm256_loadu_ps(x + i)));
+        for (uint32_t stride = 8; stride < block; stride *= 2) {
+            for (uint32_t i = 0; i < block; i += 8) {
+                if (i & stride) continue;
+                __m256 lo = _mm256_loadu_ps(x + i), hi = _mm256_loadu_ps(x + i + stride);
+                _mm256_storeu_ps(x + i, _mm256_add_ps(lo, hi));
+                _mm256_storeu_ps(x + i + stride, _mm256_sub_ps(lo, hi));
+            }
+        }
+        for (uint32_t i = 0; i < block; i += 8)
+            _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), scale));
     }
-    for (uint32_t i = 0; i < block; i += 8)
-      _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), scale));
-  }
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_abs_avx2(__m256 x) {
-  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE float kvli_max_of_avx2(__m256 x) {
-  __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE float kvli_amax_avx2(const float *x, uint32_t n) {
-  __m256 m = _mm256_setzero_ps();
-  for (uint32_t i = 0; i < n; i += 8)
-    m = _mm256_max_ps(kvli_abs_avx2(_mm256_loadu_ps(x + i)), m);
-  return kvli_max_of_avx2(m);
+    __m256 m = _mm256_setzero_ps();
+    for (uint32_t i = 0; i < n; i += 8) m = _mm256_max_ps(kvli_abs_avx2(_mm256_loadu_ps(x + i)), m);
+    return kvli_max_of_avx2(m);
 }
 
 /* kvli_f16_scale and kvli_f16_saturated of 8 numbers. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_zeros_avx2(__m256 x) {
-  x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(65504.0f)),
-                    _mm256_set1_ps(-65504.0f));
-  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+    x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(65504.0f)), _mm256_set1_ps(-65504.0f));
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 }
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_scales_avx2(__m256 x) {
-  __m128i h = kvli_zeros_avx2(x);
-  __m128i none = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x7fff)),
-                                 _mm_setzero_si128());
-  return _mm_blendv_epi8(h, _mm_set1_epi16(0x3c00), none);
+    __m128i h = kvli_zeros_avx2(x);
+    __m128i none = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x7fff)), _mm_setzero_si128());
+    return _mm_blendv_epi8(h, _mm_set1_epi16(0x3c00), none);
 }
 
-KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_codes_avx2(__m256 x, __m256 s,
-                                                     __m256 lo, __m256 hi) {
-  return _mm256_cvtps_epi32(
-      _mm256_min_ps(_mm256_max_ps(_mm256_div_ps(x, s), lo), hi));
+KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_codes_avx2(__m256 x, __m256 s, __m256 lo, __m256 hi) {
+    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(_mm256_div_ps(x, s), lo), hi));
 }
 
 KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_e4m3_avx2(__m256 q) {
-  __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(q), 24),
-                                  _mm256_set1_epi32(0x80));
-  __m256 a = _mm256_min_ps(kvli_abs_avx2(q), _mm256_set1_ps(448.0f));
-  __m256i bits = _mm256_castps_si256(a),
-          odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20),
-                                 _mm256_set1_epi32(1));
-  __m256i normal = _mm256_add_epi32(
-      _mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff - 0x3c000000)), odd);
-  __m256i small =
-      _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(16384.0f)));
-  small = _mm256_sub_epi32(small, _mm256_set1_epi32(0x46800000));
-  __m256 is_small = _mm256_cmp_ps(a, _mm256_set1_ps(0.015625f), _CMP_LT_OQ);
-  return _mm256_or_si256(
-      sign, _mm256_blendv_epi8(_mm256_srli_epi32(normal, 20), small,
-                               _mm256_castps_si256(is_small)));
+    __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(q), 24), _mm256_set1_epi32(0x80));
+    __m256 a = _mm256_min_ps(kvli_abs_avx2(q), _mm256_set1_ps(448.0f));
+    __m256i bits = _mm256_castps_si256(a),
+            odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+    __m256i normal = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff - 0x3c000000)), odd);
+    __m256i small = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(16384.0f)));
+    small = _mm256_sub_epi32(small, _mm256_set1_epi32(0x46800000));
+    __m256 is_small = _mm256_cmp_ps(a, _mm256_set1_ps(0.015625f), _CMP_LT_OQ);
+    return _mm256_or_si256(
+        sign, _mm256_blendv_epi8(_mm256_srli_epi32(normal, 20), small, _mm256_castps_si256(is_small)));
 }
 
 /* The low bytes of 16 integers. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m128i kvli_bytes_avx2(__m256i a, __m256i b) {
-  __m256i mask = _mm256_set1_epi32(0xff);
-  __m256i w =
-      _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
-  w = _mm256_permute4x64_epi64(w, 0xd8);
-  return _mm_packus_epi16(_mm256_castsi256_si128(w),
-                          _mm256_extracti128_si256(w, 1));
+    __m256i mask = _mm256_set1_epi32(0xff);
+    __m256i w = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+    w = _mm256_permute4x64_epi64(w, 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
 }
 
 /* 16 codes of 4 bits, a byte each, to 8 bytes, low nibble first. */
-KVLI_TARGET_AVX2 KVLI_INLINE void kvli_put_nibbles_avx2(uint8_t *p,
-                                                        __m128i codes) {
-  __m128i w = _mm_maddubs_epi16(codes, _mm_set1_epi16(0x1001));
-  _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(w, w));
+KVLI_TARGET_AVX2 KVLI_INLINE void kvli_put_nibbles_avx2(uint8_t *p, __m128i codes) {
+    __m128i w = _mm_maddubs_epi16(codes, _mm_set1_epi16(0x1001));
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(w, w));
 }
 
-KVLI_TARGET_AVX2 static void kvli_byte_row_avx2(kvl_format format,
-                                                const float *x, uint32_t dim,
-                                                uint8_t *codes,
-                                                uint8_t *scale) {
-  bool fp8 = format == KVL_FP8_E4M3;
-  float amax =
-      KVLI_F32(kvli_amax_avx2(x, dim) * (fp8 ? kvli_per_448 : kvli_per_127));
-  __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
-  __m256 s = _mm256_cvtph_ps(h), lo = _mm256_set1_ps(-127.0f),
-         hi = _mm256_set1_ps(127.0f);
-  for (uint32_t i = 0; i < dim; i += 16) {
-    __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
-    __m128i bytes = fp8 ? kvli_bytes_avx2(kvli_e4m3_avx2(_mm256_div_ps(a, s)),
-                                          kvli_e4m3_avx2(_mm256_div_ps(b, s)))
-                        : kvli_bytes_avx2(kvli_codes_avx2(a, s, lo, hi),
-                                          kvli_codes_avx2(b, s, lo, hi));
-    _mm_storeu_si128((__m128i *)(void *)(codes + i), bytes);
-  }
-  kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
+KVLI_TARGET_AVX2 static void kvli_byte_row_avx2(kvl_format format, const float *x, uint32_t dim,
+                                                uint8_t *codes, uint8_t *scale) {
+    bool fp8 = format == KVL_FP8_E4M3;
+    float amax = KVLI_F32(kvli_amax_avx2(x, dim) * (fp8 ? kvli_per_448 : kvli_per_127));
+    __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
+    __m256 s = _mm256_cvtph_ps(h), lo = _mm256_set1_ps(-127.0f), hi = _mm256_set1_ps(127.0f);
+    for (uint32_t i = 0; i < dim; i += 16) {
+        __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
+        __m128i bytes =
+            fp8 ? kvli_bytes_avx2(kvli_e4m3_avx2(_mm256_div_ps(a, s)), kvli_e4m3_avx2(_mm256_div_ps(b, s)))
+                : kvli_bytes_avx2(kvli_codes_avx2(a, s, lo, hi), kvli_codes_avx2(b, s, lo, hi));
+        KVLI_STORE128(codes + i, bytes);
+    }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
 }
 
-KVLI_TARGET_AVX2 static void kvli_int4_group_avx2(const float *x, uint32_t n,
-                                                  uint8_t *codes,
+KVLI_TARGET_AVX2 static void kvli_int4_group_avx2(const float *x, uint32_t n, uint8_t *codes,
                                                   uint8_t *scale) {
-  __m256 lo = _mm256_loadu_ps(x), hi = lo, none = _mm256_setzero_ps(),
-         top = _mm256_set1_ps(15.0f);
-  for (uint32_t i = 8; i < n; i += 8) {
-    lo = _mm256_min_ps(lo, _mm256_loadu_ps(x + i));
-    hi = _mm256_max_ps(hi, _mm256_loadu_ps(x + i));
-  }
-  lo = _mm256_sub_ps(none, _mm256_set1_ps(kvli_max_of_avx2(
-                               _mm256_sub_ps(none, lo)))); /* never -0 */
-  hi = _mm256_set1_ps(kvli_max_of_avx2(hi));
-  __m128i hz = kvli_zeros_avx2(lo),
-          hs = kvli_scales_avx2(_mm256_mul_ps(_mm256_sub_ps(hi, lo),
-                                              _mm256_set1_ps(kvli_per_15)));
-  __m256 z = _mm256_cvtph_ps(hz), s = _mm256_cvtph_ps(hs);
-  for (uint32_t i = 0; i < n; i += 16) {
-    __m256i a =
-        kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), z), s, none, top);
-    __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i + 8), z), s,
-                                none, top);
-    kvli_put_nibbles_avx2(codes + i / 2, kvli_bytes_avx2(a, b));
-  }
-  kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
-  kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
+    __m256 lo = _mm256_loadu_ps(x), hi = lo, none = _mm256_setzero_ps(), top = _mm256_set1_ps(15.0f);
+    for (uint32_t i = 8; i < n; i += 8) {
+        lo = _mm256_min_ps(lo, _mm256_loadu_ps(x + i));
+        hi = _mm256_max_ps(hi, _mm256_loadu_ps(x + i));
+    }
+    float least = KVLI_F32(0.0f - kvli_max_of_avx2(_mm256_sub_ps(none, lo))); /* never -0 */
+    float range = KVLI_F32(KVLI_F32(kvli_max_of_avx2(hi) - least) * kvli_per_15);
+    __m128i hz = kvli_zeros_avx2(_mm256_set1_ps(least)), hs = kvli_scales_avx2(_mm256_set1_ps(range));
+    __m256 z = _mm256_cvtph_ps(hz), s = _mm256_cvtph_ps(hs);
+    for (uint32_t i = 0; i < n; i += 16) {
+        __m256i a = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), z), s, none, top);
+        __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i + 8), z), s, none, top);
+        kvli_put_nibbles_avx2(codes + i / 2, kvli_bytes_avx2(a, b));
+    }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
+    kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
 }
 
 /* kvli_rounded of 8 numbers: GCC fuses the products of intrinsics too. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_rounded_avx2(__m256 x) {
 #if defined(__GNUC__) || defined(__clang__)
-  __asm__("" : "+x"(x));
+    __asm__("" : "+x"(x));
 #endif
-  return x;
+    return x;
 }
 
 /* x [8][8] transposed, rows 16 apart. */
-KVLI_TARGET_AVX2 KVLI_INLINE void kvli_transpose_avx2(const float *x,
-                                                      __m256 *out) {
-  __m256 t[8], u[8];
-  for (int i = 0; i < 8; i++)
-    t[i] = _mm256_loadu_ps(x + 16 * i);
-  for (int i = 0; i < 4; i++) {
-    u[2 * i] = _mm256_unpacklo_ps(t[2 * i], t[2 * i + 1]);
-    u[2 * i + 1] = _mm256_unpackhi_ps(t[2 * i], t[2 * i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    t[i] = _mm256_shuffle_ps(u[i], u[i + 2], 0x44);
-    t[i + 1] = _mm256_shuffle_ps(u[i], u[i + 2], 0xee);
-    t[i + 2] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44);
-    t[i + 3] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; i++) {
-    out[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
-    out[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
-  }
+KVLI_TARGET_AVX2 KVLI_INLINE void kvli_transpose_avx2(const float *x, __m256 *out) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i++) t[i] = _mm256_loadu_ps(x + 16 * i);
+    for (int i = 0; i < 4; i++) {
+        u[2 * i] = _mm256_unpacklo_ps(t[2 * i], t[2 * i + 1]);
+        u[2 * i + 1] = _mm256_unpackhi_ps(t[2 * i], t[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        t[i] = _mm256_shuffle_ps(u[i], u[i + 2], 0x44);
+        t[i + 1] = _mm256_shuffle_ps(u[i], u[i + 2], 0xee);
+        t[i + 2] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44);
+        t[i + 3] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        out[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+        out[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
 }
 
 /* kvli_nvfp4_codes of 8 groups: x [16] registers, one element of each group;
  * words [2]: the codes of elements 0..7 and 8..15. */
-KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_nvfp4_codes_avx2(const __m256 *x,
-                                                          __m256 s,
-                                                          __m256i *words) {
-  __m256 values = _mm256_loadu_ps(kvli_e2m1_values),
-         error = _mm256_setzero_ps(), limits[7];
-  for (int m = 0; m < 7; m++)
-    limits[m] = _mm256_mul_ps(_mm256_set1_ps(kvli_e2m1_midpoints[m]), s);
-  for (int half = 0; half < 2; half++) {
-    __m256i word = _mm256_setzero_si256();
-    for (int e = 0; e < 8; e++) {
-      __m256 v = x[8 * half + e], a = kvli_abs_avx2(v);
-      __m256i code =
-          _mm256_castps_si256(_mm256_cmp_ps(a, limits[0], _CMP_GT_OQ));
-      for (int m = 1; m < 7; m += 2) {
-        code = _mm256_add_epi32(
-            code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m], _CMP_GE_OQ)));
-        code = _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(
-                                          a, limits[m + 1], _CMP_GT_OQ)));
-      }
-      code = _mm256_sub_epi32(_mm256_setzero_si256(), code);
-      __m256 d =
-          _mm256_sub_ps(a, kvli_rounded_avx2(_mm256_mul_ps(
-                               _mm256_permutevar8x32_ps(values, code), s)));
-      error = _mm256_add_ps(error, kvli_rounded_avx2(_mm256_mul_ps(d, d)));
-      __m256i sign = _mm256_and_si256(
-          _mm256_srli_epi32(_mm256_castps_si256(v), 28), _mm256_set1_epi32(8));
-      word =
-          _mm256_or_si256(_mm256_srli_epi32(word, 4),
-                          _mm256_slli_epi32(_mm256_or_si256(code, sign), 28));
+KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_nvfp4_codes_avx2(const __m256 *x, __m256 s, __m256i *words) {
+    __m256 values = _mm256_loadu_ps(kvli_e2m1_values), error = _mm256_setzero_ps(), limits[7];
+    for (int m = 0; m < 7; m++) limits[m] = _mm256_mul_ps(_mm256_set1_ps(kvli_e2m1_midpoints[m]), s);
+    for (int half = 0; half < 2; half++) {
+        __m256i word = _mm256_setzero_si256();
+        for (int e = 0; e < 8; e++) {
+            __m256 v = x[8 * half + e], a = kvli_abs_avx2(v);
+            __m256i code = _mm256_castps_si256(_mm256_cmp_ps(a, limits[0], _CMP_GT_OQ));
+            for (int m = 1; m < 7; m += 2) {
+                code = _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m], _CMP_GE_OQ)));
+                code =
+                    _mm256_add_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, limits[m + 1], _CMP_GT_OQ)));
+            }
+            code = _mm256_sub_epi32(_mm256_setzero_si256(), code);
+            __m256 d =
+                _mm256_sub_ps(a, kvli_rounded_avx2(_mm256_mul_ps(_mm256_permutevar8x32_ps(values, code), s)));
+            error = _mm256_add_ps(error, kvli_rounded_avx2(_mm256_mul_ps(d, d)));
+            __m256i sign =
+                _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 28), _mm256_set1_epi32(8));
+            word = _mm256_or_si256(_mm256_srli_epi32(word, 4),
+                                   _mm256_slli_epi32(_mm256_or_si256(code, sign), 28));
+        }
+        words[half] = word;
     }
-    words[half] = word;
-  }
-  return error;
+    return error;
 }
 
-KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_nvfp4_scale_avx2(__m256 amax,
-                                                           float inverse,
-                                                           __m256 per_global) {
-  __m256 x =
-      _mm256_mul_ps(_mm256_mul_ps(amax, _mm256_set1_ps(inverse)), per_global);
-  return _mm256_max_epi32(kvli_e4m3_avx2(x), _mm256_set1_epi32(1));
+KVLI_TARGET_AVX2 KVLI_INLINE __m256i kvli_nvfp4_scale_avx2(__m256 amax, float inverse, __m256 per_global) {
+    __m256 x = _mm256_mul_ps(_mm256_mul_ps(amax, _mm256_set1_ps(inverse)), per_global);
+    return _mm256_max_epi32(kvli_e4m3_avx2(x), _mm256_set1_epi32(1));
 }
 
 /* Of e4m3 that are positive and finite. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_from_e4m3_avx2(__m256i b) {
-  __m256 normal = _mm256_castsi256_ps(_mm256_add_epi32(
-      _mm256_slli_epi32(b, 20), _mm256_set1_epi32(0x3c000000)));
-  __m256 small =
-      _mm256_mul_ps(_mm256_cvtepi32_ps(b), _mm256_set1_ps(0.001953125f));
-  return _mm256_blendv_ps(
-      normal, small,
-      _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), b)));
+    __m256 normal =
+        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(b, 20), _mm256_set1_epi32(0x3c000000)));
+    __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(b), _mm256_set1_ps(0.001953125f));
+    return _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), b)));
 }
 
 /* kvli_nvfp4_group of 8 groups of 16 that follow one another. */
-KVLI_TARGET_AVX2 static void kvli_nvfp4_groups_avx2(const float *rows,
-                                                    float global,
-                                                    uint8_t *codes,
+KVLI_TARGET_AVX2 static void kvli_nvfp4_groups_avx2(const float *rows, float global, uint8_t *codes,
                                                     uint8_t *scales) {
-  __m256 x[16], amax = _mm256_setzero_ps(), g = _mm256_set1_ps(global),
-                per_global = _mm256_set1_ps(KVLI_F32(1.0f / global));
-  kvli_transpose_avx2(rows, x);
-  kvli_transpose_avx2(rows + 8, x + 8);
-  for (int e = 0; e < 16; e++)
-    amax = _mm256_max_ps(kvli_abs_avx2(x[e]), amax);
-  __m256i six = kvli_nvfp4_scale_avx2(amax, kvli_per_6, per_global),
-          four = kvli_nvfp4_scale_avx2(amax, kvli_per_4, per_global);
-  __m256i words[2], other[2];
-  __m256 error = kvli_nvfp4_codes_avx2(
-      x, _mm256_mul_ps(kvli_from_e4m3_avx2(six), g), words);
-  __m256 error4 = kvli_nvfp4_codes_avx2(
-      x, _mm256_mul_ps(kvli_from_e4m3_avx2(four), g), other);
-  __m256i better =
-      _mm256_castps_si256(_mm256_cmp_ps(error4, error, _CMP_LT_OQ));
-  __m256i low = _mm256_blendv_epi8(words[0], other[0], better),
-          high = _mm256_blendv_epi8(words[1], other[1], better);
-  __m256i even = _mm256_unpacklo_epi32(low, high),
-          odd = _mm256_unpackhi_epi32(low, high);
-  _mm256_storeu_si256((__m256i *)(void *)codes,
-                      _mm256_permute2x128_si256(even, odd, 0x20));
-  _mm256_storeu_si256((__m256i *)(void *)(codes + 32),
-                      _mm256_permute2x128_si256(even, odd, 0x31));
-  __m256i scale = _mm256_blendv_epi8(six, four, better);
-  _mm_storel_epi64((__m128i *)(void *)scales, kvli_bytes_avx2(scale, scale));
+    __m256 x[16], amax = _mm256_setzero_ps(), g = _mm256_set1_ps(global),
+                  per_global = _mm256_set1_ps(KVLI_F32(1.0f / global));
+    kvli_transpose_avx2(rows, x);
+    kvli_transpose_avx2(rows + 8, x + 8);
+    for (int e = 0; e < 16; e++) amax = _mm256_max_ps(kvli_abs_avx2(x[e]), amax);
+    __m256i six = kvli_nvfp4_scale_avx2(amax, kvli_per_6, per_global),
+            four = kvli_nvfp4_scale_avx2(amax, kvli_per_4, per_global);
+    __m256i words[2], other[2];
+    __m256 error = kvli_nvfp4_codes_avx2(x, _mm256_mul_ps(kvli_from_e4m3_avx2(six), g), words);
+    __m256 error4 = kvli_nvfp4_codes_avx2(x, _mm256_mul_ps(kvli_from_e4m3_avx2(four), g), other);
+    __m256i better = _mm256_castps_si256(_mm256_cmp_ps(error4, error, _CMP_LT_OQ));
+    __m256i low = _mm256_blendv_epi8(words[0], other[0], better),
+            high = _mm256_blendv_epi8(words[1], other[1], better);
+    __m256i even = _mm256_unpacklo_epi32(low, high), odd = _mm256_unpackhi_epi32(low, high);
+    KVLI_STORE256(codes, _mm256_permute2x128_si256(even, odd, 0x20));
+    KVLI_STORE256(codes + 32, _mm256_permute2x128_si256(even, odd, 0x31));
+    __m256i scale = _mm256_blendv_epi8(six, four, better);
+    _mm_storel_epi64((__m128i *)scales, kvli_bytes_avx2(scale, scale));
 }
 
-KVLI_TARGET_AVX2 static void kvli_seal_rows_avx2(const kvli_side *side,
-                                                 const float *rows,
-                                                 uint32_t first,
+KVLI_TARGET_AVX2 static void kvli_seal_rows_avx2(const kvli_side *side, const float *rows, uint32_t first,
                                                  uint8_t *tile) {
-  uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP),
-           blocks = dim / KVLI_NVFP4_GROUP;
-  size_t row_bytes = kvli_row_bytes(side->format, dim);
-  uint8_t *scales = tile + row_bytes * side->tokens,
-          *codes = tile + row_bytes * first;
-  if (side->format == KVL_NVFP4) { /* groups follow one another through the
+    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP), blocks = dim / KVLI_NVFP4_GROUP;
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    uint8_t *scales = tile + row_bytes * side->tokens, *codes = tile + row_bytes * first;
+    if (side->format == KVL_NVFP4) { /* groups follow one another through the
                                       rows, a multiple of 8 in all */
-    for (uint32_t g = 0; g < KVLI_SEAL_ROWS * blocks; g += 8) {
-      kvli_nvfp4_groups_avx2(rows + 16 * g, side->global, codes + 8 * g,
-                             scales + first * blocks + g);
+        for (uint32_t g = 0; g < KVLI_SEAL_ROWS * blocks; g += 8) {
+            kvli_nvfp4_groups_avx2(rows + 16 * g, side->global, codes + 8 * g, scales + first * blocks + g);
+        }
+        return;
     }
-    return;
-  }
-  for (uint32_t t = first; t < first + KVLI_SEAL_ROWS;
-       t++, rows += dim, codes += row_bytes) {
-    if (side->format != KVL_INT4)
-      kvli_byte_row_avx2(side->format, rows, dim, codes, scales + 2 * t);
-    for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
-      uint32_t e = g * KVLI_INT4_GROUP;
-      kvli_int4_group_avx2(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP),
-                           codes + e / 2, scales + 4 * (t * groups + g));
+    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim, codes += row_bytes) {
+        if (side->format != KVL_INT4) kvli_byte_row_avx2(side->format, rows, dim, codes, scales + 2 * t);
+        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+            uint32_t e = g * KVLI_INT4_GROUP;
+            kvli_int4_group_avx2(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2,
+                                 scales + 4 * (t * groups + g));
+        }
     }
-  }
 }
 
-KVLI_TARGET_AVX2 static void kvli_seal_channels_avx2(const kvli_side *side,
-                                                     const float *x,
-                                                     uint32_t first,
+KVLI_TARGET_AVX2 static void kvli_seal_channels_avx2(const kvli_side *side, const float *x, uint32_t first,
                                                      uint8_t *tile) {
-  bool wide = side->format == KVL_INT8_CHANNEL;
-  size_t row_bytes = kvli_row_bytes(side->format, side->dim);
-  uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
-  __m256 z[2], s[2], none = _mm256_setzero_ps(),
-                     top = _mm256_set1_ps(wide ? 255.0f : 15.0f);
-  for (int half = 0; half < 2; half++) {
-    __m256 lo = _mm256_loadu_ps(x + 8 * half), hi = lo;
-    for (uint32_t t = 1; t < side->tokens; t++) {
-      __m256 v = _mm256_loadu_ps(x + 16 * t + 8 * half);
-      lo = _mm256_min_ps(lo, v);
-      hi = _mm256_max_ps(hi, v);
+    bool wide = side->format == KVL_INT8_CHANNEL;
+    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+    uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
+    __m256 z[2], s[2], none = _mm256_setzero_ps(), top = _mm256_set1_ps(wide ? 255.0f : 15.0f);
+    for (int half = 0; half < 2; half++) {
+        __m256 lo = _mm256_loadu_ps(x + 8 * half), hi = lo;
+        for (uint32_t t = 1; t < side->tokens; t++) {
+            __m256 v = _mm256_loadu_ps(x + 16 * t + 8 * half);
+            lo = _mm256_min_ps(lo, v);
+            hi = _mm256_max_ps(hi, v);
+        }
+        lo = _mm256_add_ps(lo, none);
+        __m128i hz = kvli_zeros_avx2(lo);
+        __m128i hs = kvli_scales_avx2(
+            _mm256_mul_ps(_mm256_sub_ps(hi, lo), _mm256_set1_ps(wide ? kvli_per_255 : kvli_per_15)));
+        KVLI_STORE128(scales + 16 * half, hs);
+        KVLI_STORE128(scales + 2 * (size_t)side->dim + 16 * half, hz);
+        z[half] = _mm256_cvtph_ps(hz);
+        s[half] = _mm256_cvtph_ps(hs);
     }
-    lo = _mm256_add_ps(lo, none);
-    __m128i hz = kvli_zeros_avx2(lo);
-    __m128i hs = kvli_scales_avx2(
-        _mm256_mul_ps(_mm256_sub_ps(hi, lo),
-                      _mm256_set1_ps(wide ? kvli_per_255 : kvli_per_15)));
-    _mm_storeu_si128((__m128i *)(void *)(scales + 16 * half), hs);
-    _mm_storeu_si128(
-        (__m128i *)(void *)(scales + 2 * (size_t)side->dim + 16 * half), hz);
-    z[half] = _mm256_cvtph_ps(hz);
-    s[half] = _mm256_cvtph_ps(hs);
-  }
-  uint8_t *p = tile + (wide ? first : first / 2);
-  for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
-    __m256i a = kvli_codes_avx2(
-        _mm256_sub_ps(_mm256_loadu_ps(x + 16 * t), z[0]), s[0], none, top);
-    __m256i b = kvli_codes_avx2(
-        _mm256_sub_ps(_mm256_loadu_ps(x + 16 * t + 8), z[1]), s[1], none, top);
-    if (wide)
-      _mm_storeu_si128((__m128i *)(void *)p, kvli_bytes_avx2(a, b));
-    else
-      kvli_put_nibbles_avx2(p, kvli_bytes_avx2(a, b));
-  }
+    uint8_t *p = tile + (wide ? first : first / 2);
+    for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
+        __m256i a = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + 16 * t), z[0]), s[0], none, top);
+        __m256i b = kvli_codes_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + 16 * t + 8), z[1]), s[1], none, top);
+        if (wide)
+            KVLI_STORE128(p, kvli_bytes_avx2(a, b));
+        else
+            kvli_put_nibbles_avx2(p, kvli_bytes_avx2(a, b));
+    }
 }
 
 /* ---- AVX-512 ---- */
-#if defined(__GNUC__) &&                                                       \
-    !defined(                                                                  \
-        __clang__) /* its header's undefined operands, warned about in C++ */
+#if defined(__GNUC__) && !defined(__clang__) /* its header's undefined operands, warned about in C++ */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-KVLI_TARGET_AVX512 static void kvli_load_avx512(kvl_format format,
-                                                const void *src, size_t step,
-                                                uint32_t n_rows, uint32_t n,
-                                                float *dst) {
-  const uint8_t *row = (const uint8_t *)src;
-  for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
-    for (uint32_t i = 0; i < n; i += 16) {
-      __m512 v;
-      if (format == KVL_F16)
-        v = _mm512_cvtph_ps(
-            _mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * i)));
-      else if (format == KVL_F32)
-        v = _mm512_loadu_ps(row + 4 * i);
-      else
-        v = _mm512_castsi512_ps(
-            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((
-                                  const __m256i *)(const void *)(row + 2 * i))),
-                              16));
-      _mm512_storeu_ps(dst + i, v);
+KVLI_TARGET_AVX512 static void kvli_load_avx512(kvl_format format, const void *src, size_t step,
+                                                uint32_t n_rows, uint32_t n, float *dst) {
+    const uint8_t *row = (const uint8_t *)src;
+    for (uint32_t r = 0; r < n_rows; r++, row += step, dst += n) {
+        for (uint32_t i = 0; i < n; i += 16) {
+            __m512 v;
+            if (format == KVL_F16)
+                v = _mm512_cvtph_ps(KVLI_LOAD256(row + 2 * i));
+            else if (format == KVL_F32)
+                v = _mm512_loadu_ps(row + 4 * i);
+            else
+                v = _mm512_castsi512_ps(
+                    _mm512_slli_epi32(_mm512_cvtepu16_epi32(KVLI_LOAD256(row + 2 * i)), 16));
+            _mm512_storeu_ps(dst + i, v);
+        }
     }
-  }
 }
 
 KVLI_TARGET_AVX512 KVLI_INLINE __m256i kvli_bf16_avx512(__m512 x) {
-  __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-  __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
-      16);
-  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
 
-KVLI_TARGET_AVX512 static void
-kvli_store_avx512(kvl_format format, const float *src, uint32_t n, void *dst) {
-  uint8_t *p = (uint8_t *)dst;
-  for (uint32_t i = 0; i < n; i += 16) {
-    __m512 x = _mm512_loadu_ps(src + i);
-    if (format == KVL_F32)
-      _mm512_storeu_ps(p + 4 * i, x);
-    else
-      _mm256_storeu_si256((__m256i *)(void *)(p + 2 * i),
-                          format == KVL_F16
-                              ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
-                              : kvli_bf16_avx512(x));
-  }
+KVLI_TARGET_AVX512 static void kvli_store_avx512(kvl_format format, const float *src, uint32_t n, void *dst) {
+    uint8_t *p = (uint8_t *)dst;
+    for (uint32_t i = 0; i < n; i += 16) {
+        __m512 x = _mm512_loadu_ps(src + i);
+        if (format == KVL_F32)
+            _mm512_storeu_ps(p + 4 * i, x);
+        else
+            KVLI_STORE256(p + 2 * i, format == KVL_F16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
+                                                       : kvli_bf16_avx512(x));
+    }
 }
 
-KVLI_TARGET_AVX512 static bool kvli_finite_avx512(kvl_format format,
-                                                  const void *row, uint32_t n) {
-  const uint8_t *p = (const uint8_t *)row;
-  uint32_t bad = 0;
-  __m256i mask = _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
-  __m512i mask32 = _mm512_set1_epi32(0x7f800000);
-  for (uint32_t i = 0; i < n; i += 16) {
-    if (format == KVL_F32)
-      bad |= _mm512_cmpeq_epi32_mask(
-          _mm512_and_si512(_mm512_loadu_si512(p + 4 * i), mask32), mask32);
-    else
-      bad |= _mm256_cmpeq_epi16_mask(
-          _mm256_and_si256(
-              _mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i)),
-              mask),
-          mask);
-  }
-  return bad == 0;
+KVLI_TARGET_AVX512 static bool kvli_finite_avx512(kvl_format format, const void *row, uint32_t n) {
+    const uint8_t *p = (const uint8_t *)row;
+    uint32_t bad = 0;
+    __m256i mask = _mm256_set1_epi16(format == KVL_F16 ? 0x7c00 : 0x7f80);
+    __m512i mask32 = _mm512_set1_epi32(0x7f800000);
+    for (uint32_t i = 0; i < n; i += 16) {
+        if (format == KVL_F32)
+            bad |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(_mm512_loadu_si512(p + 4 * i), mask32), mask32);
+        else
+            bad |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(KVLI_LOAD256(p + 2 * i), mask), mask);
+    }
+    return bad == 0;
 }
 
 /* Strides 1, 2, 4 and 8 of the butterflies lie within a register. */
 KVLI_TARGET_AVX512 KVLI_INLINE __m512 kvli_butterfly_avx512(__m512 x) {
-  __m512 y = _mm512_permute_ps(x, 0xb1);
-  x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xaaaa, y, x);
-  y = _mm512_permute_ps(x, 0x4e);
-  x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xcccc, y, x);
-  y = _mm512_shuffle_f32x4(x, x, 0xb1);
-  x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xf0f0, y, x);
-  y = _mm512_shuffle_f32x4(x, x, 0x4e);
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xff00, y, x);
+    __m512 y = _mm512_permute_ps(x, 0xb1);
+    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xaaaa, y, x);
+    y = _mm512_permute_ps(x, 0x4e);
+    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xcccc, y, x);
+    y = _mm512_shuffle_f32x4(x, x, 0xb1);
+    x = _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xf0f0, y, x);
+    y = _mm512_shuffle_f32x4(x, x, 0x4e);
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xff00, y, x);
 }
 
-KVLI_TARGET_AVX512 static void kvli_hadamard_avx512(float *x, uint32_t block,
-                                                    uint32_t n_blocks) {
-  __m512 scale = _mm512_set1_ps(kvli_hadamard_scale(block));
-  for (uint32_t b = 0; b < n_blocks; b++, x += block) {
-    for (uint32_t i = 0; i < block; i += 16)
-      _mm512_storeu_ps(x + i, kvli_butterfly_avx512(_mm512_loadu_ps(x + i)));
-    for (uint32_t stride = 16; stride < block; stride *= 2) {
-      for (uint32_t i = 0; i < block; i += 16) {
-        if (i & stride)
-          continue;
-        __m512 lo = _mm512_loadu_ps(x + i),
-               hi = _mm512_loadu_ps(x + i + stride);
-        _mm512_storeu_ps(x + i, _mm512_add_ps(lo, hi));
-        _mm512_storeu_ps(x + i + stride, _mm512_sub_ps(lo, hi));
-      }
+KVLI_TARGET_AVX512 static void kvli_hadamard_avx512(float *x, uint32_t block, uint32_t n_blocks) {
+    __m512 scale = _mm512_set1_ps(kvli_hadamard_scale(block));
+    for (uint32_t b = 0; b < n_blocks; b++, x += block) {
+        for (uint32_t i = 0; i < block; i += 16)
+            _mm512_storeu_ps(x + i, kvli_butterfly_avx512(_mm512_loadu_ps(x + i)));
+        for (uint32_t stride = 16; stride < block; stride *= 2) {
+            for (uint32_t i = 0; i < block; i += 16) {
+                if (i & stride) continue;
+                __m512 lo = _mm512_loadu_ps(x + i), hi = _mm512_loadu_ps(x + i + stride);
+                _mm512_storeu_ps(x + i, _mm512_add_ps(lo, hi));
+                _mm512_storeu_ps(x + i + stride, _mm512_sub_ps(lo, hi));
+            }
+        }
+        for (uint32_t i = 0; i < block; i += 16)
+            _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
     }
-    for (uint32_t i = 0; i < block; i += 16)
-      _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
-  }
 }
 
-KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_codes_avx512(__m512 x, __m512 s,
-                                                         __m512 lo, __m512 hi) {
-  return _mm512_cvtps_epi32(
-      _mm512_min_ps(_mm512_max_ps(_mm512_div_ps(x, s), lo), hi));
+KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_codes_avx512(__m512 x, __m512 s, __m512 lo, __m512 hi) {
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_div_ps(x, s), lo), hi));
 }
 
 KVLI_TARGET_AVX512 KVLI_INLINE __m512i kvli_e4m3_avx512(__m512 q) {
-  __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(q), 24),
-                                  _mm512_set1_epi32(0x80));
-  __m512 a = _mm512_min_ps(_mm512_abs_ps(q), _mm512_set1_ps(448.0f));
-  __m512i bits = _mm512_castps_si512(a),
-          odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20),
-                                 _mm512_set1_epi32(1));
-  __m512i normal = _mm512_add_epi32(
-      _mm512_add_epi32(bits, _mm512_set1_epi32(0x7ffff - 0x3c000000)), odd);
-  __m512i small =
-      _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(16384.0f)));
-  __mmask16 is_small =
-      _mm512_cmp_ps_mask(a, _mm512_set1_ps(0.015625f), _CMP_LT_OQ);
-  normal = _mm512_mask_sub_epi32(_mm512_srli_epi32(normal, 20), is_small, small,
-                                 _mm512_set1_epi32(0x46800000));
-  return _mm512_or_si512(sign, normal);
+    __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(q), 24), _mm512_set1_epi32(0x80));
+    __m512 a = _mm512_min_ps(_mm512_abs_ps(q), _mm512_set1_ps(448.0f));
+    __m512i bits = _mm512_castps_si512(a),
+            odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
+    __m512i normal = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7ffff - 0x3c000000)), odd);
+    __m512i small = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(16384.0f)));
+    __mmask16 is_small = _mm512_cmp_ps_mask(a, _mm512_set1_ps(0.015625f), _CMP_LT_OQ);
+    normal =
+        _mm512_mask_sub_epi32(_mm512_srli_epi32(normal, 20), is_small, small, _mm512_set1_epi32(0x46800000));
+    return _mm512_or_si512(sign, normal);
 }
 
-KVLI_TARGET_AVX512 static void
-kvli_byte_row_avx512(kvl_format format, const float *x, uint32_t dim,
-                     uint8_t *codes, uint8_t *scale) {
-  bool fp8 = format == KVL_FP8_E4M3;
-  __m512 m = _mm512_setzero_ps();
-  for (uint32_t i = 0; i < dim; i += 16)
-    m = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + i)), m);
-  float amax =
-      KVLI_F32(_mm512_reduce_max_ps(m) * (fp8 ? kvli_per_448 : kvli_per_127));
-  __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
-  __m512 s = _mm512_broadcastss_ps(_mm_cvtph_ps(h)),
-         lo = _mm512_set1_ps(-127.0f), hi = _mm512_set1_ps(127.0f);
-  for (uint32_t i = 0; i < dim; i += 16) {
-    __m512 v = _mm512_loadu_ps(x + i);
-    __m512i c = fp8 ? kvli_e4m3_avx512(_mm512_div_ps(v, s))
-                    : kvli_codes_avx512(v, s, lo, hi);
-    _mm_storeu_si128((__m128i *)(void *)(codes + i), _mm512_cvtepi32_epi8(c));
-  }
-  kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
-}
-
-KVLI_TARGET_AVX512 static void kvli_int4_group_avx512(const float *x,
-                                                      uint32_t n,
-                                                      uint8_t *codes,
-                                                      uint8_t *scale) {
-  __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(),
-         top = _mm512_set1_ps(15.0f);
-  for (uint32_t i = 16; i < n; i += 16) {
-    lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + i));
-    hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + i));
-  }
-  __m256 least = _mm256_add_ps(_mm256_set1_ps(_mm512_reduce_min_ps(lo)),
-                               _mm256_setzero_ps()); /* never -0 */
-  __m256 range = _mm256_sub_ps(_mm256_set1_ps(_mm512_reduce_max_ps(hi)), least);
-  __m128i hz = kvli_zeros_avx2(least), hs = kvli_scales_avx2(_mm256_mul_ps(
-                                           range, _mm256_set1_ps(kvli_per_15)));
-  __m512 z = _mm512_broadcastss_ps(_mm_cvtph_ps(hz)),
-         s = _mm512_broadcastss_ps(_mm_cvtph_ps(hs));
-  for (uint32_t i = 0; i < n; i += 16) {
-    __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), z), s,
-                                  none, top);
-    kvli_put_nibbles_avx2(codes + i / 2, _mm512_cvtepi32_epi8(c));
-  }
-  kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
-  kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
-}
-
-KVLI_TARGET_AVX512 static void kvli_seal_rows_avx512(const kvli_side *side,
-                                                     const float *rows,
-                                                     uint32_t first,
-                                                     uint8_t *tile) {
-  if (side->format ==
-      KVL_NVFP4) { /* bound by compares, which gain nothing from the width */
-    kvli_seal_rows_avx2(side, rows, first, tile);
-    return;
-  }
-  uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
-  size_t row_bytes = kvli_row_bytes(side->format, dim);
-  uint8_t *scales = tile + row_bytes * side->tokens,
-          *codes = tile + row_bytes * first;
-  for (uint32_t t = first; t < first + KVLI_SEAL_ROWS;
-       t++, rows += dim, codes += row_bytes) {
-    if (side->format != KVL_INT4)
-      kvli_byte_row_avx512(side->format, rows, dim, codes, scales + 2 * t);
-    for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
-      uint32_t e = g * KVLI_INT4_GROUP;
-      kvli_int4_group_avx512(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP),
-                             codes + e / 2, scales + 4 * (t * groups + g));
+KVLI_TARGET_AVX512 static void kvli_byte_row_avx512(kvl_format format, const float *x, uint32_t dim,
+                                                    uint8_t *codes, uint8_t *scale) {
+    bool fp8 = format == KVL_FP8_E4M3;
+    __m512 m = _mm512_setzero_ps();
+    for (uint32_t i = 0; i < dim; i += 16) m = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + i)), m);
+    float amax = KVLI_F32(_mm512_reduce_max_ps(m) * (fp8 ? kvli_per_448 : kvli_per_127));
+    __m128i h = kvli_scales_avx2(_mm256_set1_ps(amax));
+    __m512 s = _mm512_broadcastss_ps(_mm_cvtph_ps(h)), lo = _mm512_set1_ps(-127.0f),
+           hi = _mm512_set1_ps(127.0f);
+    for (uint32_t i = 0; i < dim; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        __m512i c = fp8 ? kvli_e4m3_avx512(_mm512_div_ps(v, s)) : kvli_codes_avx512(v, s, lo, hi);
+        KVLI_STORE128(codes + i, _mm512_cvtepi32_epi8(c));
     }
-  }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(h, 0));
 }
 
-KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side,
-                                                         const float *x,
-                                                         uint32_t first,
-                                                         uint8_t *tile) {
-  bool wide = side->format == KVL_INT8_CHANNEL;
-  size_t row_bytes = kvli_row_bytes(side->format, side->dim);
-  uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
-  __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(),
-         top = _mm512_set1_ps(wide ? 255.0f : 15.0f);
-  for (uint32_t t = 1; t < side->tokens; t++) {
-    lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + 16 * t));
-    hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + 16 * t));
-  }
-  lo = _mm512_add_ps(lo, none);
-  __m512 range = _mm512_mul_ps(
-      _mm512_sub_ps(hi, lo), _mm512_set1_ps(wide ? kvli_per_255 : kvli_per_15));
-  __m512 finite = _mm512_max_ps(_mm512_min_ps(lo, _mm512_set1_ps(65504.0f)),
-                                _mm512_set1_ps(-65504.0f));
-  __m256i hz = _mm512_cvtps_ph(finite, _MM_FROUND_TO_NEAREST_INT);
-  __m256i hs = _mm512_cvtps_ph(_mm512_min_ps(range, _mm512_set1_ps(65504.0f)),
-                               _MM_FROUND_TO_NEAREST_INT);
-  __mmask16 none_of = _mm256_testn_epi16_mask(hs, _mm256_set1_epi16(0x7fff));
-  hs = _mm256_mask_mov_epi16(hs, none_of, _mm256_set1_epi16(0x3c00));
-  _mm256_storeu_si256((__m256i *)(void *)scales, hs);
-  _mm256_storeu_si256((__m256i *)(void *)(scales + 2 * (size_t)side->dim), hz);
-  __m512 z = _mm512_cvtph_ps(hz), s = _mm512_cvtph_ps(hs);
-  uint8_t *p = tile + (wide ? first : first / 2);
-  for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
-    __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + 16 * t), z),
-                                  s, none, top);
-    if (wide)
-      _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(c));
-    else
-      kvli_put_nibbles_avx2(p, _mm512_cvtepi32_epi8(c));
-  }
+KVLI_TARGET_AVX512 static void kvli_int4_group_avx512(const float *x, uint32_t n, uint8_t *codes,
+                                                      uint8_t *scale) {
+    __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(), top = _mm512_set1_ps(15.0f);
+    for (uint32_t i = 16; i < n; i += 16) {
+        lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + i));
+        hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + i));
+    }
+    float least = KVLI_F32(_mm512_reduce_min_ps(lo) + 0.0f); /* never -0 */
+    float range = KVLI_F32(KVLI_F32(_mm512_reduce_max_ps(hi) - least) * kvli_per_15);
+    __m128i hz = kvli_zeros_avx2(_mm256_set1_ps(least)), hs = kvli_scales_avx2(_mm256_set1_ps(range));
+    __m512 z = _mm512_broadcastss_ps(_mm_cvtph_ps(hz)), s = _mm512_broadcastss_ps(_mm_cvtph_ps(hs));
+    for (uint32_t i = 0; i < n; i += 16) {
+        __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), z), s, none, top);
+        kvli_put_nibbles_avx2(codes + i / 2, _mm512_cvtepi32_epi8(c));
+    }
+    kvli_put16(scale, (uint16_t)_mm_extract_epi16(hs, 0));
+    kvli_put16(scale + 2, (uint16_t)_mm_extract_epi16(hz, 0));
+}
+
+KVLI_TARGET_AVX512 static void kvli_seal_rows_avx512(const kvli_side *side, const float *rows, uint32_t first,
+                                                     uint8_t *tile) {
+    if (side->format == KVL_NVFP4) { /* bound by compares, which gain nothing from the width */
+        kvli_seal_rows_avx2(side, rows, first, tile);
+        return;
+    }
+    uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    uint8_t *scales = tile + row_bytes * side->tokens, *codes = tile + row_bytes * first;
+    for (uint32_t t = first; t < first + KVLI_SEAL_ROWS; t++, rows += dim, codes += row_bytes) {
+        if (side->format != KVL_INT4) kvli_byte_row_avx512(side->format, rows, dim, codes, scales + 2 * t);
+        for (uint32_t g = 0; g < groups && side->format == KVL_INT4; g++) {
+            uint32_t e = g * KVLI_INT4_GROUP;
+            kvli_int4_group_avx512(rows + e, kvli_min_u32(dim - e, KVLI_INT4_GROUP), codes + e / 2,
+                                   scales + 4 * (t * groups + g));
+        }
+    }
+}
+
+KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side, const float *x,
+                                                         uint32_t first, uint8_t *tile) {
+    bool wide = side->format == KVL_INT8_CHANNEL;
+    size_t row_bytes = kvli_row_bytes(side->format, side->dim);
+    uint8_t *scales = tile + row_bytes * side->tokens + 2 * first;
+    __m512 lo = _mm512_loadu_ps(x), hi = lo, none = _mm512_setzero_ps(),
+           top = _mm512_set1_ps(wide ? 255.0f : 15.0f);
+    for (uint32_t t = 1; t < side->tokens; t++) {
+        lo = _mm512_min_ps(lo, _mm512_loadu_ps(x + 16 * t));
+        hi = _mm512_max_ps(hi, _mm512_loadu_ps(x + 16 * t));
+    }
+    lo = _mm512_add_ps(lo, none);
+    __m512 range = _mm512_mul_ps(_mm512_sub_ps(hi, lo), _mm512_set1_ps(wide ? kvli_per_255 : kvli_per_15));
+    __m512 finite = _mm512_max_ps(_mm512_min_ps(lo, _mm512_set1_ps(65504.0f)), _mm512_set1_ps(-65504.0f));
+    __m256i hz = _mm512_cvtps_ph(finite, _MM_FROUND_TO_NEAREST_INT);
+    __m256i hs = _mm512_cvtps_ph(_mm512_min_ps(range, _mm512_set1_ps(65504.0f)), _MM_FROUND_TO_NEAREST_INT);
+    __mmask16 none_of = _mm256_testn_epi16_mask(hs, _mm256_set1_epi16(0x7fff));
+    hs = _mm256_mask_mov_epi16(hs, none_of, _mm256_set1_epi16(0x3c00));
+    KVLI_STORE256(scales, hs);
+    KVLI_STORE256(scales + 2 * (size_t)side->dim, hz);
+    __m512 z = _mm512_cvtph_ps(hz), s = _mm512_cvtph_ps(hs);
+    uint8_t *p = tile + (wide ? first : first / 2);
+    for (uint32_t t = 0; t < side->tokens; t++, p += row_bytes) {
+        __m512i c = kvli_codes_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + 16 * t), z), s, none, top);
+        if (wide)
+            KVLI_STORE128(p, _mm512_cvtepi32_epi8(c));
+        else
+            kvli_put_nibbles_avx2(p, _mm512_cvtepi32_epi8(c));
+    }
 }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -2136,199 +1924,163 @@ KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side,
 
 /* ---- the paths ---- */
 typedef struct kvli_codec {
-  /* n_rows rows of n numbers (a multiple of 16), step bytes apart, to dst
+    /* n_rows rows of n numbers (a multiple of 16), step bytes apart, to dst
    * [n_rows][n] */
-  void (*load)(kvl_format format, const void *src, size_t step, uint32_t n_rows,
-               uint32_t n, float *dst);
-  void (*store)(kvl_format format, const float *src, uint32_t n, void *dst);
-  bool (*finite)(kvl_format format, const void *row, uint32_t n);
-  void (*hadamard)(float *x, uint32_t block, uint32_t n_blocks);
-  void (*seal_rows)(const kvli_side *side, const float *rows, uint32_t first,
-                    uint8_t *tile);
-  void (*seal_channels)(const kvli_side *side, const float *x, uint32_t first,
-                        uint8_t *tile);
+    void (*load)(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst);
+    void (*store)(kvl_format format, const float *src, uint32_t n, void *dst);
+    bool (*finite)(kvl_format format, const void *row, uint32_t n);
+    void (*hadamard)(float *x, uint32_t block, uint32_t n_blocks);
+    void (*seal_rows)(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile);
+    void (*seal_channels)(const kvli_side *side, const float *x, uint32_t first, uint8_t *tile);
 } kvli_codec;
 
 static const kvli_codec kvli_codecs[] = {
-    {kvli_load_scalar, kvli_store_scalar, kvli_finite_scalar,
-     kvli_hadamard_scalar, kvli_seal_rows_scalar, kvli_seal_channels_scalar},
+    {kvli_load_scalar, kvli_store_scalar, kvli_finite_scalar, kvli_hadamard_scalar, kvli_seal_rows_scalar,
+     kvli_seal_channels_scalar},
 #if KVLI_X86
-    {kvli_load_avx2, kvli_store_avx2, kvli_finite_avx2, kvli_hadamard_avx2,
-     kvli_seal_rows_avx2, kvli_seal_channels_avx2},
-    {kvli_load_avx512, kvli_store_avx512, kvli_finite_avx512,
-     kvli_hadamard_avx512, kvli_seal_rows_avx512, kvli_seal_channels_avx512},
+    {kvli_load_avx2, kvli_store_avx2, kvli_finite_avx2, kvli_hadamard_avx2, kvli_seal_rows_avx2,
+     kvli_seal_channels_avx2},
+    {kvli_load_avx512, kvli_store_avx512, kvli_finite_avx512, kvli_hadamard_avx512, kvli_seal_rows_avx512,
+     kvli_seal_channels_avx512},
 #endif
 };
 
 static const kvli_codec *kvli_codec_of(kvl_simd simd) {
 #if KVLI_X86
-  return &kvli_codecs[simd == KVL_SIMD_AVX512 ? 2
-                      : simd == KVL_SIMD_AVX2 ? 1
-                                              : 0];
+    return &kvli_codecs[simd == KVL_SIMD_AVX512 ? 2 : simd == KVL_SIMD_AVX2 ? 1 : 0];
 #else
-  (void)simd;
-  return &kvli_codecs[0];
+    (void)simd;
+    return &kvli_codecs[0];
 #endif
 }
 
-static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows,
-                          kvl_simd simd) {
-  uint32_t block = kvli_hadamard_block(dim);
-  kvli_codec_of(simd)->hadamard(x, block, dim / block * n_rows);
+static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows, kvl_simd simd) {
+    uint32_t block = kvli_hadamard_block(dim);
+    kvli_codec_of(simd)->hadamard(x, block, dim / block * n_rows);
 }
 
-static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src,
-                            kvl_dtype dtype, size_t row_stride, uint32_t n,
-                            void *tile, uint32_t row, kvl_simd simd) {
-  const kvli_codec *codec = kvli_codec_of(simd);
-  kvl_format from = (kvl_format)dtype + KVL_F32; /* the two enums run alike */
-  size_t step = row_stride * (from == KVL_F32 ? 4 : 2),
-         row_bytes = kvli_row_bytes(exact, dim);
-  const uint8_t *in = (const uint8_t *)src;
-  uint8_t *out = (uint8_t *)tile + row_bytes * row;
-  bool finite = true;
-  for (uint32_t i = 0; i < n; i++, in += step, out += row_bytes) {
-    float x[KVLI_MAX_DIM];
-    if (from == exact) {
-      memcpy(out, in, row_bytes);
-    } else if (from == KVL_F32) {
-      codec->store(exact, (const float *)(const void *)in, dim, out);
+static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src, kvl_dtype dtype,
+                            size_t row_stride, uint32_t n, void *tile, uint32_t row, kvl_simd simd) {
+    const kvli_codec *codec = kvli_codec_of(simd);
+    kvl_format from = (kvl_format)dtype + KVL_F32; /* the two enums run alike */
+    size_t step = row_stride * (from == KVL_F32 ? 4 : 2), row_bytes = kvli_row_bytes(exact, dim);
+    const uint8_t *in = (const uint8_t *)src;
+    uint8_t *out = (uint8_t *)tile + row_bytes * row;
+    bool finite = true;
+    for (uint32_t i = 0; i < n; i++, in += step, out += row_bytes) {
+        float x[KVLI_MAX_DIM];
+        if (from == exact) {
+            memcpy(out, in, row_bytes);
+        } else if (from == KVL_F32) {
+            codec->store(exact, (const float *)(const void *)in, dim, out);
+        } else {
+            codec->load(from, in, 0, 1, dim, x);
+            codec->store(exact, x, dim, out);
+        }
+        finite &= codec->finite(exact, out, dim);
+    }
+    return finite;
+}
+
+static void kvli_seal_tile(const kvli_side *side, kvl_format exact, const void *exact_tile, void *tile,
+                           kvl_simd simd) {
+    const kvli_codec *codec = kvli_codec_of(simd);
+    const uint8_t *src = (const uint8_t *)exact_tile;
+    uint8_t *dst = (uint8_t *)tile;
+    uint32_t tokens = side->tokens, dim = side->dim;
+    size_t in_bytes = kvli_row_bytes(exact, dim);
+    size_t used = kvli_row_bytes(side->format, dim) * tokens + kvli_scale_bytes(side->format, tokens, dim);
+    if (kvli_is_exact(side->format)) {
+        kvli_write_rows(side->format, dim, src, (kvl_dtype)(exact - KVL_F32), dim, tokens, dst, 0, simd);
+    } else if (kvli_is_channel(side->format)) {
+        for (uint32_t c = 0; c < dim; c += 16) {
+            float x[64 * 16];
+            codec->load(exact, src + in_bytes / dim * c, in_bytes, tokens, 16, x);
+            codec->seal_channels(side, x, c, dst);
+        }
     } else {
-      codec->load(from, in, 0, 1, dim, x);
-      codec->store(exact, x, dim, out);
+        for (uint32_t t = 0; t < tokens; t += KVLI_SEAL_ROWS) {
+            float rows[KVLI_SEAL_ROWS * KVLI_MAX_DIM];
+            codec->load(exact, src + in_bytes * t, in_bytes, KVLI_SEAL_ROWS, dim, rows);
+            if (side->rotated)
+                codec->hadamard(rows, kvli_hadamard_block(dim),
+                                dim / kvli_hadamard_block(dim) * KVLI_SEAL_ROWS);
+            codec->seal_rows(side, rows, t, dst);
+        }
     }
-    finite &= codec->finite(exact, out, dim);
-  }
-  return finite;
-}
-
-static void kvli_seal_tile(const kvli_side *side, kvl_format exact,
-                           const void *exact_tile, void *tile, kvl_simd simd) {
-  const kvli_codec *codec = kvli_codec_of(simd);
-  const uint8_t *src = (const uint8_t *)exact_tile;
-  uint8_t *dst = (uint8_t *)tile;
-  uint32_t tokens = side->tokens, dim = side->dim;
-  size_t in_bytes = kvli_row_bytes(exact, dim);
-  size_t used = kvli_row_bytes(side->format, dim) * tokens +
-                kvli_scale_bytes(side->format, tokens, dim);
-  if (kvli_is_exact(side->format)) {
-    kvli_write_rows(side->format, dim, src, (kvl_dtype)(exact - KVL_F32), dim,
-                    tokens, dst, 0, simd);
-  } else if (kvli_is_channel(side->format)) {
-    for (uint32_t c = 0; c < dim; c += 16) {
-      float x[64 * 16];
-      codec->load(exact, src + in_bytes / dim * c, in_bytes, tokens, 16, x);
-      codec->seal_channels(side, x, c, dst);
-    }
-  } else {
-    for (uint32_t t = 0; t < tokens; t += KVLI_SEAL_ROWS) {
-      float rows[KVLI_SEAL_ROWS * KVLI_MAX_DIM];
-      codec->load(exact, src + in_bytes * t, in_bytes, KVLI_SEAL_ROWS, dim,
-                  rows);
-      if (side->rotated)
-        codec->hadamard(rows, kvli_hadamard_block(dim),
-                        dim / kvli_hadamard_block(dim) * KVLI_SEAL_ROWS);
-      codec->seal_rows(side, rows, t, dst);
-    }
-  }
-  memset(dst + used, 0, kvli_tile_size(side->format, tokens, dim) - used);
+    memset(dst + used, 0, kvli_tile_size(side->format, tokens, dim) - used);
 }
 
 /* ---- decoding: bare conversions and products that are exact in f32, so that
    no order of operations is needed (but for an NVFP4 global that is no power of
    two: the block's scale is rounded once, then each number) ---- */
-static float kvli_decode_one(const kvli_side *side, const uint8_t *tile,
-                             uint32_t t, uint32_t e) {
-  uint32_t dim = side->dim;
-  size_t row_bytes = kvli_row_bytes(side->format, dim);
-  const uint8_t *row = tile + row_bytes * t,
-                *scales = tile + row_bytes * side->tokens;
-  uint32_t nibble =
-      row_bytes == dim / 2 ? row[e / 2] >> (e % 2 ? 4 : 0) & 15u : 0;
-  switch (side->format) {
-  case KVL_INT8:
-    return (float)(int8_t)row[e] * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
-  case KVL_FP8_E4M3:
-    return kvli_e4m3_to_f32(row[e]) *
-           kvli_f16_to_f32(kvli_get16(scales + 2 * t));
-  case KVL_NVFP4: {
-    float s = kvli_rounded(
-        kvli_e4m3_to_f32(
-            scales[t * (dim / KVLI_NVFP4_GROUP) + e / KVLI_NVFP4_GROUP]) *
-        side->global);
-    float v = kvli_e2m1_values[nibble & 7u];
-    return (nibble & 8u ? -v : v) * s;
-  }
-  case KVL_INT4: {
-    const uint8_t *p = scales + 4 * (t * kvli_div_up(dim, KVLI_INT4_GROUP) +
-                                     e / KVLI_INT4_GROUP);
-    return (float)nibble * kvli_f16_to_f32(kvli_get16(p)) +
-           kvli_f16_to_f32(kvli_get16(p + 2));
-  }
-  default: { /* the channel formats */
-    float code =
-        side->format == KVL_INT8_CHANNEL ? (float)row[e] : (float)nibble;
-    return code * kvli_f16_to_f32(kvli_get16(scales + 2 * e)) +
-           kvli_f16_to_f32(kvli_get16(scales + 2 * dim + 2 * e));
-  }
-  }
+static float kvli_decode_one(const kvli_side *side, const uint8_t *tile, uint32_t t, uint32_t e) {
+    uint32_t dim = side->dim;
+    size_t row_bytes = kvli_row_bytes(side->format, dim);
+    const uint8_t *row = tile + row_bytes * t, *scales = tile + row_bytes * side->tokens;
+    uint32_t nibble = row_bytes == dim / 2 ? row[e / 2] >> (e % 2 ? 4 : 0) & 15u : 0;
+    switch (side->format) {
+    case KVL_INT8: return (float)(int8_t)row[e] * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
+    case KVL_FP8_E4M3: return kvli_e4m3_to_f32(row[e]) * kvli_f16_to_f32(kvli_get16(scales + 2 * t));
+    case KVL_NVFP4: {
+        float s = kvli_rounded(kvli_e4m3_to_f32(scales[t * (dim / KVLI_NVFP4_GROUP) + e / KVLI_NVFP4_GROUP]) *
+                               side->global);
+        float v = kvli_e2m1_values[nibble & 7u];
+        return (nibble & 8u ? -v : v) * s;
+    }
+    case KVL_INT4: {
+        const uint8_t *p = scales + 4 * (t * kvli_div_up(dim, KVLI_INT4_GROUP) + e / KVLI_INT4_GROUP);
+        return (float)nibble * kvli_f16_to_f32(kvli_get16(p)) + kvli_f16_to_f32(kvli_get16(p + 2));
+    }
+    default: { /* the channel formats */
+        float code = side->format == KVL_INT8_CHANNEL ? (float)row[e] : (float)nibble;
+        return code * kvli_f16_to_f32(kvli_get16(scales + 2 * e)) +
+               kvli_f16_to_f32(kvli_get16(scales + 2 * dim + 2 * e));
+    }
+    }
 }
 
-static void kvli_decode_tile(const kvli_side *side, const void *tile,
-                             float *rows) {
-  if (kvli_is_exact(side->format)) {
-    kvli_load_scalar(side->format, tile, 0, 1, side->tokens * side->dim, rows);
-    return;
-  }
-  for (uint32_t t = 0; t < side->tokens; t++) {
-    for (uint32_t e = 0; e < side->dim; e++)
-      rows[t * side->dim + e] =
-          kvli_decode_one(side, (const uint8_t *)tile, t, e);
-  }
+static void kvli_decode_tile(const kvli_side *side, const void *tile, float *rows) {
+    if (kvli_is_exact(side->format)) {
+        kvli_load_scalar(side->format, tile, 0, 1, side->tokens * side->dim, rows);
+        return;
+    }
+    for (uint32_t t = 0; t < side->tokens; t++) {
+        for (uint32_t e = 0; e < side->dim; e++)
+            rows[t * side->dim + e] = kvli_decode_one(side, (const uint8_t *)tile, t, e);
+    }
 }
 
-static kvl_result kvli_tile_side(kvl_format f, uint32_t tokens, uint32_t dim,
-                                 float global, kvli_side *side) {
-  if (!kvli_side_supported(f, true, tokens, dim, NULL))
-    return KVL_UNSUPPORTED;
-  if (!(global >= 0.0f && global <= FLT_MAX) ||
-      (global > 0.0f && global < FLT_MIN))
-    return KVL_INVALID_ARG;
-  side->format = f & ~(kvl_format)KVL_ROTATED;
-  side->rotated = side->format != f;
-  side->global = global > 0.0f ? global : 1.0f / 16.0f;
-  side->tokens = tokens;
-  side->dim = dim;
-  side->tile_bytes = kvli_tile_size(f, tokens, dim);
-  return KVL_OK;
+static kvl_result kvli_tile_side(kvl_format f, uint32_t tokens, uint32_t dim, float global, kvli_side *side) {
+    if (!kvli_side_supported(f, true, tokens, dim, NULL)) return KVL_UNSUPPORTED;
+    if (!(global >= 0.0f && global <= FLT_MAX) || (global > 0.0f && global < FLT_MIN)) return KVL_INVALID_ARG;
+    side->format = f & ~(kvl_format)KVL_ROTATED;
+    side->rotated = side->format != f;
+    side->global = global > 0.0f ? global : 1.0f / 16.0f;
+    side->tokens = tokens;
+    side->dim = dim;
+    side->tile_bytes = kvli_tile_size(f, tokens, dim);
+    return KVL_OK;
 }
 
-KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens,
-                                   uint32_t dim, float nvfp4_global,
+KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global,
                                    const float *rows, void *tile) {
-  kvli_side side;
-  if (!rows || !tile)
-    return KVL_INVALID_ARG;
-  kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
-  if (r == KVL_OK)
-    kvli_seal_tile(&side, KVL_F32, rows, tile, kvli_simd_best());
-  return r;
+    kvli_side side;
+    if (!rows || !tile) return KVL_INVALID_ARG;
+    kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
+    if (r == KVL_OK) kvli_seal_tile(&side, KVL_F32, rows, tile, kvli_simd_best());
+    return r;
 }
 
-KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens,
-                                   uint32_t dim, float nvfp4_global,
-                                   const void *tile, bool unrotate,
-                                   float *rows) {
-  kvli_side side;
-  if (!rows || !tile)
-    return KVL_INVALID_ARG;
-  kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
-  if (r != KVL_OK)
-    return r;
-  kvli_decode_tile(&side, tile, rows);
-  if (side.rotated && unrotate)
-    kvli_hadamard(rows, dim, block_tokens, kvli_simd_best());
-  return KVL_OK;
+KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global,
+                                   const void *tile, bool unrotate, float *rows) {
+    kvli_side side;
+    if (!rows || !tile) return KVL_INVALID_ARG;
+    kvl_result r = kvli_tile_side(f, block_tokens, dim, nvfp4_global, &side);
+    if (r != KVL_OK) return r;
+    kvli_decode_tile(&side, tile, rows);
+    if (side.rotated && unrotate) kvli_hadamard(rows, dim, block_tokens, kvli_simd_best());
+    return KVL_OK;
 }
 
 /* ==== >>backend: what a backend must do ================================================================================== */
@@ -5009,9 +4761,10 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
                 __m512 q[4];
                 KVLI_UNROLL for (int k = 0; k < 4; k++) q[k] = _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
                 KVLI_UNROLL for (int i = 0; i < Q; i++) {
-                    __m512 *x = v[i & 1], sum = scaled ? _mm512_setzero_ps() : a[h * Q + i];
+                    __m512 *x = v[i & 1], sum = a[h * Q + i];
                     if (H == 1) kvli_z_key(f, row + (size_t)(4 * i) * stride, stride, side + (uint32_t)i * n_side, c, x);
-                    KVLI_UNROLL for (int k = 0; k < 4; k++) sum = _mm512_fmadd_ps(q[k], x[k], sum);
+                    KVLI_UNROLL for (int k = 0; k < 4; k++)
+                        sum = scaled && k == 0 ? _mm512_mul_ps(q[k], x[k]) : _mm512_fmadd_ps(q[k], x[k], sum);
                     a[h * Q + i] = scaled ? _mm512_fmadd_ps(sum, scale[i], a[h * Q + i]) : sum;
                 }
             }
@@ -7112,6 +6865,14 @@ KVL_API kvl_result kvl_seq_pin(kvl_cache *c, kvl_seq h, bool pin) {
     return KVL_OK;
 }
 
+/* Pins that end at this node and belong to no open sequence: those that kvl_prefix_unpin may take. */
+static uint32_t kvli_loose_pins(const kvl_cache *c, uint32_t n) {
+    uint32_t pins = c->nodes[n].pins;
+    for (uint32_t k = c->nodes[n].first_child; k != KVL_NONE; k = c->nodes[k].next) pins -= c->nodes[k].pins;
+    for (uint32_t i = 0; i < c->max_seqs; i++) pins -= c->seqs[i].open && c->seqs[i].pin_node == n;
+    return pins;
+}
+
 KVL_API kvl_result kvl_prefix_unpin(kvl_cache *c, const kvl_seq_desc *d, uint32_t *n_tokens) {
     if (n_tokens) *n_tokens = 0;
     if (!c) return KVL_INVALID_ARG;
@@ -7119,13 +6880,11 @@ KVL_API kvl_result kvl_prefix_unpin(kvl_cache *c, const kvl_seq_desc *d, uint32_
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_prefix_unpin: a step is open");
     uint32_t T = c->geo.block_tokens, at = kvli_root_find(c, d->name_space, d->salt), deepest = KVL_NONE;
     for (uint32_t done = 0; at != KVL_NONE && c->nodes[at].pins; done += T) {
-        deepest = at;
+        if (kvli_loose_pins(c, at)) deepest = at;
         if (done + T > d->n_tokens) break;
         at = kvli_child(c, at, d->tokens + done);
     }
     if (deepest == KVL_NONE) return KVL_OK;
-    for (uint32_t i = 0; i < c->max_seqs; i++) /* what an open sequence pinned is its own to unpin */
-        if (c->seqs[i].open && c->seqs[i].pin_node == deepest) c->seqs[i].pin_node = KVL_NONE;
     if (n_tokens) *n_tokens = c->nodes[deepest].depth * T;
     kvli_unpin_path(c, deepest);
     kvli_publish(c);
@@ -7236,9 +6995,12 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
     if (c->step.done[layer]) return KVLI_ERROR(c, KVL_MISMATCH, "kvl_attend: layer %u has run in this step", layer);
     bool memory = c->ctx->backend->has_memory;
     memset(&a, 0, sizeof a);
-    if (!kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, memory, &a.q) || !kvli_tensor_fill(k, c->geo.n_kv_heads, c->geo.k_dim, memory, &a.k) ||
-        !kvli_tensor_fill(v, c->geo.n_kv_heads, c->geo.v_dim, memory, &a.v) || !kvli_tensor_fill(out, c->geo.n_q_heads, c->geo.v_dim, memory, &a.out))
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: a tensor is null or of an unknown dtype");
+    const char *bad = !kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, memory, &a.q)      ? "q"
+                      : !kvli_tensor_fill(k, c->geo.n_kv_heads, c->geo.k_dim, memory, &a.k)   ? "k"
+                      : !kvli_tensor_fill(v, c->geo.n_kv_heads, c->geo.v_dim, memory, &a.v)   ? "v"
+                      : !kvli_tensor_fill(out, c->geo.n_q_heads, c->geo.v_dim, memory, &a.out) ? "out"
+                                                                                               : NULL;
+    if (bad) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensor %s is null or of an unknown dtype", bad);
     a.geo = &c->geo;
     a.layer = &c->geo.layers[layer];
     a.spans = &c->step.attend[(size_t)a.layer->group * c->max_spans];

@@ -505,8 +505,8 @@ static void greet(const program *p) {
     kvl_stats s;
     kvl_get_stats(p->cache, &s);
     if (gguf_get_str(p->rt.file, "general.name", &name, NULL, 0)) gguf_printable(name, shown, sizeof shown);
-    note(p, "%s, %u tokens of context, %.0f MiB for KV (%s), %u threads. /help lists the commands", shown, p->limit,
-         (double)s.device_budget / (1 << 20), kvl_context_backend(p->rt.context), pool_threads(p->rt.threads));
+    note(p, "%s: %u tokens of context, %.0f MiB for KV. /help lists the commands", shown, p->limit,
+         (double)s.device_budget / (1 << 20));
 }
 
 static void release(program *p) {

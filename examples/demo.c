@@ -128,6 +128,23 @@ static unsigned longest_answer(const program *p, const demo_turn *t) {
     return p->quick && t->answer > 16 ? 16 : t->answer;
 }
 
+/* ---- names ---- */
+
+static const char *kv_name(const program *p, char *out, size_t n) { /* as on the command line */
+    const runtime_cache_desc *c = &p->o.cache;
+    const kvl_preset *preset = kvl_preset_find(c->preset ? c->preset : "int8");
+    kvl_format k = c->k_format || !preset ? c->k_format : preset->k;
+    kvl_format v = c->v_format || !preset ? c->v_format : preset->v;
+    if (!c->k_format && !c->v_format && preset) snprintf(out, n, "%s", preset->name);
+    else snprintf(out, n, "%s/%s", kvl_format_name(k), kvl_format_name(v));
+    return out;
+}
+
+static const char *model_name(const program *p) {
+    const char *slash = strrchr(p->o.runtime.path, '/');
+    return slash ? slash + 1 : p->o.runtime.path;
+}
+
 /* ---- conversations ---- */
 
 static bool append_question(program *p, chat *c, const demo_turn *t, token_list *out, char *err, size_t n) {
@@ -251,8 +268,7 @@ static bool chat_ask(program *p, unsigned i, char *err, size_t n) {
     kvl_request r = {.tokens = c->tokens.ids,
                      .n_tokens = (uint32_t)c->tokens.n,
                      .max_new_tokens = longest_answer(p, t),
-                     .klass = KVL_INTERACTIVE,
-                     .priority = t->with_text ? 0 : 1}; /* short questions are read before a long text */
+                     .klass = t->with_text ? KVL_BACKGROUND : KVL_INTERACTIVE}; /* short questions go first */
     sampler_desc sampling = sampling_of(p, i, c->turn);
     if (!engine_submit(&p->e, i, &r, &sampling, true, err, n)) return false;
     c->asked = true;
@@ -300,6 +316,7 @@ static void fill_stream(program *p, unsigned i, view_stream *out) {
     out->n_reused = s->info.reuse.matched;
     out->n_read = s->info.n_computed;
     out->n_written = (unsigned)s->answer.n;
+    out->pasted = c->script->turns[turn].with_text;
     if (!begun) out->state = VIEW_ABSENT;
     else if (c->asked) out->state = read ? VIEW_WRITING : s->info.state == KVL_REQ_PREFILL ? VIEW_READING : VIEW_WAITING;
     else out->state = c->turn < c->n_turns ? VIEW_PAUSE : VIEW_DONE;
@@ -320,13 +337,13 @@ static void fill_rates(program *p, view_frame *f) {
 
 static void draw(program *p) {
     const kvl_stats *s = &p->e.stats;
-    const char *slash = strrchr(p->o.runtime.path, '/');
-    char setup[128];
-    view_frame f = {.model = slash ? slash + 1 : p->o.runtime.path, .setup = setup};
+    char setup[128], kv[64];
+    view_frame f = {.model = model_name(p), .setup = setup};
     if (!p->live_view || runtime_now() - p->drawn < 0.08) return;
     p->drawn = runtime_now();
     f.seconds = p->drawn - p->start;
-    snprintf(setup, sizeof setup, "%s, %u threads", kvl_context_backend(p->rt.context), pool_threads(p->rt.threads));
+    snprintf(setup, sizeof setup, "%s, %u threads, KV %s", kvl_context_backend(p->rt.context),
+             pool_threads(p->rt.threads), kv_name(p, kv, sizeof kv));
     uint64_t packed = block_bytes(p, false), exact = block_bytes(p, true);
     f.budget = s->device_budget;
     f.bytes[VIEW_SHARED] = s->blocks_shared[0] * packed + s->blocks_shared[1] * exact;
@@ -336,6 +353,7 @@ static void draw(program *p) {
     f.bytes[VIEW_SCRATCH] = s->bytes_scratch + s->bytes_workspace;
     fill_rates(p, &f);
     f.gap_ms = s->gap_ms.max;
+    f.usual_gap_ms = s->gap_ms.p50;
     f.asked_gap_ms = p->max_gap_ms;
     f.n_prompt = s->open_tokens;
     f.n_reused = s->hit_tokens;
@@ -392,8 +410,17 @@ static bool converse(program *p, char *err, size_t n) {
     return true;
 }
 
+static void print_chats(const program *p) {
+    for (unsigned i = 0; i < DEMO_CHATS; i++) {
+        const chat *c = &p->chats[i];
+        printf(" %-8s %u turns, %4zu tokens in the end, %4" PRIu64 " of %4" PRIu64 " prompt tokens reused\n",
+               c->script->name, c->n_turns, c->tokens.n, c->n_reused, c->n_prompt);
+    }
+    putchar('\n');
+}
+
 static bool live(program *p, char *err, size_t n) {
-    engine_desc d = {.cache = p->o.cache, .sched = {.policy = KVL_POLICY_PRIORITY, .max_gap_ms = p->max_gap_ms}};
+    engine_desc d = {.cache = p->o.cache, .sched = {.max_gap_ms = p->max_gap_ms}};
     if (!engine_open(&p->e, &p->rt, &d, DEMO_CHATS, err, n)) return false;
     if (p->live_view) view_open(&p->v);
     bool ok = converse(p, err, n);
@@ -401,6 +428,7 @@ static bool live(program *p, char *err, size_t n) {
         if (ok) rest(p->quick ? 0.2 : 1.5);
         view_close(&p->v);
         p->live_view = false;
+        if (ok) print_chats(p);
     }
     engine_close(&p->e);
     return ok;
@@ -409,8 +437,10 @@ static bool live(program *p, char *err, size_t n) {
 /* ---- the measurements after it ---- */
 
 static void progress(program *p, const char *what) {
-    bool over = isatty(fileno(p->log)) && !p->plain; /* one line, written over */
-    fprintf(p->log, over ? "\r\x1b[K%s%s" : "%s%s\n", *what ? "measuring: " : "", what);
+    if (isatty(fileno(p->log)) && !p->plain) /* one line, written over */
+        fprintf(p->log, "\r\x1b[K%s%s", *what ? "measuring: " : "", what);
+    else
+        fprintf(p->log, *what ? "measuring: %s\n" : "%s\n", what);
     fflush(p->log);
 }
 
@@ -477,45 +507,53 @@ static void table_row(const char *what, const char *with, const char *without, d
     putchar('\n');
 }
 
-static void print_table(const program *p, double seconds) {
-    totals t = sum_up(p);
+static void print_rows(const program *p, const totals *t) {
     const figures *f = &p->f;
-    char with[64], without[64];
-    const char *slash = strrchr(p->o.runtime.path, '/');
-    printf("\n%d conversations, %" PRIu64 " turns, %" PRIu64 " tokens written in %.0f s, people's pauses included\n",
-           DEMO_CHATS, t.turns, p->n_generated, p->live_s);
-    printf("%s on %s, %u threads; KV in %s, %.0f MiB\n\n", slash ? slash + 1 : p->o.runtime.path,
-           kvl_context_backend(p->rt.context), pool_threads(p->rt.threads), p->o.cache.preset ? p->o.cache.preset : "int8",
-           VIEW_MIB(p->o.cache.device_bytes));
+    char what[64], with[64], without[64];
     table_row("", "kvlite", "without", 0);
     snprintf(with, sizeof with, "%.0f together", f->together_rate);
     snprintf(without, sizeof without, "%.0f one at a time", f->alone_rate);
     table_row("tokens/s, 8 streams (1)", with, without, f->together_rate / f->alone_rate);
     snprintf(with, sizeof with, "%.1f MiB", VIEW_MIB(p->kv_peak));
-    snprintf(without, sizeof without, "%.1f MiB reserved", VIEW_MIB(t.reserved));
-    table_row("KV memory, peak (2)", with, without, (double)t.reserved / (double)p->kv_peak);
-    snprintf(without, sizeof without, "%.1f MiB at final size", VIEW_MIB(t.final));
-    table_row("", "", without, (double)t.final / (double)p->kv_peak);
-    snprintf(with, sizeof with, "%" PRIu64, t.prompt - t.reused);
-    snprintf(without, sizeof without, "%" PRIu64, t.prompt);
-    table_row("prompt tokens computed (3)", with, without, (double)t.prompt / (double)(t.prompt - t.reused));
+    snprintf(without, sizeof without, "%.1f MiB reserved", VIEW_MIB(t->reserved));
+    table_row("KV memory, peak (2)", with, without, (double)t->reserved / (double)p->kv_peak);
+    snprintf(without, sizeof without, "%.1f MiB at final size", VIEW_MIB(t->final));
+    table_row("", "", without, (double)t->final / (double)p->kv_peak);
+    snprintf(with, sizeof with, "%" PRIu64, t->prompt - t->reused);
+    snprintf(without, sizeof without, "%" PRIu64, t->prompt);
+    table_row("prompt tokens computed (3)", with, without, (double)t->prompt / (double)(t->prompt - t->reused));
     snprintf(with, sizeof with, "%.0f ms", f->chunked_gap_ms);
     snprintf(without, sizeof without, "%.0f ms", f->whole_gap_ms);
-    table_row("longest wait, a token (4)", with, without, f->whole_gap_ms / f->chunked_gap_ms);
+    table_row("longest wait, one token (4)", with, without, f->whole_gap_ms / f->chunked_gap_ms);
+    snprintf(what, sizeof what, "a token after %u (5)", f->at_tokens);
     snprintf(with, sizeof with, "%.1f ms", f->cached_ms);
     snprintf(without, sizeof without, "%.0f ms recomputed", f->recomputed_ms);
-    table_row("the 1,000th token (5)", with, without, f->recomputed_ms / f->cached_ms);
-    printf("\n (1) The 8 first questions, asked all at once and one after another; tokens written a second.\n"
-           "     Live, together and alone, %u of %u answers are the same token for token.\n", f->n_same, f->n_compared);
-    printf(" (2) Blocks in use or kept for reuse, and scratch; against contiguous f16 buffers, reserved\n"
-           "     for %u tokens a conversation, then for only the tokens that each had in the end.\n", p->context);
-    printf(" (3) In the live run: %.0f%% of the prompt tokens were in memory already.\n",
+    table_row(what, with, without, f->recomputed_ms / f->cached_ms);
+}
+
+static void print_table(const program *p, double seconds) {
+    totals t = sum_up(p);
+    const figures *f = &p->f;
+    char kv[64];
+    printf("%d conversations, %" PRIu64 " turns, %" PRIu64 " tokens written in %.0f s (people's pauses included)\n",
+           DEMO_CHATS, t.turns, p->n_generated, p->live_s);
+    printf("%s on %s, %u threads, KV in %s\n\n", model_name(p), kvl_context_backend(p->rt.context),
+           pool_threads(p->rt.threads), kv_name(p, kv, sizeof kv));
+    print_rows(p, &t);
+    printf("\n (1) The 8 first questions, all at once and one after another: tokens written a\n"
+           "     second. Live, together, alone: %u of %u answers are equal, token for token.\n",
+           f->n_same, f->n_compared);
+    printf(" (2) Blocks in use or kept for reuse, and scratch, in a budget of %.0f MiB; against\n"
+           "     contiguous f16 buffers, reserved for %u tokens a conversation, and then\n"
+           "     for only the tokens that each had in the end.\n",
+           VIEW_MIB(p->o.cache.device_bytes), p->context);
+    printf(" (3) In the live run %.0f%% of the prompt tokens were in memory already.\n",
            100.0 * (double)t.reused / (double)t.prompt);
-    printf(" (4) A prompt of %u tokens comes in while %u streams write: in chunks (asked: at most %.0f ms),\n"
-           "     and in one piece. In the live run the longest wait was %.0f ms, the median %.0f ms.\n",
+    printf(" (4) A prompt of %u tokens comes in while %u streams write: in chunks (asked: at\n"
+           "     most %.0f ms) and in one piece. Live: %.0f ms at most, %.0f ms in the median.\n",
            f->gap_prompt, f->gap_streams, p->max_gap_ms, p->stats.gap_ms.max, p->stats.gap_ms.p50);
-    printf(" (5) One more token after %u: with the cache, and by computing all of them again.\n", f->at_tokens);
-    printf("\nAll figures are measured on this machine, in %.0f s.\n", seconds);
+    printf(" (5) With the cache, and by computing all %u tokens again.\n", f->at_tokens);
+    printf("\nAll of it was measured on this machine just now, in %.0f s.\n", seconds);
 }
 
 /* s is any bytes; what is not printable ASCII or UTF-8 is escaped by utf8_stream before. */
@@ -571,12 +609,13 @@ static void print_json(const program *p, double seconds) {
     totals t = sum_up(p);
     const figures *f = &p->f;
     const kvl_percentiles *g = &p->stats.gap_ms, *first = &p->stats.ttft_ms;
+    char kv[64];
     printf("{\"model\":");
     json_string(p->o.runtime.path);
     printf(",\"backend\":");
     json_string(kvl_context_backend(p->rt.context));
     printf(",\"threads\":%u,\"kv\":\"%s\",\"seed\":%" PRIu64 ",\"quick\":%s,\"seconds\":%.3f,", pool_threads(p->rt.threads),
-           p->o.cache.preset ? p->o.cache.preset : "int8", p->o.sampling.seed, p->quick ? "true" : "false", seconds);
+           kv_name(p, kv, sizeof kv), p->o.sampling.seed, p->quick ? "true" : "false", seconds);
     printf("\"live\":{\"seconds\":%.3f,\"conversations\":%d,\"turns\":%" PRIu64 ",\"prompt_tokens\":%" PRIu64
            ",\"reused_tokens\":%" PRIu64 ",\"generated_tokens\":%" PRIu64 ",\"steps\":%" PRIu64
            ",\"preemptions\":%" PRIu64 ",\"evicted_blocks\":%" PRIu64 ",\"max_gap_ms\":%g,",
@@ -608,9 +647,8 @@ static bool load(program *p, char *err, size_t n) {
         return false;
     }
     if (!chat_template_load(p->rt.file, p->rt.tok, &p->chatml, err, n) || !prepare(p, err, n)) return false;
-    fprintf(p->log, "demo: loaded in %.1f s; KV budget %.1f MiB (%d contiguous f16 contexts of %u tokens take %.1f)\n",
-            p->rt.load_s, VIEW_MIB(p->o.cache.device_bytes), DEMO_CHATS, p->context,
-            VIEW_MIB(DEMO_CHATS * runtime_contiguous_bytes(&p->rt, p->context)));
+    fprintf(p->log, "demo: loaded in %.1f s; %d conversations of up to %u tokens in %.0f MiB of KV\n", p->rt.load_s,
+            DEMO_CHATS, p->context, VIEW_MIB(p->o.cache.device_bytes));
     fflush(p->log);
     return true;
 }

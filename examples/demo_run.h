@@ -86,6 +86,7 @@ static bool engine_submit(engine *e, uint32_t i, const kvl_request *what, const 
     s->running = true;
     s->failed = false;
     s->gap_s = 0;
+    s->info = (kvl_req_info){0};
     return true;
 }
 

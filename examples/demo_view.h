@@ -30,6 +30,7 @@ typedef struct view_stream {
     view_state state;
     unsigned n_prompt, n_read; /* tokens of the prompt, how many of them are in */
     unsigned n_reused, n_written;
+    bool pasted; /* a long text stands before the question */
 } view_stream;
 
 typedef struct view_frame { /* all that a screen shows */
@@ -37,7 +38,7 @@ typedef struct view_frame { /* all that a screen shows */
     double seconds;
     uint64_t budget, bytes[VIEW_KINDS]; /* what is left of the budget is free */
     double write_rate, read_rate;       /* tokens a second */
-    double gap_ms, asked_gap_ms;
+    double gap_ms, usual_gap_ms, asked_gap_ms;
     unsigned long long n_prompt, n_reused, n_evicted, n_preempted;
     view_stream streams[VIEW_STREAMS];
 } view_frame;
@@ -258,9 +259,10 @@ static void view_head(view *v, const view_frame *f) {
     view_end_row(v);
     view_text(v, "1", " gap");
     view_column(v, 12);
+    view_text(v, "33", "%.0f ms", f->usual_gap_ms);
+    view_text(v, "", " from token to token, at the longest ");
     view_text(v, "33", "%.0f ms", f->gap_ms);
-    view_text(v, "", " was the longest wait between two tokens");
-    if (f->asked_gap_ms > 0) view_text(v, "", " (asked: at most %.0f)", f->asked_gap_ms);
+    if (f->asked_gap_ms > 0) view_text(v, "", " (asked: %.0f)", f->asked_gap_ms);
     view_end_row(v);
     view_text(v, "1", " reuse");
     view_column(v, 12);
@@ -356,7 +358,13 @@ static void view_stream_rows(view *v, const view_stream *s, int n_rows) {
         view_text(v, "3", "%s", s->question);
     }
     view_end_row(v);
-    if (n_rows > 1) view_answer(v, s, n_rows - 1);
+    if (n_rows > 1 && s->pasted && s->state == VIEW_READING) {
+        view_column(v, 10);
+        view_text(v, "90", "a pasted text: it is read in chunks, while the others go on");
+        for (int i = 1; i < n_rows; i++) view_end_row(v);
+    } else if (n_rows > 1) {
+        view_answer(v, s, n_rows - 1);
+    }
 }
 
 static void view_draw(view *v, const view_frame *f) {

@@ -414,9 +414,10 @@ ON_PATH(test_reused_blocks_are_clean)
         label ": reused blocks are clean", test_reused_blocks_are_clean_on_path, use_path, NULL, p          \
     }
 
-int main(void) {
+int main(int argc, char **argv) {
     static kvl_simd scalar = KVL_SIMD_SCALAR, avx2 = KVL_SIMD_AVX2, avx512 = KVL_SIMD_AVX512;
     const struct CMUnitTest tests[] = {TESTS("scalar", &scalar), TESTS("avx2", &avx2),
                                        TESTS("avx512", &avx512)};
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests_name("bad tensors", tests, NULL, NULL);
 }

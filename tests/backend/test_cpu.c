@@ -116,5 +116,6 @@ int main(int argc, char **argv) {
     };
     scalar2.n_threads = avx2_2.n_threads = avx512_2.n_threads = 2;
     scalar2.presets_only = avx2_2.presets_only = avx512_2.presets_only = true;
+    if (argc > 1 && !full) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests_name("cpu", tests, NULL, NULL);
 }

@@ -651,10 +651,11 @@ static void test_scheduler(void **state) { each_preset(*state, scheduler); }
         label ": a model under the scheduler", test_scheduler, NULL, NULL, p    \
     }
 
-int main(void) {
+int main(int argc, char **argv) {
     static path scalar = {"scalar", KVL_SIMD_SCALAR}, avx2 = {"avx2", KVL_SIMD_AVX2},
                 avx512 = {"avx512", KVL_SIMD_AVX512};
     const struct CMUnitTest tests[] = {TESTS("scalar", &scalar), TESTS("avx2", &avx2),
                                        TESTS("avx512", &avx512)};
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests_name("same answer", tests, NULL, NULL);
 }

@@ -129,7 +129,8 @@ typedef struct gb_vocab {
 enum { GB_END = 256, GB_IM_START, GB_IM_END, GB_USER_DEFINED, GB_LONGER, GB_FIRST_MERGE };
 
 static GB_UNUSED void gb_vocab_file(gb *b, const gb_vocab *v) {
-    static const char *const special[] = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "[[pad]]", "[[pad]]+"};
+    static const char *const special[] = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "[[pad]]",
+                                          "[[pad]]+"};
     uint32_t n = GB_FIRST_MERGE + v->n_merges + (v->extra_token ? 1 : 0);
     char s[4];
     gb_header(b, 3, 1, 8u - v->no_bos);
@@ -155,9 +156,10 @@ static GB_UNUSED void gb_vocab_file(gb *b, const gb_vocab *v) {
     }
     gb_kv_array(b, "tokenizer.ggml.merges", 8, v->n_merges + (v->extra_merge ? 1 : 0));
     for (uint32_t i = 0; i < v->n_merges; i++) {
-        char line[40];
-        snprintf(line, sizeof line, "%s %s", v->merges[i][0], v->merges[i][1]);
-        gb_str(b, line);
+        gb_u64(b, strlen(v->merges[i][0]) + 1 + strlen(v->merges[i][1]));
+        gb_bytes(b, v->merges[i][0], strlen(v->merges[i][0]));
+        gb_bytes(b, " ", 1);
+        gb_bytes(b, v->merges[i][1], strlen(v->merges[i][1]));
     }
     if (v->extra_merge) gb_str(b, v->extra_merge);
     gb_kv_str(b, "tokenizer.chat_template", v->chat ? v->chat : GB_CHATML);

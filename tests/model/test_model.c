@@ -65,6 +65,7 @@ enum { MAX_LIVE = 10, MAX_PINS = 16 };
 typedef struct live_seq {
     kt_seq q;
     bool pinned;
+    kt_stream pin; /* what it held when it was pinned */
     uint32_t reserved; /* steps up to this length cannot fail */
 } live_seq;
 
@@ -74,7 +75,7 @@ typedef struct cache_case {
     kvl_cache *cache;
     kt_shadow shadow;
     kt_rng rng;
-    live_seq live[MAX_LIVE];
+    live_seq live[MAX_LIVE + 1]; /* one to try with when all are open */
     uint32_t n_live, max_seq_tokens;
     kt_stream pins[MAX_PINS]; /* of closed sequences */
     uint32_t n_pins;
@@ -84,6 +85,7 @@ typedef struct cache_case {
 
 static void drop_live(cache_case *k, uint32_t i) {
     kt_stream_free(&k->live[i].q.stream);
+    kt_stream_free(&k->live[i].pin);
     k->live[i] = k->live[--k->n_live];
 }
 
@@ -225,7 +227,8 @@ static void op_close(cache_case *k, uint32_t i) {
     KT_OK(k->cache, kvl_seq_close(k->cache, s->q.seq));
     if (s->pinned) {
         KT_CHECK(k->n_pins < MAX_PINS, "%u pins", k->n_pins);
-        kt_stream_copy(&k->pins[k->n_pins++], &s->q.stream, s->q.stream.n);
+        k->pins[k->n_pins++] = s->pin;
+        memset(&s->pin, 0, sizeof s->pin);
     }
     drop_live(k, i);
 }
@@ -258,7 +261,10 @@ static void op_pin(cache_case *k, live_seq *s) {
     if (pin && held > 4) return;
     r = kvl_seq_pin(k->cache, s->q.seq, pin);
     KT_CHECK(r == KVL_OK || (pin && r == KVL_INVALID_ARG), "%s", kvl_result_name(r)); /* nothing in the tree */
-    if (r == KVL_OK) s->pinned = pin;
+    if (r != KVL_OK) return;
+    kt_stream_free(&s->pin);
+    if (pin) kt_stream_copy(&s->pin, &s->q.stream, s->q.length);
+    s->pinned = pin;
 }
 
 static void op_resize(cache_case *k) {

@@ -72,6 +72,12 @@ static uint64_t fnv(const uint8_t *p, size_t n) {
     return h;
 }
 
+/* The f32 nearest to x, on machines with excess precision too. */
+static double f32_of(double x) {
+    volatile float f = (float)x;
+    return (double)f;
+}
+
 /* Value of a binary float from its fields, in double. */
 static double value_of(uint32_t bits, int exponent_bits, int mantissa_bits) {
     int bias = (1 << (exponent_bits - 1)) - 1;
@@ -283,6 +289,11 @@ static void test_hadamard(void **state) {
             }
             assert_true(fabs(rotated[i] - sum / sqrt(block)) <= 1e-6 * size / sqrt(block));
         }
+        memset(decoded, 0, sizeof(float) * dim); /* a one alone gives the constant */
+        decoded[0] = 1;
+        kvli_hadamard(decoded, dim, 1, KVL_SIMD_SCALAR);
+        for (uint32_t i = 0; i < dim; i++)
+            assert_true(decoded[i] == (i < block ? f32_of(1 / sqrt(block)) : 0));
         for (uint32_t p = 1; p < n_paths; p++) {
             memcpy(decoded, input, sizeof(float) * n_rows * dim);
             kvli_hadamard(decoded, dim, n_rows, paths[p]);
@@ -463,7 +474,8 @@ static double least_distance(kvl_format base, double x, double s, double z) {
     for (int c = lo; c <= hi; c++) {
         double v = base == KVL_FP8_E4M3 ? e4m3_value((uint8_t)c) : base == KVL_NVFP4 ? e2m1_value[c] : c;
         double a = base == KVL_FP8_E4M3 || base == KVL_NVFP4 ? fabs(x) : x;
-        least = fmin(least, fabs(a - (v * s + z)));
+        double d = fabs(a - (v * s + z));
+        if (d < least) least = d;
     }
     return least;
 }
@@ -483,7 +495,7 @@ static void min_max_of(meaning *m, uint32_t first, uint32_t step, uint32_t n, ui
         hi = fmax(hi, rotated[first + i * step]);
     }
     m->want_zero = f16_nearest(lo);
-    m->want_scale = f16_scale_of((double)(float)((double)(float)(hi - lo) * (double)(1.0f / (float)top)));
+    m->want_scale = f16_scale_of(f32_of(f32_of(hi - lo) * f32_of(1.0 / top)));
 }
 
 static double amax_of(uint32_t first, uint32_t n) {
@@ -502,14 +514,14 @@ static meaning read_element(kvl_format base, uint32_t tokens, uint32_t dim, uint
     double v = code;
     if (base == KVL_INT8 || base == KVL_FP8_E4M3) {
         m.scale = stored_f16(scales + 2 * t);
-        m.want_scale = f16_scale_of(
-            (double)(float)(amax_of(t * dim, dim) * (double)(1.0f / (base == KVL_INT8 ? 127.0f : 448.0f))));
+        m.want_scale =
+            f16_scale_of(f32_of(amax_of(t * dim, dim) * f32_of(base == KVL_INT8 ? 1.0 / 127 : 1.0 / 448)));
         v = base == KVL_INT8 ? (double)(code >= 128 ? code - 256 : code) : e4m3_value(code);
     } else if (base == KVL_NVFP4) {
         uint8_t b = scales[t * (dim / 16) + e / 16];
         double amax = amax_of(t * dim + e / 16 * 16, 16);
-        uint8_t six = kvli_f32_to_e4m3((float)amax * (1.0f / 6.0f) * 16.0f),
-                four = kvli_f32_to_e4m3((float)amax * 0.25f * 16.0f);
+        uint8_t six = kvli_f32_to_e4m3((float)(16 * f32_of(amax * f32_of(1.0 / 6))));
+        uint8_t four = kvli_f32_to_e4m3((float)(amax * 4));
         assert_true(b == (six ? six : 1) || b == (four ? four : 1));
         m.scale = m.want_scale = e4m3_value(b) / 16;
         v = code & 8 ? -e2m1_value[code & 7] : e2m1_value[code & 7];
