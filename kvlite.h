@@ -953,19 +953,15 @@ static void kvli_parallel(kvl_context *ctx, uint32_t n, void (*fn)(void *arg, ui
         for (uint32_t i = 0; i < n; i++) fn(arg, i);
     }
 }
-/* ==== >>formats: how numbers stand in tiles
-   ============================================================================
-   Every path (scalar, AVX2, AVX-512) does the same float32 operations in the
-   same order and gives the same bytes; the scalar code is the reference. What
-   makes that possible:
-   - A code is rint(x / s). With an f16 scale s a midpoint times s is exact in
-   f32 and lies on the grid of x, so that the correctly rounded quotient is a
-   midpoint only where x is exactly midpoint times s: the division gives the
-   nearest code, ties to even, and needs no correction.
-   - Sums of products (NVFP4's squared error alone) pass through kvli_rounded,
-   so that no compiler fuses them.
-   - Scales and zeros saturate at the largest f16: finite rows give finite
-   tiles. */
+/* ==== >>formats: how numbers stand in tiles ===============================================================
+   Every path (scalar, AVX2, AVX-512) does the same float32 operations in the same order and gives the same
+   bytes; the scalar code is the reference. What makes that possible:
+   - A code is rint(x / s). With an f16 scale s a midpoint times s is exact in f32 and lies on the grid of x,
+     so the correctly rounded quotient is a midpoint only where x is exactly midpoint times s: the division
+     alone gives the nearest code, ties to even.
+   - Sums of products (NVFP4's squared error alone) pass through kvli_rounded: no compiler fuses them.
+   - Scales and zeros saturate at the largest f16: finite rows give finite tiles. The least of zeros of both
+     signs is +0. */
 #include <float.h>
 
 #if defined(__FAST_MATH__)
@@ -977,8 +973,8 @@ static void kvli_parallel(kvl_context *ctx, uint32_t n, void (*fn)(void *arg, ui
 #define KVLI_NVFP4_GROUP 16u
 #define KVLI_SEAL_ROWS 8u /* rows in flight; divides every block_tokens */
 
-/* The f32 nearest to x, whatever the compiler would like to keep: no FMA with
- * what follows, no excess precision. */
+/* The f32 nearest to x, whatever the compiler would like to keep: no FMA with what follows, no
+   excess precision. */
 KVLI_INLINE float kvli_rounded(float x) {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
     __asm__("" : "+x"(x));
@@ -1018,8 +1014,7 @@ KVLI_INLINE uint16_t kvli_get16(const void *p) {
 
 KVLI_INLINE void kvli_put16(void *p, uint16_t v) { memcpy(p, &v, 2); }
 
-/* ---- conversions of single numbers. NaNs come out quiet with the top of their
- * payload, as F16C does it. ---- */
+/* ---- conversions of single numbers. NaNs come out quiet, with the top of their payload, as in F16C. ---- */
 static float kvli_f16_to_f32(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     if (magnitude > 0x7c00u) return kvli_f32_from_bits(sign | 0x7fc00000u | (magnitude & 0x3ffu) << 13);
@@ -1036,8 +1031,7 @@ static uint16_t kvli_f32_to_f16(float f) {
         h = 0x7c00u;
     } else if (magnitude >= 0x38800000u) {
         h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    } else { /* below 2^-14: adding 0.5 puts the rounding position at f16's last
-              subnormal bit */
+    } else { /* below 2^-14: adding 0.5 puts the rounding position at f16's last subnormal bit */
         h = kvli_f32_bits(KVLI_F32(kvli_f32_from_bits(magnitude) + 0.5f)) - 0x3f000000u;
     }
     return (uint16_t)(sign | h);
@@ -1080,16 +1074,18 @@ static const float kvli_e2m1_midpoints[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3
 static bool kvli_is_exact(kvl_format f) { return f == KVL_F32 || f == KVL_F16 || f == KVL_BF16; }
 static bool kvli_is_channel(kvl_format f) { return f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL; }
 
-static const char *const kvli_format_names[KVL_FORMAT_COUNT][2] = {{"default", NULL},
-                                                                   {"f32", NULL},
-                                                                   {"f16", NULL},
-                                                                   {"bf16", NULL},
-                                                                   {"int8", "int8+rot"},
-                                                                   {"int8_channel", NULL},
-                                                                   {"fp8_e4m3", "fp8_e4m3+rot"},
-                                                                   {"nvfp4", "nvfp4+rot"},
-                                                                   {"int4", "int4+rot"},
-                                                                   {"int4_channel", NULL}};
+static const char *const kvli_format_names[KVL_FORMAT_COUNT][2] = {
+    {"default", NULL},
+    {"f32", NULL},
+    {"f16", NULL},
+    {"bf16", NULL},
+    {"int8", "int8+rot"},
+    {"int8_channel", NULL},
+    {"fp8_e4m3", "fp8_e4m3+rot"},
+    {"nvfp4", "nvfp4+rot"},
+    {"int4", "int4+rot"},
+    {"int4_channel", NULL},
+};
 
 KVL_API const char *kvl_format_name(kvl_format f) {
     kvl_format base = f & ~(kvl_format)KVL_ROTATED;
@@ -1154,8 +1150,7 @@ static bool kvli_side_supported(kvl_format format, bool is_key, uint32_t tokens,
     return !text;
 }
 
-/* Bytes of one row of codes (or of exact numbers), and of all that stands
- * behind the rows. */
+/* Bytes of one row of codes (or of exact numbers), and of all that stands behind the rows. */
 static size_t kvli_row_bytes(kvl_format base, uint32_t dim) {
     switch (base) {
     case KVL_F32: return (size_t)dim * 4;
@@ -1259,8 +1254,7 @@ static uint16_t kvli_f16_scale(float f) {
     return h & 0x7fffu ? h : 0x3c00u;
 }
 
-/* rint(x / s) clamped to lo..hi; NaN becomes lo. 1.5 * 2^23 puts the rounding
- * position at 1. */
+/* rint(x / s) clamped to lo..hi; NaN becomes lo. 1.5 * 2^23 puts the rounding position at 1. */
 KVLI_INLINE int32_t kvli_code(float x, float s, float lo, float hi) {
     float q = KVLI_F32(x / s);
     q = q > lo ? q : lo;
@@ -1307,15 +1301,14 @@ static void kvli_int4_group(const float *x, uint32_t n, uint8_t *codes, uint8_t 
     kvli_put16(scale + 2, hz);
 }
 
-/* e4m3 scale that maps amax to a peak of 6 or 4; 0 becomes 2^-9. inverse =
- * f32(1 / peak), per_global = 1 / global. */
+/* e4m3 scale that maps amax to a peak of 6 or 4; 0 becomes 2^-9. inverse = f32(1 / peak), per_global =
+   1 / global. */
 static uint8_t kvli_nvfp4_scale(float amax, float inverse, float per_global) {
     uint8_t b = kvli_f32_to_e4m3(KVLI_F32(KVLI_F32(amax * inverse) * per_global));
     return b ? b : 1;
 }
 
-/* Codes of 16 numbers under the scale s; returns their squared error, summed in
- * element order. */
+/* Codes of 16 numbers under the scale s; returns their squared error, summed in element order. */
 static float kvli_nvfp4_codes(const float *x, float s, uint8_t *codes) {
     float error = 0.0f;
     for (uint32_t i = 0; i < KVLI_NVFP4_GROUP; i++) {
@@ -1349,8 +1342,7 @@ static void kvli_nvfp4_group(const float *x, float global, uint8_t *codes, uint8
     }
 }
 
-/* Encodes KVLI_SEAL_ROWS rows, the first of which is row `first` of the tile.
- */
+/* Encodes KVLI_SEAL_ROWS rows, the first of which is row `first` of the tile. */
 static void kvli_seal_rows_scalar(const kvli_side *side, const float *rows, uint32_t first, uint8_t *tile) {
     uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP);
     size_t row_bytes = kvli_row_bytes(side->format, dim);
@@ -1606,8 +1598,8 @@ KVLI_TARGET_AVX2 KVLI_INLINE void kvli_transpose_avx2(const float *x, __m256 *ou
     }
 }
 
-/* kvli_nvfp4_codes of 8 groups: x [16] registers, one element of each group;
- * words [2]: the codes of elements 0..7 and 8..15. */
+/* kvli_nvfp4_codes of 8 groups: x [16] registers, one element of each group; words [2]: the codes of
+   elements 0..7 and 8..15. */
 KVLI_TARGET_AVX2 KVLI_INLINE __m256 kvli_nvfp4_codes_avx2(const __m256 *x, __m256 s, __m256i *words) {
     __m256 values = _mm256_loadu_ps(kvli_e2m1_values), error = _mm256_setzero_ps(), limits[7];
     for (int m = 0; m < 7; m++) limits[m] = _mm256_mul_ps(_mm256_set1_ps(kvli_e2m1_midpoints[m]), s);
@@ -1676,8 +1668,7 @@ KVLI_TARGET_AVX2 static void kvli_seal_rows_avx2(const kvli_side *side, const fl
     uint32_t dim = side->dim, groups = kvli_div_up(dim, KVLI_INT4_GROUP), blocks = dim / KVLI_NVFP4_GROUP;
     size_t row_bytes = kvli_row_bytes(side->format, dim);
     uint8_t *scales = tile + row_bytes * side->tokens, *codes = tile + row_bytes * first;
-    if (side->format == KVL_NVFP4) { /* groups follow one another through the
-                                      rows, a multiple of 8 in all */
+    if (side->format == KVL_NVFP4) { /* groups follow one another through the rows, a multiple of 8 in all */
         for (uint32_t g = 0; g < KVLI_SEAL_ROWS * blocks; g += 8) {
             kvli_nvfp4_groups_avx2(rows + 16 * g, side->global, codes + 8 * g, scales + first * blocks + g);
         }
@@ -1924,8 +1915,7 @@ KVLI_TARGET_AVX512 static void kvli_seal_channels_avx512(const kvli_side *side, 
 
 /* ---- the paths ---- */
 typedef struct kvli_codec {
-    /* n_rows rows of n numbers (a multiple of 16), step bytes apart, to dst
-   * [n_rows][n] */
+    /* n_rows rows of n numbers (a multiple of 16), step bytes apart, to dst [n_rows][n] */
     void (*load)(kvl_format format, const void *src, size_t step, uint32_t n_rows, uint32_t n, float *dst);
     void (*store)(kvl_format format, const float *src, uint32_t n, void *dst);
     bool (*finite)(kvl_format format, const void *row, uint32_t n);
@@ -2011,9 +2001,8 @@ static void kvli_seal_tile(const kvli_side *side, kvl_format exact, const void *
     memset(dst + used, 0, kvli_tile_size(side->format, tokens, dim) - used);
 }
 
-/* ---- decoding: bare conversions and products that are exact in f32, so that
-   no order of operations is needed (but for an NVFP4 global that is no power of
-   two: the block's scale is rounded once, then each number) ---- */
+/* ---- decoding: products that are exact in f32 and at most one sum, so that no order of operations is needed
+   (but for an NVFP4 global that is no power of two: the scale is rounded once, then each number) ---- */
 static float kvli_decode_one(const kvli_side *side, const uint8_t *tile, uint32_t t, uint32_t e) {
     uint32_t dim = side->dim;
     size_t row_bytes = kvli_row_bytes(side->format, dim);
@@ -4089,6 +4078,8 @@ static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) 
     uint64_t bytes = (uint64_t)capacity * sizeof(int32_t);
     if (bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
     if (s->n_active == s->max_reqs || s->token_bytes - s->finished_bytes + bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
+    int32_t *tokens = (int32_t *)kvli_alloc(s->cache->ctx, (size_t)bytes); /* first: a refusal forgets nothing */
+    if (!tokens) return KVL_OUT_OF_HOST_MEMORY;
     while (s->n_records == s->max_reqs || s->token_bytes + bytes > s->desc.token_pool_bytes) {
         uint32_t old = s->finished.head;
         kvli_list_remove(s, &s->finished, old);
@@ -4101,8 +4092,6 @@ static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) 
         s->free_req = old;
         s->n_records--;
     }
-    int32_t *tokens = (int32_t *)kvli_alloc(s->cache->ctx, (size_t)bytes);
-    if (!tokens) return KVL_OUT_OF_HOST_MEMORY;
     uint32_t r = s->free_req, generation = s->reqs[r].generation;
     s->free_req = s->reqs[r].next;
     s->n_records++;
@@ -4306,9 +4295,9 @@ KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t
 enum {
     KVLI_CPU_TILE = 128,     /* tokens of one softmax step; segments are cut into tiles from their start */
     KVLI_CPU_STRIDE = 144,   /* floats between score rows: a 16-wide store at the end of an 8-token block may run over */
-    KVLI_CPU_CHUNK = 32,     /* tokens decoded at once where rows are decoded to memory */
+    KVLI_CPU_CHUNK = 32,     /* tokens decoded at once where rows are decoded to memory: 1 << 5 */
     KVLI_CPU_MAX_Q = 64,     /* query rows of a task */
-    KVLI_CPU_FLOATS = 23040, /* scratch of a task, on its stack: 90 KB */
+    KVLI_CPU_FLOATS = 22016, /* scratch of a task, on its stack: 86 KB */
     KVLI_CPU_DIRECT_Q = 8    /* up to so many query rows decode in registers, more share rows decoded to memory */
 };
 static const float KVLI_LOG2E = 1.44269504088896f;
@@ -4320,12 +4309,17 @@ typedef struct kvli_cpu_run { uint32_t sink, lo, hi; } kvli_cpu_run;
 /* Softmax state of a query row: maximum and sum of 2^(score - maximum). */
 typedef struct kvli_cpu_stat { float m, l; } kvli_cpu_stat;
 
-/* One block's K or V tile and the query rows that read it. Rows of s are KVLI_CPU_STRIDE apart and start at the block's first token. */
+/* Which query rows stand in scratch in the form that a kernel wants, from one block to the next. */
+typedef struct kvli_cpu_spread { const float *q; uint32_t n_q; } kvli_cpu_spread;
+
+/* The K or V tiles of consecutive blocks and the query rows that read them. Rows of s are KVLI_CPU_STRIDE apart and start at the first
+   token. */
 typedef struct kvli_cpu_block {
     const kvli_side *side;
-    const uint8_t *tile;
+    const uint8_t *const *tiles; /* a few more than are needed may be looked at: see kvli_cpu_part */
+    uint32_t n_tiles;
     uint32_t n;           /* tokens that anyone sees */
-    uint32_t first;       /* index of the block's first token in the range that runs count in */
+    uint32_t first;       /* index of the first token in the range that runs count in */
     uint32_t n_q;
     const float *q;       /* keys: [n_q] rows, scaled, rotated as the tile is; one more row may be read */
     float *s;             /* scores out (keys); probabilities in, may be overwritten (values) */
@@ -4333,6 +4327,8 @@ typedef struct kvli_cpu_block {
     float *acc;           /* values: [n_q] rows to add to */
     size_t q_stride, acc_stride;
     float *scratch;
+    uint32_t scratch_dim; /* the larger of the two head dims */
+    kvli_cpu_spread *spread;
 } kvli_cpu_block;
 
 /* A SIMD path. */
@@ -4425,11 +4421,12 @@ KVLI_NOINLINE float kvli_s_dot(const float *q, const float *k, uint32_t dim) {
 }
 
 static void kvli_s_score(const kvli_cpu_block *b) {
-    uint32_t dim = b->side->dim;
-    kvli_decode_tile(b->side, b->tile, b->scratch);
-    for (uint32_t i = 0; i < b->n_q; i++)
-        for (uint32_t t = 0; t < b->n; t++)
-            b->s[(size_t)i * KVLI_CPU_STRIDE + t] = kvli_s_dot(b->q + i * b->q_stride, b->scratch + (size_t)t * dim, dim);
+    uint32_t dim = b->side->dim, T = b->side->tokens;
+    for (uint32_t t = 0; t < b->n; t++) {
+        if (t % T == 0) kvli_decode_tile(b->side, b->tiles[t / T], b->scratch);
+        for (uint32_t i = 0; i < b->n_q; i++)
+            b->s[(size_t)i * KVLI_CPU_STRIDE + t] = kvli_s_dot(b->q + i * b->q_stride, b->scratch + (size_t)(t % T) * dim, dim);
+    }
 }
 
 static float kvli_s_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
@@ -4461,8 +4458,13 @@ static void kvli_s_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, 
 }
 
 static void kvli_s_values(const kvli_cpu_block *b) {
-    kvli_decode_tile(b->side, b->tile, b->scratch);
-    kvli_cpu_spread_runs(b->runs, b->first, 0, b->side->tokens, b->n_q, 1, kvli_s_values_run, (void *)b);
+    uint32_t T = b->side->tokens;
+    for (uint32_t i = 0; i < b->n_tiles; i++) {
+        kvli_cpu_block one = *b;
+        one.s += i * T;
+        kvli_decode_tile(b->side, b->tiles[i], b->scratch);
+        kvli_cpu_spread_runs(b->runs, b->first + i * T, 0, T, b->n_q, 1, kvli_s_values_run, &one);
+    }
 }
 
 static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_score, kvli_s_softmax, kvli_s_values, kvli_s_exp2};
@@ -4487,10 +4489,10 @@ static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_s
    taken as quads: 16 dims of four rows in four vectors, each with four dims of row i in its lanes 4i to 4i + 3, so that little is left
    to add up across lanes. */
 typedef struct kvli_z_rows {
-    const uint8_t *rows;
+    const uint8_t *const *tiles; /* of 1 << shift rows each */
     size_t stride;
-    const float *side;          /* values: row t's scales at t * side_stride; keys: of four rows at a time, see kvli_z_side */
-    uint32_t side_stride, dim;
+    const float *side;           /* values: row t's scales at t * side_stride; keys: of four rows, kvli_z_side_floats at a time */
+    uint32_t side_stride, dim, shift;
 } kvli_z_rows;
 
 /* Keys that were decoded to memory as quads; the second kind wants the scales of NVFP4 still. */
@@ -4498,9 +4500,9 @@ enum { KVLI_Z_QUADS = 0, KVLI_Z_QUADS_NVFP4 = 0x80 };
 
 /* The parts of a task's scratch. */
 typedef struct kvli_z_scratch {
-    float *rows;     /* [CHUNK][padded dim] */
-    float *side;     /* [64][padded dim / 16] scales of groups */
-    float *token;    /* [64] scales, or scales and zeros [2][4][64] for INT4 values */
+    float *rows;     /* [CHUNK][padded dim], or query rows with each four dims repeated four times [DIRECT_Q][dim / 4][4][4] */
+    float *side;     /* [TILE][padded dim / 16] scales of groups */
+    float *token;    /* [TILE] scales, or scales and zeros [2][4][TILE] for INT4 values */
     float *channel;  /* [2][padded dim] scales, zeros */
     float *folded;   /* [8][padded dim] q times channel scales */
     float *p;        /* [8][STRIDE] probabilities times scales */
@@ -4509,12 +4511,16 @@ typedef struct kvli_z_scratch {
 
 static inline uint32_t kvli_z_pad(uint32_t dim) { return (dim + 31u) & ~31u; }
 
+static inline const uint8_t *kvli_z_row(const kvli_z_rows *r, uint32_t t) {
+    return r->tiles[t >> r->shift] + (t & ((1u << r->shift) - 1)) * r->stride;
+}
+
 static kvli_z_scratch kvli_z_carve(float *at, uint32_t dim) {
     kvli_z_scratch s;
     s.rows = at;
     s.side = s.rows + KVLI_CPU_CHUNK * dim;
-    s.token = s.side + 4 * dim;
-    s.channel = s.token + 512;
+    s.token = s.side + KVLI_CPU_TILE / 16 * dim;
+    s.channel = s.token + 8 * KVLI_CPU_TILE;
     s.folded = s.channel + 2 * dim;
     s.spare = s.folded + 8 * dim;
     s.p = s.spare + dim;
@@ -4523,7 +4529,7 @@ static kvli_z_scratch kvli_z_carve(float *at, uint32_t dim) {
 
 static size_t kvli_z_scratch_floats(const kvli_geometry *geo) {
     uint32_t dim = kvli_z_pad(kvli_max_u32(geo->k_dim, geo->v_dim));
-    return (size_t)(KVLI_CPU_CHUNK + 4 + 2 + 8 + 1) * dim + 512 + 8 * KVLI_CPU_STRIDE;
+    return (size_t)(KVLI_CPU_CHUNK + KVLI_CPU_TILE / 16 + 2 + 8 + 1) * dim + 8 * KVLI_CPU_TILE + 8 * KVLI_CPU_STRIDE;
 }
 
 KVLI_Z __m512 kvli_z_e2m1(void) {
@@ -4591,7 +4597,7 @@ KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uin
 /* Decodes rows [t0, t0 + n) of values to f32, pairs as they come. */
 KVLI_Z void kvli_z_decode_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
     for (uint32_t t = t0; t < t0 + n; t++) {
-        const uint8_t *row = r->rows + t * r->stride;
+        const uint8_t *row = kvli_z_row(r, t);
         const float *side = r->side + t * r->side_stride;
         for (uint32_t j = 0; j < (r->dim + 31) / 32; j++, out += 32) {
             __m512 v0, v1;
@@ -4713,13 +4719,12 @@ KVLI_Z void kvli_z_key(kvl_format f, const uint8_t *row, size_t stride, const fl
     }
 }
 
-/* Lane 4t + i of the result is the sum over lanes 4t to 4t + 3 of a[i], as the tree (l, l+2), (l, l+1); then lanes become 4i + t. */
+/* Lane 4t + i of the result is the sum over lanes 4t to 4t + 3 of a[i], as the tree (l, l+2), (l, l+1). */
 KVLI_Z __m512 kvli_z_sum4(__m512 *a) {
-    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512 x = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a[0], a[2]), _mm512_shuffle_ps(a[0], a[2], 0x4e));
     __m512 y = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a[1], a[3]), _mm512_shuffle_ps(a[1], a[3], 0x4e));
     __m512 swap = _mm512_permute_ps(_mm512_mask_blend_ps(0xaaaa, y, x), 0xb1);
-    return _mm512_permutexvar_ps(turn, _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, x, y), swap));
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, x, y), swap);
 }
 
 KVLI_Z float kvli_z_sum(__m512 a) {
@@ -4730,39 +4735,72 @@ KVLI_Z float kvli_z_sum(__m512 a) {
     return _mm512_cvtss_f32(a);
 }
 
-/* Where query rows are and scores go. Rows that fill up a kernel's width repeat a row: both strides may be 0; the last has its own place. */
+/* Where rows of q stand with each four dims repeated four times: a broadcast would take a shuffle's place (Zen 4). Not so where q changes with
+   each block or where loads are many. */
+KVLI_Z bool kvli_z_spreads(kvl_format f) {
+    return f != KVL_INT8_CHANNEL && f != KVL_INT4_CHANNEL && f != KVLI_Z_QUADS && f != KVLI_Z_QUADS_NVFP4;
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_spread_q(const kvli_cpu_block *b, float *out) {
+    if (b->spread->q == b->q && b->spread->n_q >= b->n_q) return;
+    b->spread->q = b->q;
+    b->spread->n_q = b->n_q;
+    for (uint32_t i = 0; i < b->n_q; i++)
+        for (uint32_t d = 0; d < b->side->dim; d += 4, out += 16)
+            _mm512_storeu_ps(out, _mm512_broadcast_f32x4(_mm_loadu_ps(b->q + i * b->q_stride + d)));
+}
+
+/* Where query rows are and scores go. The last of a kernel's rows has its own place: it may be one too many. */
 typedef struct kvli_z_queries {
     const float *q;
     size_t q_stride;
     const float *zero;  /* [H] to add: q times the zeros of channel scales */
     const float *token; /* scales of tokens */
     float *s, *last;
-    size_t s_stride;
 } kvli_z_queries;
+
+/* Scores of four query rows with the eight tokens of two quads: a[2h], a[2h + 1]. */
+KVLI_Z void kvli_z_score_out(__m512 *a, const float *zero, __m512 token, float *s, size_t s_stride, float *last) {
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    __m512 x[4] = {a[0], a[2], a[4], a[6]}, y[4] = {a[1], a[3], a[5], a[7]}, z = _mm512_broadcast_f32x4(_mm_loadu_ps(zero)), low, high;
+    x[0] = kvli_z_sum4(x);
+    y[0] = kvli_z_sum4(y);
+    low = _mm512_permutex2var_ps(x[0], turn, y[0]);
+    high = _mm512_permutex2var_ps(x[0], _mm512_add_epi32(turn, _mm512_set1_epi32(2)), y[0]);
+    low = _mm512_fmadd_ps(low, token, _mm512_permutexvar_ps(half, z));
+    high = _mm512_fmadd_ps(high, token, _mm512_permutexvar_ps(_mm512_add_epi32(half, _mm512_set1_epi32(2)), z));
+    _mm256_storeu_ps(s, _mm512_castps512_ps256(low));
+    _mm256_storeu_ps(s + s_stride, _mm512_extractf32x8_ps(low, 1));
+    _mm256_storeu_ps(s + 2 * s_stride, _mm512_castps512_ps256(high));
+    _mm256_storeu_ps(last, _mm512_extractf32x8_ps(high, 1));
+}
 
 /* Scores of H query rows with tokens [0, n), Q quads at a time: n is rounded up to 4 * Q. */
 KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
     const bool scaled = f == KVL_NVFP4 || f == KVLI_Z_QUADS_NVFP4;
+    const size_t wide = kvli_z_spreads(f) ? 4 : 1, stride = r->stride;
     const uint32_t n_side = kvli_z_side_floats(f, r->dim), n_chunks = r->dim / 16;
-    const size_t stride = r->stride;
     for (uint32_t t0 = 0; t0 < n; t0 += 4 * (uint32_t)Q) {
-        const uint8_t *row = r->rows + t0 * stride;
         const float *side = r->side + t0 / 4 * n_side;
+        const uint8_t *row[4];
         __m512 a[16];
+        KVLI_UNROLL for (int i = 0; i < Q; i++) row[i] = kvli_z_row(r, t0 + 4 * (uint32_t)i);
         KVLI_UNROLL for (int i = 0; i < H * Q; i++) a[i] = _mm512_setzero_ps();
         for (uint32_t c = 0; c < n_chunks; c++) {
             __m512 v[2][4], scale[4];
             KVLI_UNROLL for (int i = 0; i < Q; i++) {
-                if (H > 1) kvli_z_key(f, row + (size_t)(4 * i) * stride, stride, side + (uint32_t)i * n_side, c, v[i & 1]);
+                if (H > 1) kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, v[i & 1]);
                 if (scaled) scale[i] = kvli_z_spread(side + (uint32_t)i * n_side + 4 * c);
             }
             KVLI_UNROLL for (int h = 0; h < H; h++) {
-                const float *at = w->q + (size_t)h * w->q_stride + 16 * c;
+                const float *at = w->q + (size_t)h * w->q_stride + 16 * wide * c;
                 __m512 q[4];
-                KVLI_UNROLL for (int k = 0; k < 4; k++) q[k] = _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
+                KVLI_UNROLL for (int k = 0; k < 4; k++)
+                    q[k] = wide == 4 ? _mm512_loadu_ps(at + 16 * k) : _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
                 KVLI_UNROLL for (int i = 0; i < Q; i++) {
                     __m512 *x = v[i & 1], sum = a[h * Q + i];
-                    if (H == 1) kvli_z_key(f, row + (size_t)(4 * i) * stride, stride, side + (uint32_t)i * n_side, c, x);
+                    if (H == 1) kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, x);
                     KVLI_UNROLL for (int k = 0; k < 4; k++)
                         sum = scaled && k == 0 ? _mm512_mul_ps(q[k], x[k]) : _mm512_fmadd_ps(q[k], x[k], sum);
                     a[h * Q + i] = scaled ? _mm512_fmadd_ps(sum, scale[i], a[h * Q + i]) : sum;
@@ -4770,22 +4808,14 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
             }
         }
         if (H == 1) {
-            __m512 sum = _mm512_fmadd_ps(kvli_z_sum4(a), _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0]));
-            _mm512_storeu_ps(w->s + t0, sum);
-            continue;
-        }
-        KVLI_UNROLL for (int i = 0; i < Q; i++) {
+            const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            __m512 sum = _mm512_permutexvar_ps(turn, kvli_z_sum4(a));
+            _mm512_storeu_ps(w->s + t0, _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0])));
+        } else {
+            __m512 token = _mm512_broadcast_f32x8(_mm256_loadu_ps(w->token + t0));
             KVLI_UNROLL for (int h = 0; h < H; h += 4) {
-                __m512 four[4], sum;
-                float *s = w->s + (size_t)h * w->s_stride + t0 + 4 * (uint32_t)i;
-                float *last = h + 4 == H ? w->last + t0 + 4 * (uint32_t)i : s + 3 * w->s_stride;
-                KVLI_UNROLL for (int k = 0; k < 4; k++) four[k] = a[(h + k) * Q + i];
-                sum = _mm512_fmadd_ps(kvli_z_sum4(four), _mm512_broadcast_f32x4(_mm_loadu_ps(w->token + t0 + 4 * (uint32_t)i)),
-                                      kvli_z_spread(w->zero + h));
-                _mm_storeu_ps(s, _mm512_castps512_ps128(sum));
-                _mm_storeu_ps(s + w->s_stride, _mm512_extractf32x4_ps(sum, 1));
-                _mm_storeu_ps(s + 2 * w->s_stride, _mm512_extractf32x4_ps(sum, 2));
-                _mm_storeu_ps(last, _mm512_extractf32x4_ps(sum, 3));
+                float *s = w->s + (size_t)h * KVLI_CPU_STRIDE + t0;
+                kvli_z_score_out(a + 2 * h, w->zero + h, token, s, KVLI_CPU_STRIDE, h + 4 == H ? w->last + t0 : s + 3 * KVLI_CPU_STRIDE);
             }
         }
     }
@@ -4831,7 +4861,7 @@ KVLI_Z void kvli_z_decode_keys_as(kvl_format f, const kvli_z_rows *r, uint32_t t
     for (uint32_t t = t0; t < t0 + n; t += 4) {
         for (uint32_t c = 0; c < r->dim / 16; c++) {
             __m512 v[4];
-            kvli_z_key(f, r->rows + t * r->stride, r->stride, r->side + t / 4 * n_side, c, v);
+            kvli_z_key(f, kvli_z_row(r, t), r->stride, r->side + t / 4 * n_side, c, v);
             KVLI_UNROLL for (int k = 0; k < 4; k++, out += 16) _mm512_storeu_ps(out, v[k]);
         }
     }
@@ -4890,8 +4920,9 @@ static void kvli_z_scales64(const uint8_t *src, uint32_t n, uint32_t groups, flo
     }
 }
 
-/* Splits n × groups × (f16 scale, f16 zero) into scales [groups][64] and, 256 floats later, zeros. */
+/* Splits n × groups × (f16 scale, f16 zero) into scales [4][TILE] and zeros [4][TILE]. */
 static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t n, uint32_t groups, float *dst) {
+    const uint32_t zeros = 4 * KVLI_CPU_TILE;
     const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                           _mm512_set1_epi32((int)groups));
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -4908,8 +4939,8 @@ static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t 
                                               _mm512_loadu_si512(src + 8 * t + 64));
             else
                 x = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, at, from, 4);
-            _mm512_storeu_ps(dst + g * 64 + t, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
-            _mm512_storeu_ps(dst + 256 + g * 64 + t, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
+            _mm512_mask_storeu_ps(dst + g * KVLI_CPU_TILE + t, some, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
+            _mm512_mask_storeu_ps(dst + zeros + g * KVLI_CPU_TILE + t, some, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
         }
     }
 }
@@ -4934,38 +4965,35 @@ static KVLI_TARGET_AVX512 float kvli_z_fold(const float *q, const float *channel
     return kvli_z_sum(sum);
 }
 
-/* Scales of a tile to scratch, and where its rows are. */
-static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_side *side, const uint8_t *tile, bool is_key, const kvli_z_scratch *z) {
+/* Where rows are, and their scales as f32 in scratch. */
+static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_cpu_block *b, bool is_key, const kvli_z_scratch *z) {
     kvli_z_rows r;
-    uint32_t T = side->tokens, D = side->dim, groups = (D + 63) / 64;
-    kvl_format f = side->format;
-    const uint8_t *scales;
-    r.rows = tile;
+    kvl_format f = b->side->format;
+    uint32_t T = b->side->tokens, D = b->side->dim;
+    size_t at;
+    r.tiles = b->tiles;
+    for (r.shift = 3; 1u << r.shift < T;) r.shift++;
     r.stride = D / 16 * kvli_z_chunk_bytes(f);
     r.side = z->side;
-    r.side_stride = 0;
+    r.side_stride = f == KVL_NVFP4 ? (D / 16 + 1) & ~1u : 0;
     r.dim = D;
-    scales = tile + T * r.stride;
-    if (f == KVL_INT8 || f == KVL_FP8_E4M3) {
-        kvli_z_f16(scales, T, f == KVL_INT8 ? 1.0f : 256.0f, z->token);
-    } else if (is_key) {
-        for (uint32_t t = 0; t < T; t += 8) _mm256_storeu_ps(z->token + t, _mm256_set1_ps(1.0f));
+    at = T * r.stride;
+    for (uint32_t i = 0; i < b->n_tiles; i++) {
+        const uint8_t *scales = b->tiles[i] + at;
+        if (f == KVL_INT8 || f == KVL_FP8_E4M3) kvli_z_f16(scales, T, f == KVL_INT8 ? 1.0f : 256.0f, z->token + i * T);
+        if (f == KVL_NVFP4)
+            kvli_z_scales16(scales, T, D / 16, b->side->global, is_key, z->side + i * T * (is_key ? D / 16 : r.side_stride));
+        else if (f == KVL_INT4 && is_key)
+            kvli_z_scales64(scales, T, (D + 63) / 64, z->side + i * T / 4 * kvli_z_side_floats(f, D));
+        else if (f == KVL_INT4)
+            kvli_z_split_groups(scales, T, (D + 63) / 64, z->token + i * T);
     }
-    if (f == KVL_NVFP4) {
-        r.side_stride = (D / 16 + 1) & ~1u;
-        kvli_z_scales16(scales, T, D / 16, side->global, is_key, z->side);
-    } else if (f == KVL_INT4 && is_key) {
-        kvli_z_scales64(scales, T, groups, z->side);
-    } else if (f == KVL_INT4) {
-        kvli_z_split_groups(scales, T, groups, z->token);
-    } else if (f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL) {
-        kvli_z_channels(scales, D, f == KVL_INT4_CHANNEL, z->channel);
-        kvli_z_channels(scales + 2 * D, D, f == KVL_INT4_CHANNEL, z->channel + D);
-    }
+    if (is_key && f != KVL_INT8 && f != KVL_FP8_E4M3)
+        for (uint32_t t = 0; t < b->n; t += 16) _mm512_storeu_ps(z->token + t, _mm512_set1_ps(1.0f));
     return r;
 }
 
-/* Scores of all query rows with n keys. */
+/* Scores of all query rows with n keys, t tokens into the block. */
 static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_format f, const kvli_z_rows *rows, uint32_t t, uint32_t n,
                                                  const kvli_z_scratch *z) {
     uint32_t D = b->side->dim, take;
@@ -4979,44 +5007,53 @@ static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_fo
         w.zero = zero;
         w.token = z->token + t;
         w.s = b->s + (size_t)i * KVLI_CPU_STRIDE + t;
-        w.s_stride = KVLI_CPU_STRIDE;
         w.last = take % 4 == 0 ? w.s + (take - 1) * KVLI_CPU_STRIDE : z->p;
-        if (channel) {
+        if (kvli_z_spreads(f)) {
+            w.q = z->rows + (size_t)4 * D * i;
+            w.q_stride = 4 * D;
+        } else if (channel) {
             for (uint32_t h = 0; h < take; h++) zero[h] = kvli_z_fold(w.q + h * w.q_stride, z->channel, D, z->folded + h * D);
             w.q = z->folded;
             w.q_stride = D;
         }
-        if (take >= 7) {
+        if (take >= 7)
             kvli_z_score8(f, rows, n, &w);
-        } else if (take >= 3) {
+        else if (take >= 3)
             kvli_z_score4(f, rows, n, &w);
-        } else if (b->side->tokens >= 16) {
+        else
             kvli_z_score1(f, rows, n, &w);
-        } else { /* eight tokens are too few for the kernel of one row */
-            w.q_stride = w.s_stride = 0;
-            w.last = w.s;
-            zero[1] = zero[2] = zero[3] = zero[0];
-            kvli_z_score4(f, rows, n, &w);
-        }
     }
 }
 
 static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
-    uint32_t D = b->side->dim, T = b->side->tokens;
-    kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(D));
-    kvli_z_rows rows = kvli_z_open(b->side, b->tile, true, &z), decoded = rows;
     kvl_format f = b->side->format;
-    if (b->n_q <= KVLI_CPU_DIRECT_Q) {
-        kvli_z_score_rows(b, f, &rows, 0, b->n, &z);
-        return;
-    }
-    decoded.rows = (const uint8_t *)z.rows;
-    decoded.stride = D * sizeof(float);
-    for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
-        uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
-        kvli_z_decode_keys(f, &rows, t, kvli_min_u32((n + 15) & ~15u, T - t), z.rows);
-        decoded.side = rows.side + t / 4 * kvli_z_side_floats(f, D);
-        kvli_z_score_rows(b, f == KVL_NVFP4 ? KVLI_Z_QUADS_NVFP4 : KVLI_Z_QUADS, &decoded, t, n, &z);
+    uint32_t D = b->side->dim, T = b->side->tokens, step = b->n;
+    kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(b->scratch_dim));
+    kvli_z_rows rows = kvli_z_open(b, true, &z), part = rows;
+    bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL, direct = b->n_q <= KVLI_CPU_DIRECT_Q;
+    const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
+    if (direct && kvli_z_spreads(f)) kvli_z_spread_q(b, z.rows);
+    if (!direct) b->spread->n_q = 0;
+    if (channel) step = T;
+    if (!direct) step = channel ? kvli_min_u32(T, KVLI_CPU_CHUNK) : KVLI_CPU_CHUNK;
+    for (uint32_t t = 0; t < b->n; t += step) {
+        uint32_t n = kvli_min_u32(b->n - t, step);
+        if (channel && t % T == 0) {
+            const uint8_t *scales = b->tiles[t / T] + T * rows.stride;
+            kvli_z_channels(scales, D, f == KVL_INT4_CHANNEL, z.channel);
+            kvli_z_channels(scales + 2 * D, D, f == KVL_INT4_CHANNEL, z.channel + D);
+        }
+        if (direct) {
+            part.tiles = rows.tiles + t / T;
+            kvli_z_score_rows(b, f, &part, t, n, &z);
+            continue;
+        }
+        kvli_z_decode_keys(f, &rows, t, kvli_min_u32((n + 7) & ~7u, b->n_tiles * T - t), z.rows);
+        part.tiles = decoded;
+        part.shift = 5;
+        part.stride = D * sizeof(float);
+        part.side = rows.side + t / 4 * kvli_z_side_floats(f, D);
+        kvli_z_score_rows(b, f == KVL_NVFP4 ? KVLI_Z_QUADS_NVFP4 : KVLI_Z_QUADS, &part, t, n, &z);
     }
 }
 
@@ -5046,7 +5083,7 @@ KVLI_Z __m512 kvli_z_softcap(__m512 x, float cap) {
     return _mm512_mask_sub_ps(t, negative, _mm512_setzero_ps(), t);
 }
 
-static KVLI_TARGET_AVX512 float kvli_z_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
+KVLI_Z float kvli_z_softmax_as(const bool whole, float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i lo = _mm512_set1_epi32((int)run->lo), hi = _mm512_set1_epi32((int)run->hi), sink = _mm512_set1_epi32((int)run->sink);
     __m512 x[8], top, m;
@@ -5054,9 +5091,10 @@ static KVLI_TARGET_AVX512 float kvli_z_softmax(float *s, const kvli_cpu_run *run
     float by;
     KVLI_UNROLL for (int i = 0; i < 8; i++) {
         __m512i t = _mm512_add_epi32(lane, _mm512_set1_epi32(16 * i));
-        seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) | _mm512_cmplt_epi32_mask(t, sink));
         x[i] = _mm512_loadu_ps(s + 16 * i);
         if (cap != 0) x[i] = kvli_z_softcap(x[i], cap);
+        if (whole) continue;
+        seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) | _mm512_cmplt_epi32_mask(t, sink));
         x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(KVLI_LOW), seen[i], x[i]);
     }
     top = _mm512_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])),
@@ -5068,7 +5106,8 @@ static KVLI_TARGET_AVX512 float kvli_z_softmax(float *s, const kvli_cpu_run *run
     m = _mm512_max_ps(top, _mm512_permute_ps(top, 0xb1));
     by = kvli_z_exp2(st->m - _mm512_cvtss_f32(m));
     KVLI_UNROLL for (int i = 0; i < 8; i++) {
-        x[i] = _mm512_maskz_mov_ps(seen[i], kvli_z_exp2v(_mm512_sub_ps(x[i], m)));
+        x[i] = kvli_z_exp2v(_mm512_sub_ps(x[i], m));
+        if (!whole) x[i] = _mm512_maskz_mov_ps(seen[i], x[i]);
         _mm512_storeu_ps(s + 16 * i, x[i]);
     }
     KVLI_UNROLL for (int i = 0; i < 4; i++) x[i] = _mm512_add_ps(x[i], x[i + 4]);
@@ -5078,24 +5117,32 @@ static KVLI_TARGET_AVX512 float kvli_z_softmax(float *s, const kvli_cpu_run *run
     return by;
 }
 
+static KVLI_TARGET_AVX512 float kvli_z_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
+    if (run->lo == 0 && run->hi == KVLI_CPU_TILE) return kvli_z_softmax_as(true, s, run, cap, st);
+    return kvli_z_softmax_as(false, s, run, cap, st);
+}
+
 /* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and NP pairs from pair j on. */
 KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli_z_rows *r, uint32_t t0, uint32_t t1, const float *p,
                              uint32_t j, float *acc, size_t acc_stride, float *last) {
     __m512 a[16];
     const int W = 2 * NP;
-    const uint8_t *row = r->rows + t0 * r->stride;
     const float *side = r->side + t0 * r->side_stride;
     p += t0;
     KVLI_UNROLL for (int h = 0; h < H; h++) {
         const float *from = (h < H - 1 ? acc + (size_t)h * acc_stride : last) + 32 * j;
         KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_loadu_ps(from + 16 * i);
     }
-    for (uint32_t t = t0; t < t1; t++, p++, row += r->stride, side += r->side_stride) {
-        __m512 v[8];
-        KVLI_UNROLL for (int i = 0; i < NP; i++) kvli_z_pair(f, row, side, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
-        KVLI_UNROLL for (int h = 0; h < H; h++) {
-            __m512 w = _mm512_set1_ps(p[h * KVLI_CPU_STRIDE]);
-            KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_fmadd_ps(w, v[i], a[h * W + i]);
+    for (uint32_t t = t0, end; t < t1; t = end) { /* tile by tile */
+        const uint8_t *row = kvli_z_row(r, t);
+        end = kvli_min_u32(t1, ((t >> r->shift) + 1) << r->shift);
+        for (uint32_t n = end - t; n > 0; n--, p++, row += r->stride, side += r->side_stride) {
+            __m512 v[8];
+            KVLI_UNROLL for (int i = 0; i < NP; i++) kvli_z_pair(f, row, side, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
+            KVLI_UNROLL for (int h = 0; h < H; h++) {
+                __m512 w = _mm512_set1_ps(p[h * KVLI_CPU_STRIDE]);
+                KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_fmadd_ps(w, v[i], a[h * W + i]);
+            }
         }
     }
     KVLI_UNROLL for (int h = 0; h < H; h++) {
@@ -5120,15 +5167,10 @@ static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t
     float *acc = w->acc + q * w->acc_stride, *last = acc + (n_q - 1) * w->acc_stride;
     size_t stride = w->acc_stride;
     uint32_t j = w->j0;
-    if (n_q == 3 || n_q == 7) last = w->spare;
+    if (n_q == 3) last = w->spare;
     while (j < w->j1) {
         uint32_t left = w->j1 - j;
-        if (n_q >= 7) {
-#define KVLI_CALL(F) kvli_z_values_as(F, 8, 1, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 1;
-        } else if (n_q >= 3 && left >= 2) {
+        if (n_q >= 3 && left >= 2) {
 #define KVLI_CALL(F) kvli_z_values_as(F, 4, 2, &w->rows, t0, t1, p, j, acc, stride, last)
             KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
 #undef KVLI_CALL
@@ -5175,7 +5217,7 @@ static KVLI_TARGET_AVX512 void kvli_z_scale_tokens(float *p, const float *token,
     for (uint32_t t = 0; t < n; t += 8) _mm256_storeu_ps(p + t, _mm256_mul_ps(_mm256_loadu_ps(p + t), _mm256_loadu_ps(token + t)));
 }
 
-/* One chunk of a tile's tokens, its rows being those of `job` from t0 on. INT4: eight query rows and one group of 64 dims at a time. */
+/* n tokens, t0 into the block, whose rows are `w->rows`. INT4: eight query rows and one group of 64 dims at a time. */
 static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, const kvli_z_scratch *z, uint32_t t0, uint32_t n) {
     uint32_t dim = kvli_z_pad(b->side->dim), n_pairs = dim / 32;
     w->spare = z->spare;
@@ -5185,7 +5227,7 @@ static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, c
         w->acc = b->acc;
         w->j0 = 0;
         w->j1 = n_pairs;
-        kvli_cpu_spread_runs(b->runs, b->first + t0, 0, n, b->n_q, 8, kvli_z_values_run, w);
+        kvli_cpu_spread_runs(b->runs, b->first + t0, 0, n, b->n_q, 4, kvli_z_values_run, w);
         return;
     }
     for (uint32_t i = 0; i < b->n_q; i += 8) {
@@ -5193,37 +5235,38 @@ static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, c
         w->p = z->p;
         w->acc = b->acc + i * b->acc_stride;
         for (uint32_t g = 0; 2 * g < n_pairs; g++) {
-            const float *scale = z->token + g * 64 + t0;
+            const float *scale = z->token + g * KVLI_CPU_TILE + t0;
             for (uint32_t h = 0; h < n_q; h++)
-                kvli_z_weigh(b->s + (size_t)(i + h) * KVLI_CPU_STRIDE + t0, scale, scale + 256, n, z->p + h * KVLI_CPU_STRIDE,
-                             w->acc + h * b->acc_stride + dim + 16 * g);
+                kvli_z_weigh(b->s + (size_t)(i + h) * KVLI_CPU_STRIDE + t0, scale, scale + 4 * KVLI_CPU_TILE, n,
+                             z->p + h * KVLI_CPU_STRIDE, w->acc + h * b->acc_stride + dim + 16 * g);
             w->j0 = 2 * g;
             w->j1 = kvli_min_u32(w->j0 + 2, n_pairs);
-            kvli_cpu_spread_runs(b->runs + i, b->first + t0, 0, n, n_q, 8, kvli_z_values_run, w);
+            kvli_cpu_spread_runs(b->runs + i, b->first + t0, 0, n, n_q, 4, kvli_z_values_run, w);
         }
     }
 }
 
 static KVLI_TARGET_AVX512 void kvli_z_values(const kvli_cpu_block *b) {
-    uint32_t D = b->side->dim, padded = kvli_z_pad(D), T = b->side->tokens;
-    kvli_z_scratch z = kvli_z_carve(b->scratch, padded);
-    kvli_z_rows rows = kvli_z_open(b->side, b->tile, false, &z);
+    uint32_t D = b->side->dim, padded = kvli_z_pad(D);
+    kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(b->scratch_dim));
+    kvli_z_rows rows = kvli_z_open(b, false, &z);
     kvl_format f = b->side->format == KVL_INT4 ? (kvl_format)KVL_INT4_CHANNEL : b->side->format;
+    const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
     kvli_z_values_job w;
     if (f == KVL_INT8 || f == KVL_FP8_E4M3)
-        for (uint32_t i = 0; i < b->n_q; i++) kvli_z_scale_tokens(b->s + (size_t)i * KVLI_CPU_STRIDE, z.token, T);
+        for (uint32_t i = 0; i < b->n_q; i++) kvli_z_scale_tokens(b->s + (size_t)i * KVLI_CPU_STRIDE, z.token, b->n);
+    w.format = f;
+    w.rows = rows;
     if (b->n_q <= KVLI_CPU_DIRECT_Q && D % 32 == 0) {
-        w.format = f;
-        w.rows = rows;
         kvli_z_values_chunk(b, &w, &z, 0, b->n);
         return;
     }
+    b->spread->n_q = 0;
     w.format = KVL_F32;
-    w.rows.rows = (const uint8_t *)z.rows;
+    w.rows.tiles = decoded;
+    w.rows.shift = 5;
     w.rows.stride = padded * sizeof(float);
-    w.rows.side = z.side;
     w.rows.side_stride = 0;
-    w.rows.dim = padded;
     for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
         uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
         kvli_z_decode(f, &rows, t, n, z.rows);
@@ -5295,13 +5338,17 @@ KVLI_Y void kvli_y_16(kvl_format f, const uint8_t *row, uint32_t i, __m256 scale
     }
 }
 
-/* Rows [t0, t0 + n) of a tile as f32. */
-static KVLI_TARGET_AVX2 void kvli_y_decode(const kvli_side *side, const uint8_t *tile, uint32_t t0, uint32_t n, float *out) {
+/* Rows [t0, t0 + n), which lie in one tile, as f32. */
+static KVLI_TARGET_AVX2 void kvli_y_decode(const kvli_cpu_block *b, uint32_t t0, uint32_t n) {
+    const kvli_side *side = b->side;
+    const uint8_t *tile = b->tiles[t0 / side->tokens];
+    float *out = b->scratch;
     kvl_format f = side->format;
     uint32_t D = side->dim, T = side->tokens, groups = (D + 63) / 64;
     size_t bits = f == KVL_F32 ? 32 : f == KVL_F16 || f == KVL_BF16 ? 16 : f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL ? 4 : 8;
     size_t stride = D * bits / 8;
     const uint8_t *scales = tile + T * stride;
+    t0 %= T;
     for (uint32_t t = t0; t < t0 + n; t++) {
         const uint8_t *row = tile + t * stride;
         __m256 scale = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
@@ -5360,10 +5407,10 @@ KVLI_Y void kvli_y_score_as(const int H, const float *rows, uint32_t dim, uint32
 }
 
 static KVLI_TARGET_AVX2 void kvli_y_score(const kvli_cpu_block *b) {
-    uint32_t dim = b->side->dim;
-    for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
-        uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
-        kvli_y_decode(b->side, b->tile, t, (n + 7) & ~7u, b->scratch);
+    uint32_t dim = b->side->dim, step = kvli_min_u32(b->side->tokens, KVLI_CPU_CHUNK);
+    for (uint32_t t = 0; t < b->n; t += step) {
+        uint32_t n = kvli_min_u32(b->n - t, step);
+        kvli_y_decode(b, t, (n + 7) & ~7u);
         for (uint32_t i = 0; i < b->n_q; i += 2) {
             float *s = b->s + (size_t)i * KVLI_CPU_STRIDE + t;
             const float *q = b->q + i * b->q_stride;
@@ -5474,10 +5521,11 @@ static KVLI_TARGET_AVX2 void kvli_y_values_run(void *arg, uint32_t q, uint32_t n
 }
 
 static KVLI_TARGET_AVX2 void kvli_y_values(const kvli_cpu_block *b) {
-    for (uint32_t t = 0; t < b->n; t += KVLI_CPU_CHUNK) {
+    uint32_t step = kvli_min_u32(b->side->tokens, KVLI_CPU_CHUNK);
+    for (uint32_t t = 0; t < b->n; t += step) {
         kvli_cpu_block chunk = *b;
-        uint32_t n = kvli_min_u32(b->n - t, KVLI_CPU_CHUNK);
-        kvli_y_decode(b->side, b->tile, t, n, b->scratch);
+        uint32_t n = kvli_min_u32(b->n - t, step);
+        kvli_y_decode(b, t, n);
         chunk.s += t;
         kvli_cpu_spread_runs(b->runs, b->first + t, 0, n, b->n_q, 2, kvli_y_values_run, &chunk);
     }
@@ -5582,6 +5630,7 @@ typedef struct kvli_cpu_unit {
     float *q[2], *acc[2], *run_acc, *s, *scratch; /* [KVLI_PACKED], [KVLI_EXACT]: the same array unless two_q, two_acc */
     kvli_cpu_stat stat[KVLI_CPU_MAX_Q], run_stat[KVLI_CPU_MAX_Q];
     kvli_cpu_run runs[KVLI_CPU_MAX_Q];            /* of the tile at hand */
+    kvli_cpu_spread spread;
 } kvli_cpu_unit;
 
 static uint32_t kvli_cpu_position(const kvli_cpu_unit *u, uint32_t i) {
@@ -5723,48 +5772,64 @@ static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
     return any;
 }
 
-/* A block of the tile at hand, and the query rows [q0, q0 + n_q) that read this version of it. */
-typedef struct kvli_cpu_part { const uint8_t *at; uint32_t cls, first, n, q0, n_q; } kvli_cpu_part;
-enum { KVLI_CPU_PARTS = 2 * KVLI_CPU_TILE / 8 };
+/* Consecutive blocks of the tile at hand, and the query rows [q0, q0 + n_q) that read this version of them. */
+enum { KVLI_CPU_BLOCKS = KVLI_CPU_TILE / 8 };
+typedef struct kvli_cpu_part {
+    const uint8_t *k[KVLI_CPU_BLOCKS + 1], *v[KVLI_CPU_BLOCKS + 1]; /* the last once more: kernels of 16 tokens look at two of 8 */
+    uint32_t cls, n_tiles, first, n, q0, n_q;
+} kvli_cpu_part;
 
-/* Leaves out query rows at both ends that see nothing of tokens [first, first + n) of the tile. */
-static void kvli_cpu_add_part(const kvli_cpu_unit *u, uint32_t entry, uint32_t first, uint32_t n, uint32_t q0, uint32_t q1,
-                              kvli_cpu_part *parts, uint32_t *n_parts) {
+/* Adds block b, read by query rows [q0, q1) less those at both ends that see none of it: those may have no such block any more. */
+static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t first, uint32_t q0, uint32_t q1, kvli_cpu_part *parts,
+                               uint32_t *n_parts) {
+    const kvli_layer *L = u->job->a->layer;
     const kvli_cpu_run *r = u->runs;
-    kvli_cpu_part *p = &parts[*n_parts];
-#define KVLI_SEES(i) (r[i].sink > first || (r[i].lo < first + n && r[i].hi > first && r[i].lo < r[i].hi))
+    uint32_t T = u->job->a->geo->block_tokens, n = 0, cls;
+    kvli_cpu_part *p = *n_parts ? &parts[*n_parts - 1] : NULL;
+    const uint8_t *at;
+#define KVLI_SEES(i) (r[i].sink > first || (r[i].lo < first + T && r[i].hi > first && r[i].lo < r[i].hi))
     while (q0 < q1 && !KVLI_SEES(q0)) q0++;
     while (q0 < q1 && !KVLI_SEES(q1 - 1)) q1--;
 #undef KVLI_SEES
     if (q0 == q1) return;
-    p->at = kvli_cpu_tile(u->job->a, entry, u->head, &p->cls);
-    p->first = first;
-    p->n = 0;
-    for (uint32_t i = q0; i < q1; i++) p->n = kvli_max_u32(p->n, kvli_max_u32(r[i].sink, r[i].hi));
-    p->n = kvli_min_u32(p->n - first, n);
-    p->q0 = q0;
-    p->n_q = q1 - q0;
-    ++*n_parts;
+    for (uint32_t i = q0; i < q1; i++) n = kvli_max_u32(n, kvli_max_u32(r[i].sink, r[i].hi));
+    at = kvli_cpu_tile(u->job->a, entry, u->head, &cls);
+    if (!p || p->cls != cls || p->q0 != q0 || p->n_q != q1 - q0 || p->first + p->n_tiles * T != first) {
+        p = &parts[(*n_parts)++];
+        p->cls = cls;
+        p->n_tiles = 0;
+        p->first = first;
+        p->q0 = q0;
+        p->n_q = q1 - q0;
+    }
+    p->n = kvli_min_u32(n, first + T) - p->first;
+    p->k[p->n_tiles] = p->k[p->n_tiles + 1] = at;
+    p->v[p->n_tiles] = p->v[p->n_tiles + 1] = at + L->v_offset[cls];
+    p->n_tiles++;
 }
 
-/* A row sees its own block exact and earlier ones as the table has them. */
+/* The parts of tile [t0, t0 + n): earlier blocks as the table has them, then each row's own block, exact. */
 static uint32_t kvli_cpu_tile_parts(const kvli_cpu_unit *u, uint32_t t0, uint32_t n, kvli_cpu_part *parts) {
     const kvl_span_blocks *blocks = &u->span->blocks;
     uint32_t T = u->job->a->geo->block_tokens, n_parts = 0;
     for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
+        uint32_t later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
+        if (later < u->n_q) kvli_cpu_add_block(u, blocks->table[b], b * T - t0, later, u->n_q, parts, &n_parts);
+    }
+    for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
         uint32_t own = kvli_cpu_first_at(u, (uint64_t)b * T), later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
-        if (own < later) kvli_cpu_add_part(u, blocks->own[b - blocks->first_own], b * T - t0, T, own, later, parts, &n_parts);
-        if (later < u->n_q) kvli_cpu_add_part(u, blocks->table[b], b * T - t0, T, later, u->n_q, parts, &n_parts);
+        if (own < later) kvli_cpu_add_block(u, blocks->own[b - blocks->first_own], b * T - t0, own, later, parts, &n_parts);
     }
     return n_parts;
 }
 
-static kvli_cpu_block kvli_cpu_block_of(const kvli_cpu_unit *u, const kvli_cpu_part *p, bool is_key) {
+static kvli_cpu_block kvli_cpu_block_of(kvli_cpu_unit *u, const kvli_cpu_part *p, bool is_key) {
     const kvli_cpu_job *job = u->job;
     const kvli_layer *L = job->a->layer;
     kvli_cpu_block b;
     b.side = is_key ? &L->k[p->cls] : &L->v[p->cls];
-    b.tile = is_key ? p->at : p->at + L->v_offset[p->cls];
+    b.tiles = is_key ? p->k : p->v;
+    b.n_tiles = p->n_tiles;
     b.n = p->n;
     b.first = p->first;
     b.n_q = p->n_q;
@@ -5775,6 +5840,8 @@ static kvli_cpu_block kvli_cpu_block_of(const kvli_cpu_unit *u, const kvli_cpu_p
     b.acc = u->acc[p->cls] + (size_t)p->q0 * job->acc_floats;
     b.acc_stride = job->acc_floats;
     b.scratch = u->scratch;
+    b.scratch_dim = kvli_max_u32(job->a->geo->k_dim, job->a->geo->v_dim);
+    b.spread = &u->spread;
     return b;
 }
 
@@ -5785,7 +5852,7 @@ KVLI_NOINLINE void kvli_cpu_scale(float *x, uint32_t n, float by) {
 static void kvli_cpu_tile_step(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
     const kvli_cpu_job *job = u->job;
     const kvli_layer *L = job->a->layer;
-    kvli_cpu_part parts[KVLI_CPU_PARTS];
+    kvli_cpu_part parts[2 * KVLI_CPU_BLOCKS];
     uint32_t n_parts;
     if (!kvli_cpu_tile_runs(u, t0, n)) return;
     n_parts = kvli_cpu_tile_parts(u, t0, n, parts);
@@ -5848,6 +5915,7 @@ static void kvli_cpu_unit_run(kvli_cpu_unit *u, const kvli_cpu_plan *plan, uint3
     uint32_t dim = job->a->geo->v_dim, s0 = (uint32_t)((uint64_t)plan->n_segments * part / plan->n_parts);
     uint32_t s1 = (uint32_t)((uint64_t)plan->n_segments * (part + 1) / plan->n_parts);
     kvli_cpu_prepare_q(u);
+    u->spread.n_q = 0;
     for (uint32_t i = 0; i < u->n_q; i++) {
         u->run_stat[i].m = KVLI_LOW;
         u->run_stat[i].l = 0;

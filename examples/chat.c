@@ -16,18 +16,19 @@
 
 enum { EXIT_RUNTIME = 1, EXIT_USAGE = 2, LEAST_TOKENS = 256, STEP_TOKENS = 128, MAX_BRANCHES = 64 };
 
-static const char usage[] =
-    "usage: chat -m MODEL.gguf [options]\n"
-    "\n"
-    "A conversation: one line is one message, a line that ends in \\ goes on. Answers go to stdout, the rest to stderr.\n"
-    "\n"
-    "  -n N             at most so many tokens in an answer (default 512)\n"
-    "  --system TEXT    system message (default: the model's own)\n"
-    "%s"
-    "  -h, --help       this text\n"
-    "\n"
-    "Defaults here: --temp 0.7 --top-p 0.9, and KV memory for two conversations of the model's full context.\n"
-    "Exit codes: 0 left, 1 failed, 2 wrong usage.\n";
+static const char usage[] = "usage: chat -m MODEL.gguf [options]\n"
+                            "\n"
+                            "A conversation: one line is one message, a line that ends in \\ goes on. "
+                            "Answers go to stdout, the rest to stderr.\n"
+                            "\n"
+                            "  -n N             at most so many tokens in an answer (default 512)\n"
+                            "  --system TEXT    system message (default: the model's own)\n"
+                            "%s"
+                            "  -h, --help       this text\n"
+                            "\n"
+                            "Defaults here: --temp 0.7 --top-p 0.9, and KV memory for two conversations of "
+                            "the model's full context.\n"
+                            "Exit codes: 0 left, 1 failed, 2 wrong usage.\n";
 
 static const char commands[] = "/stats        what the KV cache holds and how often it helped\n"
                                "/fork         branch here: goes on in a copy, the original stays\n"
@@ -148,8 +149,9 @@ static bool set_system(program *p, branch *b, const char *text, char *err, size_
                    : chat_append_default_system(&p->form, &fresh, err, n);
     size_t n_system = fresh.n;
     if (ok && fresh.n + (b->tokens.n - b->n_system) > p->limit)
-        ok = llm_fail(err, n, "the system message has %zu tokens: with what was said that is more than the %u tokens "
-                              "of a conversation",
+        ok = llm_fail(err, n,
+                      "the system message has %zu tokens: with what was said that is more than the %u tokens "
+                      "of a conversation",
                       n_system, p->limit);
     if (ok && !append(&fresh, b->tokens.ids + b->n_system, b->tokens.n - b->n_system))
         ok = llm_fail(err, n, "no memory");
@@ -212,7 +214,8 @@ static bool run_request(program *p, const kvl_request *request, kvl_req_info *in
         if (r < 0) ok = false;
         if (kvl_sched_info(p->sched, req, info) != KVL_OK)
             return llm_fail(err, n, "%s", kvl_sched_last_error(p->sched));
-        if (r == KVL_IDLE && info->state != KVL_REQ_FINISHED) ok = llm_fail(err, n, "the KV budget is exhausted");
+        if (r == KVL_IDLE && info->state != KVL_REQ_FINISHED)
+            ok = llm_fail(err, n, "the KV budget is exhausted");
     } while (info->state != KVL_REQ_FINISHED);
     return ok;
 }
@@ -224,8 +227,8 @@ static void report(const program *p, const kvl_req_info *info) {
     double s = (double)(info->last_token_ns - info->first_token_ns) * 1e-9;
     if (info->n_generated > 1 && s > 0)
         snprintf(speed, sizeof speed, ", %.0f tok/s", (double)(info->n_generated - 1) / s);
-    note(p, "reused %u of %u tokens (%s%s), %u new%s", u->matched, info->n_prompt, kvl_match_reason_text(u->reason), at,
-         info->n_generated, speed);
+    note(p, "reused %u of %u tokens (%s%s), %u new%s", u->matched, info->n_prompt,
+         kvl_match_reason_text(u->reason), at, info->n_generated, speed);
     if (p->failed) note(p, "the answer ended early: %s", p->failed);
     if (info->finish == KVL_FINISH_CANCELLED) note(p, "stopped");
     if (info->finish == KVL_FINISH_LENGTH && info->n_prompt + info->n_generated > p->limit)
@@ -237,16 +240,20 @@ static void report(const program *p, const kvl_req_info *info) {
 /* The generated tokens join the conversation as they are, so that the next turn's match goes through them. */
 static bool keep_answer(program *p, branch *b, char *err, size_t n) {
     size_t keep = p->answer.n;
-    if (keep && tokenizer_is_end(p->rt.tok, p->answer.ids[keep - 1]) && p->answer.ids[keep - 1] != p->form.im_end) keep--;
+    if (keep && tokenizer_is_end(p->rt.tok, p->answer.ids[keep - 1]) &&
+        p->answer.ids[keep - 1] != p->form.im_end)
+        keep--;
     if (!append(&b->tokens, p->answer.ids, keep)) return llm_fail(err, n, "no memory for the conversation");
     return chat_close_answer(&p->form, &b->tokens, err, n);
 }
 
 static bool answer(program *p, branch *b, char *err, size_t n) {
     if (b->tokens.n > p->limit)
-        return llm_fail(err, n, "with this message the conversation has %zu tokens, and %u is the most: /undo drops the "
-                                "last exchange",
-                        b->tokens.n, p->limit);
+        return llm_fail(
+            err, n,
+            "with this message the conversation has %zu tokens, and %u is the most: /undo drops the "
+            "last exchange",
+            b->tokens.n, p->limit);
     uint32_t room = p->limit - (uint32_t)b->tokens.n + 1; /* the last token needs no KV */
     kvl_request request = {.tokens = b->tokens.ids,
                            .n_tokens = (uint32_t)b->tokens.n,
@@ -261,7 +268,8 @@ static bool answer(program *p, branch *b, char *err, size_t n) {
     print_text(rest, utf8_stream_flush(&p->utf8, rest));
     if (p->answer.n) putchar('\n');
     if (!ok) return false;
-    if (!p->answer.n) return llm_fail(err, n, "no answer%s%s", p->failed ? ": " : "", p->failed ? p->failed : "");
+    if (!p->answer.n)
+        return llm_fail(err, n, "no answer%s%s", p->failed ? ": " : "", p->failed ? p->failed : "");
     report(p, &info);
     return keep_answer(p, b, err, n);
 }
@@ -287,8 +295,7 @@ static void turn(program *p, const char *line, size_t len) {
 /* ---- commands ---- */
 
 static void show_percentiles(const program *p, const char *what, const kvl_percentiles *v) {
-    if (v->count)
-        note(p, "%s %.1f ms median, %.1f ms 95%%, %.1f ms longest", what, v->p50, v->p95, v->max);
+    if (v->count) note(p, "%s %.1f ms median, %.1f ms 95%%, %.1f ms longest", what, v->p50, v->p95, v->max);
 }
 
 static void show_stats(const program *p) {
@@ -301,16 +308,16 @@ static void show_stats(const program *p) {
     note(p, "KV memory       %.2f MiB of blocks, %.1f MiB budget (%.1f MiB of it scratch)",
          (double)(s.bytes_used + s.bytes_cached) / (1 << 20), (double)s.device_budget / (1 << 20),
          (double)(s.bytes_scratch + s.bytes_workspace) / (1 << 20));
-    note(p, "reuse           %" PRIu64 " of %" PRIu64 " tokens (%.0f%%), %" PRIu64 " blocks evicted", s.hit_tokens,
-         s.open_tokens, s.open_tokens ? 100.0 * (double)s.hit_tokens / (double)s.open_tokens : 0.0,
-         s.evicted_blocks);
+    note(p, "reuse           %" PRIu64 " of %" PRIu64 " tokens (%.0f%%), %" PRIu64 " blocks evicted",
+         s.hit_tokens, s.open_tokens,
+         s.open_tokens ? 100.0 * (double)s.hit_tokens / (double)s.open_tokens : 0.0, s.evicted_blocks);
     note(p, "computed        %" PRIu64 " tokens read, %" PRIu64 " steps of one token", s.prefill_tokens,
          s.decode_tokens);
     show_percentiles(p, "between tokens ", &s.gap_ms);
     show_percentiles(p, "first token    ", &s.ttft_ms);
     for (uint32_t i = 0; i < p->n_branches; i++)
-        note(p, "branch %-8u exchanges %zu, tokens %zu%s", i + 1, p->branches[i].n_exchanges, p->branches[i].tokens.n,
-             i == p->current ? ", here" : "");
+        note(p, "branch %-8u exchanges %zu, tokens %zu%s", i + 1, p->branches[i].n_exchanges,
+             p->branches[i].tokens.n, i == p->current ? ", here" : "");
 }
 
 static void fork_branch(program *p) {
@@ -321,7 +328,8 @@ static void fork_branch(program *p) {
     } else {
         uint32_t from = p->current;
         p->current = p->n_branches++;
-        note(p, "now in branch %u, a copy of branch %u: /switch %u goes back", p->current + 1, from + 1, from + 1);
+        note(p, "now in branch %u, a copy of branch %u: /switch %u goes back", p->current + 1, from + 1,
+             from + 1);
     }
 }
 
@@ -333,7 +341,8 @@ static void switch_branch(program *p, const char *text) {
         return;
     }
     p->current = (uint32_t)n - 1;
-    note(p, "now in branch %lu; exchanges: %zu, tokens: %zu", n, current(p)->n_exchanges, current(p)->tokens.n);
+    note(p, "now in branch %lu; exchanges: %zu, tokens: %zu", n, current(p)->n_exchanges,
+         current(p)->tokens.n);
 }
 
 static void undo(program *p) {
@@ -487,7 +496,8 @@ static bool open_all(program *p, char *err, size_t n) {
     p->o.runtime.step_tokens = STEP_TOKENS; /* Ctrl-C is looked at between steps */
     p->o.cache.n_sequences = 2;
     p->o.cache.least_tokens = LEAST_TOKENS;
-    if (!runtime_load(&p->rt, &p->o.runtime, err, n) || !chat_template_load(p->rt.file, p->rt.tok, &p->form, err, n) ||
+    if (!runtime_load(&p->rt, &p->o.runtime, err, n) ||
+        !chat_template_load(p->rt.file, p->rt.tok, &p->form, err, n) ||
         !sampler_init(&p->sampler, &p->o.sampling, err, n) ||
         !runtime_cache(&p->rt, &p->o.cache, &p->cache, err, n))
         return false;

@@ -13,17 +13,20 @@ enum { EXIT_RUNTIME = 1, EXIT_USAGE = 2 };
 static const char usage[] =
     "usage: complete -m MODEL.gguf (-p TEXT | -f FILE) [options]\n"
     "\n"
-    "Writes the continuation of a text to stdout, and nothing else there; all that is said about it goes to stderr.\n"
+    "Writes the continuation of a text to stdout, and nothing else there; all that is said about it goes to "
+    "stderr.\n"
     "The text of control tokens in the prompt, such as <|im_start|>, stands for those tokens.\n"
     "\n"
     "  -p TEXT          the prompt\n"
     "  -f FILE          file with the prompt; - is stdin\n"
     "  -n N             at most so many new tokens (default 128); 0 only reads the prompt\n"
-    "  --json           one object: tokens, text, prompt_tokens, prefill_s, decode_s, backend, kv_bytes, finish\n"
+    "  --json           one object: tokens, text, prompt_tokens, prefill_s, decode_s, backend, kv_bytes, "
+    "finish\n"
     "%s"
     "  -h, --help       this text\n"
     "\n"
-    "KV memory is by default what the prompt and N tokens take. Exit codes: 0 done, 1 failed, 2 wrong usage.\n";
+    "KV memory is by default what the prompt and N tokens take. Exit codes: 0 done, 1 failed, 2 wrong "
+    "usage.\n";
 
 typedef struct bytes {
     char *data;
@@ -123,7 +126,8 @@ static bool read_prompt(program *p, char *err, size_t n) {
 
 static bool encode_prompt(program *p, char *err, size_t n) {
     uint32_t n_ctx = p->rt.config->n_ctx;
-    if (!tokenizer_encode(p->rt.tok, p->prompt.data, p->prompt.n, TOKENIZE_SPECIAL | TOKENIZE_BOS, &p->tokens, err, n))
+    if (!tokenizer_encode(p->rt.tok, p->prompt.data, p->prompt.n, TOKENIZE_SPECIAL | TOKENIZE_BOS, &p->tokens,
+                          err, n))
         return false;
     if (p->tokens.dropped_bytes)
         fprintf(stderr, "complete: %zu bytes of the prompt have no token and were left out\n",
@@ -133,8 +137,8 @@ static bool encode_prompt(program *p, char *err, size_t n) {
         return llm_fail(err, n, "the prompt has %zu tokens, the model's context only %u", p->tokens.n, n_ctx);
     uint32_t room = n_ctx - (uint32_t)p->tokens.n + 1; /* the last token needs no KV */
     if (p->n_new > room) {
-        fprintf(stderr, "complete: -n %u: lowered to the %u that the model's context of %u leaves\n", p->n_new, room,
-                n_ctx);
+        fprintf(stderr, "complete: -n %u: lowered to the %u that the model's context of %u leaves\n",
+                p->n_new, room, n_ctx);
         p->n_new = room;
     }
     return true;
@@ -148,7 +152,8 @@ static bool open_cache(program *p, char *err, size_t n) {
     if (!runtime_cache(&p->rt, &p->o.cache, &p->cache, err, n)) return false;
     kvl_result r = kvl_sched_create(p->cache, NULL, &p->sched);
     if (r != KVL_OK) return llm_fail(err, n, "%s: %s", kvl_result_name(r), kvl_last_error(p->cache));
-    kvl_request request = {.tokens = p->tokens.ids, .n_tokens = (uint32_t)p->tokens.n, .max_new_tokens = n_new};
+    kvl_request request = {
+        .tokens = p->tokens.ids, .n_tokens = (uint32_t)p->tokens.n, .max_new_tokens = n_new};
     kvl_req handle;
     r = kvl_sched_submit(p->sched, &request, &handle);
     if (r != KVL_OK) return llm_fail(err, n, "%s: %s", kvl_result_name(r), kvl_result_text(r));
@@ -194,12 +199,14 @@ static bool run(program *p, char *err, size_t n) {
     double start = runtime_now();
     kvl_result r;
     p->finish = KVL_FINISH_LENGTH;
-    while ((r = runtime_step(&p->rt, p->cache, p->sched, on_logits, p, err, n)) == KVL_OK) {}
+    while ((r = runtime_step(&p->rt, p->cache, p->sched, on_logits, p, err, n)) == KVL_OK) {
+    }
     double end = runtime_now();
     if (r < 0) return false;
     if (p->no_memory) return llm_fail(err, n, "no memory for the continuation");
     if (r != KVL_DRAINED) return llm_fail(err, n, "the KV budget does not hold the sequence");
-    if (p->finish == KVL_FINISH_NONE) return llm_fail(err, n, "the model gave no finite logits: is the file damaged?");
+    if (p->finish == KVL_FINISH_NONE)
+        return llm_fail(err, n, "the model gave no finite logits: is the file damaged?");
     p->prefill_s = p->first_token - start;
     p->decode_s = end - p->first_token;
     kvl_get_stats(p->cache, &p->stats);
@@ -233,8 +240,8 @@ static bool finish_output(program *p, char *err, size_t n) {
         for (size_t i = 0; i < p->generated.n; i++) printf("%s%" PRId32, i ? "," : "", p->generated.ids[i]);
         printf("],\"text\":");
         json_string(p->out.data, p->out.n);
-        printf(",\"prompt_tokens\":%zu,\"prefill_s\":%.6f,\"decode_s\":%.6f,\"backend\":\"%s\",\"kv_bytes\":%" PRIu64
-               ",\"finish\":\"%s\"}\n",
+        printf(",\"prompt_tokens\":%zu,\"prefill_s\":%.6f,\"decode_s\":%.6f,\"backend\":\"%s\",\"kv_bytes\":"
+               "%" PRIu64 ",\"finish\":\"%s\"}\n",
                p->tokens.n, p->prefill_s, p->decode_s, kvl_context_backend(p->rt.context),
                p->stats.bytes_used + p->stats.bytes_cached, p->finish == KVL_FINISH_STOP ? "stop" : "length");
     } else {
@@ -245,13 +252,14 @@ static bool finish_output(program *p, char *err, size_t n) {
 
 static void report(const program *p) {
     size_t after_first = p->generated.n > 1 ? p->generated.n - 1 : 0;
-    fprintf(stderr, "%scomplete: %zu prompt tokens in %.3f s (%.0f tok/s)", p->json || !p->generated.n ? "" : "\n",
-            p->tokens.n, p->prefill_s, (double)p->tokens.n / p->prefill_s);
+    fprintf(stderr, "%scomplete: %zu prompt tokens in %.3f s (%.0f tok/s)",
+            p->json || !p->generated.n ? "" : "\n", p->tokens.n, p->prefill_s,
+            (double)p->tokens.n / p->prefill_s);
     if (after_first)
         fprintf(stderr, ", %zu new, %.1f tok/s", p->generated.n, (double)after_first / p->decode_s);
     fprintf(stderr, ", %.2f MiB of KV, %s, %u threads\n",
-            (double)(p->stats.bytes_used + p->stats.bytes_cached) / (1 << 20), kvl_context_backend(p->rt.context),
-            pool_threads(p->rt.threads));
+            (double)(p->stats.bytes_used + p->stats.bytes_cached) / (1 << 20),
+            kvl_context_backend(p->rt.context), pool_threads(p->rt.threads));
 }
 
 static void release(program *p) {
@@ -277,8 +285,9 @@ int main(int argc, char **argv) {
         return 0;
     }
     bool ok = read_prompt(&p, err, sizeof err) && runtime_load(&p.rt, &p.o.runtime, err, sizeof err) &&
-              encode_prompt(&p, err, sizeof err) && sampler_init(&p.sampler, &p.o.sampling, err, sizeof err) &&
-              open_cache(&p, err, sizeof err) && run(&p, err, sizeof err) && finish_output(&p, err, sizeof err);
+              encode_prompt(&p, err, sizeof err) &&
+              sampler_init(&p.sampler, &p.o.sampling, err, sizeof err) && open_cache(&p, err, sizeof err) &&
+              run(&p, err, sizeof err) && finish_output(&p, err, sizeof err);
     if (ok)
         report(&p);
     else

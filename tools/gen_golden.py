@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/tiles.inc: what the encoders of kvlite.h must give, byte for byte. Independent of the header: numpy floats, and
-the nearest code found by comparing distances in float64, where they are exact. Usage: gen_golden.py [output]"""
+"""Writes tests/golden/tiles.inc: what the encoders of kvlite.h must give, byte for byte. Independent of the
+header: numpy floats, and the nearest code found by comparing distances in float64, where they are exact.
+Usage: gen_golden.py [output]"""
 import sys
 from pathlib import Path
 import numpy as np

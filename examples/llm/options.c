@@ -51,8 +51,8 @@ bool args_u64(args *a, uint64_t min, uint64_t max, uint64_t *value, char *err, s
     const char *text, *end;
     if (!args_value(a, &text, err, err_len)) return false;
     if (digits_u64(text, value, &end) && !*end && *value >= min && *value <= max) return true;
-    return llm_fail(err, err_len, "%s '%.60s': must be a whole number from %" PRIu64 " to %" PRIu64, a->name, text, min,
-                    max);
+    return llm_fail(err, err_len, "%s '%.60s': must be a whole number from %" PRIu64 " to %" PRIu64, a->name,
+                    text, min, max);
 }
 
 bool args_float(args *a, float min, float max, float *value, char *err, size_t err_len) {
@@ -77,8 +77,8 @@ bool args_bytes(args *a, uint64_t *value, char *err, size_t err_len) {
             return true;
         }
     }
-    return llm_fail(err, err_len, "%s '%.60s': must be a number of bytes above 0, such as 64M (K, M or G)", a->name,
-                    text);
+    return llm_fail(err, err_len, "%s '%.60s': must be a number of bytes above 0, such as 64M (K, M or G)",
+                    a->name, text);
 }
 
 /* ---- the shared options ---- */
@@ -122,7 +122,8 @@ static bool take_format(args *a, kvl_format *format, char *err, size_t err_len) 
         size_t at = strlen(known);
         snprintf(known + at, sizeof known - at, " %s", kvl_format_name(f));
     }
-    return llm_fail(err, err_len, "%s '%.40s' is unknown; there are:%s, and '+rot' after some", a->name, name, known);
+    return llm_fail(err, err_len, "%s '%.40s' is unknown; there are:%s, and '+rot' after some", a->name, name,
+                    known);
 }
 
 static bool take_act(options *o, args *a, char *err, size_t err_len) {

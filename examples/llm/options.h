@@ -14,7 +14,7 @@ typedef struct args {
     int argc;
     char **argv;
     int i;
-    char name[64];      /* of the current option, without =value */
+    char name[64];       /* of the current option, without =value */
     const char *inlined; /* its =value, or NULL */
 } args;
 

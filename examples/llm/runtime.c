@@ -156,8 +156,8 @@ static bool refuse_budget(const kvl_cache_desc *desc, uint32_t tokens, char *err
         return llm_fail(err, err_len, "a KV budget of %" PRIu64 " bytes does not hold %u tokens",
                         desc->device_bytes, tokens);
     return llm_fail(err, err_len,
-                    "a KV budget of %" PRIu64 " bytes does not hold a sequence of %u tokens: it takes %" PRIu64
-                    " (%.1f MiB)",
+                    "a KV budget of %" PRIu64
+                    " bytes does not hold a sequence of %u tokens: it takes %" PRIu64 " (%.1f MiB)",
                     desc->device_bytes, tokens, need, (double)need / (1 << 20));
 }
 
@@ -195,7 +195,8 @@ typedef struct attention {
 
 static int attend(void *user, int layer, const float *q, const float *k, const float *v, float *out) {
     const attention *a = user;
-    kvl_tensor tq = {.data = (void *)q}, tk = {.data = (void *)k}, tv = {.data = (void *)v}, to = {.data = out};
+    kvl_tensor tq = {.data = (void *)q}, tk = {.data = (void *)k}, tv = {.data = (void *)v},
+               to = {.data = out};
     return kvl_attend(a->cache, a->step, (uint32_t)layer, &tq, &tk, &tv, &to);
 }
 
@@ -219,13 +220,14 @@ static bool reserve_logits(runtime *rt, uint32_t n, char *err, size_t err_len) {
 bool runtime_forward(runtime *rt, kvl_cache *cache, const kvl_step *step, char *err, size_t err_len) {
     uint32_t n = 0;
     if (!reserve_logits(rt, step->n_logits, err, err_len)) return false;
-    for (uint32_t i = 0; i < step->n_logits; i++) { /* forks ask for their parent's row again, right after it */
+    for (uint32_t i = 0; i < step->n_logits;
+         i++) { /* forks ask for their parent's row again, right after it */
         if (!n || rt->logit_rows[n - 1] != step->logit_rows[i]) rt->logit_rows[n++] = step->logit_rows[i];
         rt->logit_slot[i] = n - 1;
     }
     attention a = {cache, step};
-    int r = model_forward(rt->model, step->tokens, step->positions, step->n_tokens, rt->logit_rows, n, rt->logits,
-                          attend, &a);
+    int r = model_forward(rt->model, step->tokens, step->positions, step->n_tokens, rt->logit_rows, n,
+                          rt->logits, attend, &a);
     if (r == MODEL_OK) return true;
     if (r == MODEL_BAD_TOKEN) return llm_fail(err, err_len, "a token is not in the vocabulary of the model");
     if (r == MODEL_BAD_ROWS)
@@ -247,7 +249,8 @@ kvl_result runtime_step(runtime *rt, kvl_cache *cache, kvl_sched *sched, runtime
         kvl_sched_abort(sched, step);
         return KVL_CORRUPT;
     }
-    for (uint32_t i = 0; i < step->n_logits; i++) rt->outputs[i] = sample(user, step, i, runtime_logits(rt, i));
+    for (uint32_t i = 0; i < step->n_logits; i++)
+        rt->outputs[i] = sample(user, step, i, runtime_logits(rt, i));
     r = kvl_sched_commit_ex(sched, step, rt->outputs);
     if (r != KVL_OK) {
         llm_fail(err, err_len, "%s: %s", kvl_result_name(r), kvl_sched_last_error(sched));

@@ -46,16 +46,17 @@ typedef struct runtime {
     uint32_t logits_cap;
 } runtime;
 
-bool runtime_load(runtime *rt, const runtime_desc *desc, char *err, size_t err_len); /* on failure *rt is {0} */
-void runtime_free(runtime *rt); /* after its caches; leaves {0} */
+bool runtime_load(runtime *rt, const runtime_desc *desc, char *err,
+                  size_t err_len); /* on failure *rt is {0} */
+void runtime_free(runtime *rt);    /* after its caches; leaves {0} */
 
 typedef struct runtime_cache_desc {
-    const char *preset;           /* NULL: "int8" */
+    const char *preset;            /* NULL: "int8" */
     kvl_format k_format, v_format; /* 0: the preset's */
-    uint64_t device_bytes;        /* budget; 0: what n_sequences of seq_tokens take, and no prefix left to evict */
-    uint32_t n_sequences;         /* 0 = 1 */
-    uint32_t seq_tokens;          /* longest sequence; 0 or too many: the model's context length */
-    uint32_t least_tokens;        /* a given budget must hold one sequence of so many; 0: seq_tokens */
+    uint64_t device_bytes; /* budget; 0: what n_sequences of seq_tokens take, and no prefix left to evict */
+    uint32_t n_sequences;  /* 0 = 1 */
+    uint32_t seq_tokens;   /* longest sequence; 0 or too many: the model's context length */
+    uint32_t least_tokens; /* a given budget must hold one sequence of so many; 0: seq_tokens */
     bool no_prefix_cache;
 } runtime_cache_desc;
 

@@ -94,7 +94,7 @@ static void op_open(cache_case *k) {
     kvl_seq_desc d;
     uint32_t n = kt_below(&k->rng, k->max_seq_tokens + 1);
     kvl_result r;
-    if (kt_chance(&k->rng, 50) && n > 3 * k->shape.tokens) n = 3 * k->shape.tokens + kt_below(&k->rng, 4);
+    if (kt_chance(&k->rng, 50) && n > 3 * k->shape.tokens + 3) n = 3 * k->shape.tokens + kt_below(&k->rng, 4);
     memset(s, 0, sizeof *s);
     kt_stream_init(&s->q.stream, kt_chance(&k->rng, 90) ? 0 : kt_below(&k->rng, 3), kt_chance(&k->rng, 95) ? 0 : 1);
     for (uint32_t p = 0; p < n; p++) kt_push(&s->q.stream, prompt_token(&k->rng, p, k->shape.tokens));

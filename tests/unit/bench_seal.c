@@ -1,5 +1,5 @@
-/* What writing and sealing a tile costs: nanoseconds for 32 tokens x 64 dims (and 128), a line for each format and path,
-   beside memcpy of the exact tile's bytes. Best of several short runs. */
+/* What writing and sealing a tile costs: nanoseconds for 32 tokens x 64 dims (and 128), a line for each
+   format and path, beside memcpy of the exact tile's bytes. Best of several short runs. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,5 @@
-/* Formats: conversions, encoders and decoders against double precision, brute force and the bytes in tests/golden, and
-   every SIMD path against the scalar one. */
+/* Formats: conversions, encoders and decoders against double precision, brute force and the bytes in
+   tests/golden, and every SIMD path against the scalar one. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -58,7 +58,8 @@ static kvl_format format_at(uint32_t i) {
     return KVL_FORMAT_DEFAULT;
 }
 
-/* Seals input (rounded to the exact format) into tile, and checks that no byte beyond the tile was written. */
+/* Seals input (rounded to the exact format) into tile, and checks that no byte beyond the tile was written.
+   */
 static void seal(const kvli_side *side, kvl_format exact, uint8_t *tile, kvl_simd simd) {
     kvli_write_rows(exact, side->dim, input, KVL_DTYPE_F32, side->dim, side->tokens, exact_tile, 0, simd);
     memset(tile, 0xa5, side->tile_bytes + GUARD);
@@ -112,7 +113,8 @@ static double f16_scale_of(double x) {
 
 /* ---- conversions ---- */
 
-/* For each pair of neighbours of a 16-bit float: the f32 values at, between and next to them go to the nearest, ties to even. */
+/* For each pair of neighbours of a 16-bit float: the f32 values at, between and next to them go to the
+   nearest, ties to even. */
 static void check_16(uint16_t (*encode)(float), float (*decode)(uint16_t), int exponent_bits,
                      int mantissa_bits) {
     uint32_t infinity = ((1u << exponent_bits) - 1) << mantissa_bits;
@@ -178,7 +180,8 @@ static void test_e4m3(void **state) {
     assert_true(isnan(kvli_e4m3_to_f32(kvli_f32_to_e4m3(NAN))));
 }
 
-/* The library takes rint(x / s) for the nearest code: for every f16 scale and every midpoint, the f32 numbers at and next to it. */
+/* The library takes rint(x / s) for the nearest code: for every f16 scale and every midpoint, the f32 numbers
+   at and next to it. */
 static void test_division_is_nearest(void **state) {
     (void)state;
     uint32_t wrong = 0;
@@ -201,7 +204,8 @@ static void test_division_is_nearest(void **state) {
     assert_int_equal(wrong, 0);
 }
 
-/* Every path writes the same bytes as the scalar one, for every pair of types, and sees what is not finite. */
+/* Every path writes the same bytes as the scalar one, for every pair of types, and sees what is not finite.
+   */
 static void test_write_rows(void **state) {
     (void)state;
     enum { N = 8, DIM = 48, STRIDE = 61 };
@@ -418,7 +422,8 @@ static void test_golden_hashes(void **state) {
 
 /* ---- paths against each other ---- */
 
-/* Rows that try the encoders: ordinary ones, outliers, biased channels, tiny, huge, equal, few values, and all bits of an f32. */
+/* Rows that try the encoders: ordinary ones, outliers, biased channels, tiny, huge, equal, few values, and
+   all bits of an f32. */
 static void wild_rows(uint32_t tokens, uint32_t dim, uint32_t kind, float limit) {
     for (uint32_t t = 0; t < tokens; t++) {
         for (uint32_t e = 0; e < dim; e++) {
@@ -636,7 +641,8 @@ static void test_error_bounds(void **state) {
     }
 }
 
-/* Keys with a large bias, as in Qwen2: what counts is the range of a channel, and half an f16 step of the bias. */
+/* Keys with a large bias, as in Qwen2: what counts is the range of a channel, and half an f16 step of the
+   bias. */
 static void test_biased_channels(void **state) {
     (void)state;
     for (uint32_t i = 0; i < 32 * 64; i++) {

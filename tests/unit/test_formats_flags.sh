@@ -14,7 +14,7 @@ try() {
 
 native=
 case $(uname -m) in x86_64 | i?86) native=-march=native ;; esac
-try "${CC:-gcc}" -O3 $native -ffp-contract=fast
+try "${CC:-gcc}" -O2 $native -ffp-contract=fast
 if command -v "${CLANG:-clang}" >/dev/null; then
   try "${CLANG:-clang}" -O2 $native -ffp-contract=fast
 fi
