@@ -579,6 +579,9 @@ KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
 #if (defined(__x86_64__) || defined(__i386__) || defined(_M_X64)) && !defined(KVL_NO_SIMD)
 #define KVLI_X86 1
 #include <immintrin.h>
+#if defined(__GNUC__) || defined(__clang__)
+#include <cpuid.h>
+#endif
 #else
 #define KVLI_X86 0
 #endif
@@ -597,7 +600,6 @@ KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
 #define KVLI_ALIGN(n) __declspec(align(n))
 #endif
 
-/* (lead, in >>mem:) overflow-checked sizes, min/max helpers: kvli_min_u32, kvli_max_u32, kvli_div_up */
 static inline uint32_t kvli_min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
 static inline uint32_t kvli_max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 static inline uint32_t kvli_div_up(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
@@ -656,12 +658,12 @@ typedef struct kvli_attend {
 } kvli_attend;
 
 /* ---- given by other sections ---- */
-/* >>platform (lead): runs fn(arg, i) for i < n on the context's threads, blocks until done. Tasks are claimed dynamically. */
+/* >>platform: runs fn(arg, i) for i < n on the context's threads, blocks until done. Tasks are claimed dynamically. */
 static void kvli_parallel(struct kvl_context *ctx, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg);
 static uint32_t kvli_threads(const struct kvl_context *ctx); /* 1 = no threads */
 static kvl_simd kvli_simd(const struct kvl_context *ctx);    /* resolved: SCALAR, AVX2 or AVX512 */
 
-/* >>formats (formats helper) */
+/* >>formats */
 static float kvli_f16_to_f32(uint16_t h);
 static uint16_t kvli_f32_to_f16(float f); /* round to nearest even, overflow to inf, NaN kept */
 static float kvli_bf16_to_f32(uint16_t h);
@@ -681,7 +683,7 @@ static void kvli_decode_tile(const kvli_side *side, const void *tile, float *row
 /* In place over n rows: x <- x H (block-diagonal Hadamard, orthonormal, its own inverse); same operations on every path. */
 static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows, kvl_simd simd);
 
-/* >>cpu (cpu helper) */
+/* >>cpu */
 static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens);
 static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a); /* write, seal, attend, merge */
 
@@ -791,7 +793,9 @@ static inline void kvli_pause(void) {
 
 static kvl_simd kvli_simd_best(void) {
 #if KVLI_X86 && (defined(__GNUC__) || defined(__clang__))
+    unsigned a = 0, b = 0, leaf1 = 0, d = 0;
     __builtin_cpu_init();
+    if (!__get_cpuid(1, &a, &b, &leaf1, &d) || !(leaf1 >> 29 & 1)) return KVL_SIMD_SCALAR; /* F16C, which the builtin does not name everywhere */
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
         return KVL_SIMD_AVX512;

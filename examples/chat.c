@@ -1,7 +1,8 @@
 /* chat: a conversation in the terminal that computes only what is new in it. See `chat --help`.
  *
- * A conversation is a list of tokens that only grows: messages as encoded, answers as generated. Each turn submits all
- * of it, and kvlite finds in its prefix tree what earlier turns, of any branch, have left there. */
+ * A conversation is a list of tokens that only grows: messages as encoded, answers as generated. Each turn
+ * submits all of it, and kvlite finds in its prefix tree what earlier turns, of any branch, have left there.
+ */
 #include "llm/options.h"
 #include "llm/runtime.h"
 #include "llm/sampler.h"
@@ -93,7 +94,8 @@ __attribute__((format(printf, 2, 3))) static void note(const program *p, const c
     fputs(p->tty_err ? "\033[0m\n" : "\n", stderr);
 }
 
-/* What a model writes is text: control characters that a terminal would act on are left out. s is valid UTF-8. */
+/* What a model writes is text: control characters that a terminal would act on are left out. s is valid
+ * UTF-8. */
 static void print_text(const char *s, size_t n) {
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)s[i], next = i + 1 < n ? (unsigned char)s[i + 1] : 0;
@@ -264,7 +266,7 @@ static bool answer(program *p, branch *b, char *err, size_t n) {
     p->failed = NULL;
     interrupted = 0;
     bool ok = run_request(p, &request, &info, err, n);
-    char rest[UTF8_STREAM_ROOM(0)];
+    char rest[UTF8_STREAM_ROOM(0)] = "";
     print_text(rest, utf8_stream_flush(&p->utf8, rest));
     if (p->answer.n) putchar('\n');
     if (!ok) return false;
@@ -407,7 +409,8 @@ typedef struct message {
     size_t line_cap, text_len;
 } message;
 
-/* Reads a message, without its last line break. False at the end of the input, or after Ctrl-C with *stopped. */
+/* Reads a message, without its last line break. False at the end of the input, or after Ctrl-C with *stopped.
+ */
 static bool read_message(program *p, message *m, bool *stopped, char *err, size_t n) {
     m->text_len = 0;
     *stopped = false;

@@ -114,7 +114,6 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
         p->o.sampling.top_p = 0.9f;
     }
     p->o.runtime.step_tokens = RUN_WHOLE_STEP;
-    p->o.cache.step_tokens = RUN_CHUNKED_STEP;
     return true;
 }
 
@@ -420,7 +419,8 @@ static void print_chats(const program *p) {
 }
 
 static bool live(program *p, char *err, size_t n) {
-    engine_desc d = {.cache = p->o.cache, .sched = {.max_gap_ms = p->max_gap_ms}};
+    engine_desc d = {
+        .cache = p->o.cache, .step_tokens = RUN_CHUNKED_STEP, .sched = {.max_gap_ms = p->max_gap_ms}};
     if (!engine_open(&p->e, &p->rt, &d, DEMO_CHATS, err, n)) return false;
     if (p->live_view) view_open(&p->v);
     bool ok = converse(p, err, n);
@@ -456,7 +456,7 @@ static question question_of(const program *p, unsigned i, unsigned turn) {
 
 static bool measure(program *p, char *err, size_t n) {
     question first[DEMO_CHATS], intruder = {0};
-    engine_desc d = {.cache = p->o.cache}, chunked = d, whole = d;
+    engine_desc d = {.cache = p->o.cache, .step_tokens = RUN_CHUNKED_STEP};
     for (unsigned i = 0; i < DEMO_CHATS; i++) {
         first[i] = question_of(p, i, 0);
         for (unsigned t = 0; t < p->chats[i].n_turns; t++)
@@ -466,10 +466,13 @@ static bool measure(program *p, char *err, size_t n) {
     if (!measure_rates(&p->rt, &d, first, DEMO_CHATS, &p->f, err, n)) return false;
 
     progress(p, "a long prompt among streams, in chunks and in one piece");
+    engine_desc chunked = d;
+    chunked.cache.device_bytes = 0; /* what all of it takes */
+    chunked.cache.n_sequences = GAP_STREAMS + 1;
+    chunked.cache.seq_tokens = p->o.cache.least_tokens;
+    engine_desc whole = chunked;
     chunked.sched = (kvl_sched_desc){.max_gap_ms = p->max_gap_ms, .cost = p->stats.cost};
-    whole.cache.device_bytes = 0; /* what it takes */
-    whole.cache.n_sequences = GAP_STREAMS + 1;
-    whole.cache.step_tokens = RUN_WHOLE_STEP;
+    whole.step_tokens = RUN_WHOLE_STEP;
     p->f.gap_streams = GAP_STREAMS;
     p->f.gap_prompt = intruder.n_tokens;
     if (!measure_gap(&p->rt, &chunked, first, GAP_STREAMS, &intruder, &p->f.chunked_gap_ms, err, n) ||

@@ -34,6 +34,7 @@ typedef struct engine {
 
 typedef struct engine_desc {
     runtime_cache_desc cache;
+    uint32_t step_tokens; /* most rows of a step: not more than the model was loaded for */
     kvl_sched_desc sched;
 } engine_desc;
 
@@ -53,7 +54,9 @@ static bool engine_open(engine *e, runtime *rt, const engine_desc *d, uint32_t n
     e->streams = calloc(n_streams, sizeof *e->streams);
     if (!e->streams) return llm_fail(err, n, "no memory for %u streams", n_streams);
     e->n_streams = n_streams;
-    if (!runtime_cache(rt, &d->cache, &e->cache, err, n)) return engine_close(e), false;
+    runtime smaller = *rt; /* the cache needs scratch for its own steps alone */
+    smaller.step_tokens = d->step_tokens;
+    if (!runtime_cache(&smaller, &d->cache, &e->cache, err, n)) return engine_close(e), false;
     kvl_result r = kvl_sched_create(e->cache, &d->sched, &e->sched);
     if (r != KVL_OK) {
         llm_fail(err, n, "%s: %s", kvl_result_name(r), kvl_last_error(e->cache));

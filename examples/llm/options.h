@@ -1,4 +1,5 @@
-/* options.h - the command line of the programs: `--name value`, `--name=value`, and the options that all share.
+/* options.h - the command line of the programs: `--name value`, `--name=value`, and the options that all
+ * share.
  *
  * Threads: one.
  */
@@ -18,7 +19,8 @@ typedef struct args {
     const char *inlined; /* its =value, or NULL */
 } args;
 
-/* Moves to the next option. False at the end, or with a line in err (else err[0] is 0) at what is no option. */
+/* Moves to the next option. False at the end, or with a line in err (else err[0] is 0) at what is no option.
+ */
 bool args_next(args *a, char *err, size_t err_len);
 bool args_is(const args *a, const char *name); /* "--temp"; "-m" */
 /* The value of the current option, which must have one. */

@@ -22,8 +22,9 @@ static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
 
 static uint64_t hash_number(uint64_t h, uint64_t v) { return hash_bytes(h, &v, sizeof v); }
 
-/* What decides the KV of a token list. A tensor counts with its name, shape, type and first 4 KiB: training any
- * further changes those of nearly every tensor, and reading all of a large file would take longer than loading it. */
+/* What decides the KV of a token list. A tensor counts with its name, shape, type and first 4 KiB: training
+ * any further changes those of nearly every tensor, and reading all of a large file would take longer than
+ * loading it. */
 static uint64_t fingerprint(const runtime *rt, weights_mode act) {
     uint64_t h = 0xcbf29ce484222325u;
     for (uint64_t i = 0; i < gguf_tensor_count(rt->file); i++) {
@@ -127,8 +128,8 @@ static kvl_result try_budget(kvl_cache_desc desc, uint64_t bytes, uint32_t n, ui
 
 static bool too_small(kvl_result r) { return r == KVL_NO_BLOCKS || r == KVL_NEVER_FITS; }
 
-/* The least budget for n sequences of so many tokens, up to 1.5% more than it takes; what counts is found by asking
- * kvlite, which knows its slabs and scratch. */
+/* The least budget for n sequences of so many tokens, up to 1.5% more than it takes; what counts is found by
+ * asking kvlite, which knows its slabs and scratch. */
 static kvl_result find_budget(const kvl_cache_desc *desc, uint32_t n, uint32_t tokens, uint64_t *bytes) {
     uint64_t low = 0, high = 1 << 20;
     kvl_result r;

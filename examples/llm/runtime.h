@@ -4,7 +4,8 @@
  *     runtime_cache(rt)  -> kvl_cache for this model's geometry; a program may have several
  *     runtime_step(...)  -> plan, forward with kvl_attend as the attention, sample, commit
  *
- * Programs link the implementation of kvlite.h from its archive and include the header without KVL_IMPLEMENTATION.
+ * Programs link the implementation of kvlite.h from its archive and include the header without
+ * KVL_IMPLEMENTATION.
  *
  * Errors: functions return false (or a negative kvl_result) and write one line to err (LLM_ERR_LEN bytes).
  * Threads: everything here belongs to one thread, the owner thread of the caches.
@@ -60,16 +61,16 @@ typedef struct runtime_cache_desc {
     bool no_prefix_cache;
 } runtime_cache_desc;
 
-/* A cache for this model. Where a given budget does not hold a sequence of least_tokens, the error says how much it
- * takes; what it holds beyond that is kvl_can_fit's fit.max_tokens. */
+/* A cache for this model. Where a given budget does not hold a sequence of least_tokens, the error says how
+ * much it takes; what it holds beyond that is kvl_can_fit's fit.max_tokens. */
 bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len);
 
-/* Bytes that n_tokens tokens of one sequence take where every sequence has a contiguous buffer in f16: what a cache
- * without pages, sharing and formats reserves. */
+/* Bytes that n_tokens tokens of one sequence take where every sequence has a contiguous buffer in f16: what a
+ * cache without pages, sharing and formats reserves. */
 uint64_t runtime_contiguous_bytes(const runtime *rt, uint64_t n_tokens);
 
-/* Runs the model over a planned step with kvl_attend on `cache`; does not commit. False: the step is still open and
- * must be aborted. */
+/* Runs the model over a planned step with kvl_attend on `cache`; does not commit. False: the step is still
+ * open and must be aborted. */
 bool runtime_forward(runtime *rt, kvl_cache *cache, const kvl_step *step, char *err, size_t err_len);
 
 /* n_vocab logits of step->logit_rows[i] of the last runtime_forward. */
@@ -78,8 +79,8 @@ const float *runtime_logits(const runtime *rt, uint32_t i);
 /* Chooses the token of logits row i of a step; step->logit_users[i] is whose it is. */
 typedef kvl_output (*runtime_sample_fn)(void *user, const kvl_step *step, uint32_t i, const float *logits);
 
-/* Plan, forward, sample, commit. KVL_OK: a step ran. KVL_IDLE, KVL_DRAINED: as kvl_sched_plan. Negative: err says
- * why; the step was aborted. */
+/* Plan, forward, sample, commit. KVL_OK: a step ran. KVL_IDLE, KVL_DRAINED: as kvl_sched_plan. Negative: err
+ * says why; the step was aborted. */
 kvl_result runtime_step(runtime *rt, kvl_cache *cache, kvl_sched *sched, runtime_sample_fn sample, void *user,
                         char *err, size_t err_len);
 

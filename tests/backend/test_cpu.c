@@ -205,7 +205,7 @@ static void test_sealed_bytes(void **state) {
     conf_skip_if_missing(b);
     for (uint32_t k = 0; k < conf_factors[F_K].n; k++) {
         for (uint32_t dim = 0; dim < conf_factors[F_K_DIM].n; dim++, n++) {
-            uint32_t T = conf_is_channel(conf_k[k]) ? 32 << n % 2 : conf_block[(k + dim) % 4];
+            uint32_t T = conf_is_channel(conf_k[k]) ? 32u << n % 2 : conf_block[(k + dim) % 4];
             seal_and_compare(b, conf_k[k], conf_v[(k + dim) % conf_factors[F_V].n], exact[n % 3], T, conf_dim[dim], chunk[(n / 3) % 3]);
         }
     }

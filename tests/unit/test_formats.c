@@ -505,7 +505,7 @@ static void min_max_of(meaning *m, uint32_t first, uint32_t step, uint32_t n, ui
 
 static double amax_of(uint32_t first, uint32_t n) {
     double a = 0;
-    for (uint32_t i = 0; i < n; i++) a = fmax(a, fabs(rotated[first + i]));
+    for (uint32_t i = 0; i < n; i++) a = fmax(a, fabs((double)rotated[first + i]));
     return a;
 }
 
@@ -588,7 +588,7 @@ static void test_nvfp4_choice(void **state) {
         for (uint32_t g = 0; g < 128; g++, n++) {
             double amax = 0, error[2] = {0, 0};
             uint8_t b[2], stored = tile_a[1024 + g];
-            for (uint32_t e = 0; e < 16; e++) amax = fmax(amax, fabs(input[16 * g + e]));
+            for (uint32_t e = 0; e < 16; e++) amax = fmax(amax, fabs((double)input[16 * g + e]));
             for (uint32_t c = 0; c < 2; c++) {
                 b[c] = kvli_f32_to_e4m3((float)amax * (c ? 0.25f : 1.0f / 6.0f) * 16.0f);
                 if (!b[c]) b[c] = 1;
@@ -672,7 +672,7 @@ static void test_zero_and_constant_rows(void **state) {
             assert_int_equal(kvl_tile_encode(f, 32, 64, 0, input, tile_a), KVL_OK);
             assert_int_equal(kvl_tile_decode(f, 32, 64, 0, tile_a, true, decoded), KVL_OK);
             for (uint32_t j = 0; j < 32 * 64; j++) {
-                double error = fabs((double)decoded[j] - x), size = fabs(x);
+                double error = fabs((double)decoded[j] - x), size = fabs((double)x);
                 if (x == 0)
                     assert_true(decoded[j] == 0);
                 else if (base == f && (base == KVL_INT4 || kvli_is_channel(base)))
