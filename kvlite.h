@@ -1,8 +1,9 @@
 /* kvlite.h - a KV-cache runtime for language models in one header.        version 0.1.0
 
-   Paged, quantised, prefix-shared key/value memory, a continuous-batching scheduler, and the attention that reads it. Your app brings the
-   model; kvlite brings everything between "here are this step's q, k, v" and "here is the attention output", and decides which tokens run
-   next. No engine, no SDK, no dependency but the C library, libm and threads.
+   Paged, quantised, prefix-shared key/value memory, a continuous-batching scheduler, and the attention that
+   reads it. Your app brings the model; kvlite brings everything between "here are this step's q, k, v" and
+   "here is the attention output", and decides which tokens run next. No engine, no SDK, no dependency but
+   the C library, libm and threads.
 
    CONTENTS (search for the tags)
      this text                     what it is, how to use it, what must hold
@@ -21,44 +22,56 @@
      In exactly one C or C++ file:
          #define KVL_IMPLEMENTATION
          #include "kvlite.h"
-     and include it plainly everywhere else. C99 or C++11, gcc or clang; link with -lm -lpthread. No -march flag is needed: AVX2 and
-     AVX-512 are chosen at run time. With -std=c99 include it first in that file (it asks for POSIX clocks).
-     Options, defined before the include, the same in every file:
+     and include it plainly everywhere else. C99 or C++11, gcc or clang; link with -lm -lpthread. No -march
+     flag is needed: AVX2 and AVX-512 are chosen at run time. With -std=c99 include it first in that file
+     (it asks for POSIX clocks). Options, defined before the include, the same in every file:
          KVL_STATIC     every function is static (one translation unit)
          KVL_API        your own decoration of public functions
          KVL_NO_SIMD    (in the implementation's file) scalar code alone
 
    STEP BY STEP
-     1. Describe the model in a kvl_geometry and a budget in kvl_cache_desc.device_bytes; kvl_cache_create().
+     1. Describe the model in a kvl_geometry and a budget in kvl_cache_desc.device_bytes;
+        kvl_cache_create().
      2. kvl_sched_create(); kvl_sched_submit() requests, from any thread.
-     3. Loop: kvl_sched_plan() says which tokens run now. Embed them; in each layer make q, k, v (q and k after RoPE) and call kvl_attend(),
-        which appends k and v to the pages and attends; sample the rows in step->logit_rows; kvl_sched_commit() the tokens.
+     3. Loop: kvl_sched_plan() says which tokens run now. Embed them; in each layer make q, k, v (q and k
+        after RoPE) and call kvl_attend(), which appends k and v to the pages and attends; sample the rows
+        in step->logit_rows; kvl_sched_commit() the tokens.
      examples/minimal.c is the whole of it in 73 lines.
-     With a scheduler of your own: kvl_seq_open(), then kvl_step_begin(), kvl_attend() for every layer, kvl_step_end() or kvl_step_abort().
-     With kernels of your own: block tables, slot places, copies and addresses are in kvl_step; kvl_cache_layout() says where tiles stand.
+     With a scheduler of your own: kvl_seq_open(), then kvl_step_begin(), kvl_attend() for every layer,
+     kvl_step_end() or kvl_step_abort().
+     With kernels of your own: block tables, slot places, copies and addresses are in kvl_step;
+     kvl_cache_layout() says where tiles stand.
 
    WHAT HOLDS
      - Zero means default in every desc struct; kvl_*_defaults() shows what zero became.
-     - The same answer: a sequence's attention does not depend on how its prefill was chunked, who else ran, how many threads worked, or
-       whether its prefix was computed or reused: on the CPU bit for bit, within one build and SIMD path.
-     - What a query sees is fixed by position alone: its own block exact, earlier blocks as sealed, the first sink_blocks exact.
-     - Every byte is in one ledger and under its cap before it is allocated. plan, attend and commit allocate nothing.
-     - A request that fits alone finishes; a request that can never fit is refused at submit, with the numbers.
+     - The same answer: a sequence's attention does not depend on how its prefill was chunked, who else ran,
+       how many threads worked, or whether its prefix was computed or reused: on the CPU bit for bit, within
+       one build and SIMD path.
+     - What a query sees is fixed by position alone: its own block exact, earlier blocks as sealed, the
+       first sink_blocks exact.
+     - Every byte is in one ledger and under its cap before it is allocated. plan, attend and commit
+       allocate nothing.
+     - A request that fits alone finishes; a request that can never fit is refused at submit, with the
+       numbers.
      - Nothing is silently other than asked: no other backend, no other format, no other request's KV.
-     - An error names what was wrong and changes nothing. No abort, no exit, no output, no globals, no environment variables.
+     - An error names what was wrong and changes nothing. No abort, no exit, no output, no globals, no
+       environment variables.
 
    THREADS
-     A cache and its scheduler belong to one owner thread. Any thread may call kvl_sched_submit, kvl_sched_cancel, kvl_sched_close,
-     kvl_sched_wait and kvl_get_stats; allocator and logger must then be thread-safe. Different caches are independent.
+     A cache and its scheduler belong to one owner thread. Any thread may call kvl_sched_submit,
+     kvl_sched_cancel, kvl_sched_close, kvl_sched_wait and kvl_get_stats; allocator and logger must then be
+     thread-safe. Different caches are independent.
 
    WHAT IT DOES NOT DO (yet)
-     GPUs, host and disk tiers, drafts, latent (MLA) layouts, cross-layer sharing, recurrent state: refused by name where asked for.
+     GPUs, host and disk tiers, drafts, latent (MLA) layouts, cross-layer sharing, recurrent state: refused
+     by name where asked for.
 
    Licence: MIT or public domain, as you choose; see LICENSE. */
 #ifndef KVLITE_H
 #define KVLITE_H
 
-#if defined(KVL_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_WIN32) && !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE)
+#if defined(KVL_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_WIN32) && \
+    !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE)
 #define _POSIX_C_SOURCE 200809L /* the implementation needs a monotonic clock, which -std=c99 hides */
 #endif
 #include <stddef.h>
@@ -74,7 +87,8 @@
 extern "C" {
 #endif
 
-/* KVL_API: define it before the include to decorate every public function; KVL_STATIC makes them all static. */
+/* KVL_API: define it before the include to decorate every public function; KVL_STATIC makes them all static.
+ */
 #ifndef KVL_API
 #if defined(KVL_STATIC) && (defined(__GNUC__) || defined(__clang__))
 #define KVL_API static __attribute__((unused))
@@ -85,26 +99,27 @@ extern "C" {
 #endif
 #endif
 
-/* ==== results ============================================================
-   Zero is success, positive values are normal states of a loop, negative values are errors with pinned numbers.
-   NO_BLOCKS, QUEUE_FULL and BUSY are back-pressure: normal flow, nothing was changed, try again later. */
-#define KVL_RESULTS(X)                                                                                                 \
-    X(OK, 0, "success")                                                                                                \
-    X(IDLE, 1, "nothing can run now: wait for a submit, or for memory")                                                \
-    X(DRAINED, 2, "the scheduler was closed and every request has finished")                                           \
-    X(INVALID_ARG, -1, "an argument is null, out of range or inconsistent")                                            \
-    X(OUT_OF_HOST_MEMORY, -2, "the host allocator returned null, or the host cap is reached")                          \
-    X(OUT_OF_DEVICE_MEMORY, -3, "the device could not give the memory asked for")                                      \
-    X(NO_BLOCKS, -4, "no free or evictable KV blocks are left under the budget")                                       \
-    X(QUEUE_FULL, -5, "the request queue or the token pool is full")                                                   \
-    X(BUSY, -6, "a step is open: end or abort it first")                                                               \
-    X(NO_BACKEND, -7, "no backend can run this; the error text says why each was skipped")                             \
-    X(UNSUPPORTED, -8, "not built yet or not possible here; the error text names the field")                           \
-    X(INVALID_HANDLE, -9, "a handle is null, stale or belongs to another object")                                      \
-    X(CLOSED, -10, "the scheduler takes no more requests")                                                             \
-    X(NEVER_FITS, -11, "the request cannot fit even with the whole budget to itself")                                  \
-    X(MISMATCH, -12, "geometry, format, fingerprint or step does not match")                                           \
-    X(CORRUPT, -13, "an internal invariant or stored data is broken")                                                  \
+/* ==== results ============================================================ */
+/* Zero is success, positive values are normal states of a loop, negative values are errors with pinned
+   numbers. NO_BLOCKS, QUEUE_FULL and BUSY are back-pressure: normal flow, nothing was changed, try again
+   later. */
+#define KVL_RESULTS(X)                                                                        \
+    X(OK, 0, "success")                                                                       \
+    X(IDLE, 1, "nothing can run now: wait for a submit, or for memory")                       \
+    X(DRAINED, 2, "the scheduler was closed and every request has finished")                  \
+    X(INVALID_ARG, -1, "an argument is null, out of range or inconsistent")                   \
+    X(OUT_OF_HOST_MEMORY, -2, "the host allocator returned null, or the host cap is reached") \
+    X(OUT_OF_DEVICE_MEMORY, -3, "the device could not give the memory asked for")             \
+    X(NO_BLOCKS, -4, "no free or evictable KV blocks are left under the budget")              \
+    X(QUEUE_FULL, -5, "the request queue or the token pool is full")                          \
+    X(BUSY, -6, "a step is open: end or abort it first")                                      \
+    X(NO_BACKEND, -7, "no backend can run this; the error text says why each was skipped")    \
+    X(UNSUPPORTED, -8, "not built yet or not possible here; the error text names the field")  \
+    X(INVALID_HANDLE, -9, "a handle is null, stale or belongs to another object")             \
+    X(CLOSED, -10, "the scheduler takes no more requests")                                    \
+    X(NEVER_FITS, -11, "the request cannot fit even with the whole budget to itself")         \
+    X(MISMATCH, -12, "geometry, format, fingerprint or step does not match")                  \
+    X(CORRUPT, -13, "an internal invariant or stored data is broken")                         \
     X(LIMIT, -14, "a fixed limit chosen at create is reached")
 
 typedef enum kvl_result {
@@ -118,17 +133,19 @@ typedef enum kvl_result {
 KVL_API const char *kvl_result_name(kvl_result r);
 KVL_API const char *kvl_result_text(kvl_result r);
 
-/* ==== formats ============================================================
-   How K and V stand in memory. Bytes of a tile (one KV head of one layer, block_tokens rows of dim numbers):
+/* ==== formats ============================================================ */
+/* clang-format off */
+/* How K and V stand in memory. Bytes of a tile (one KV head of one layer, block_tokens rows of dim numbers):
      F32, F16, BF16   rows
      INT8             rows of i8, then one f16 scale a token
      INT8_CHANNEL     rows of u8, then an f16 scale a channel, then an f16 zero a channel      (keys only)
      FP8_E4M3         rows of e4m3, then one f16 scale a token
-     NVFP4            rows of e2m1 (two a byte, low nibble first), then an e4m3 scale per 16 of a token
-     INT4             rows of u4 (two a byte, low nibble first), then an (f16 scale, f16 zero) per 64 of a token
+     NVFP4            rows of e2m1 (two a byte, low nibble first), then an e4m3 scale per 16
+     INT4             rows of u4 (two a byte, low nibble first), then (f16 scale, f16 zero) per 64
      INT4_CHANNEL     rows of u4, then an f16 scale a channel, then an f16 zero a channel      (keys only)
    each tile padded to 128 bytes. KVL_ROTATED may be or-ed to INT8, FP8_E4M3, NVFP4 or INT4: rows are multiplied with a
    block-diagonal Hadamard matrix before encoding. */
+/* clang-format on */
 typedef uint32_t kvl_format;
 enum {
     KVL_FORMAT_DEFAULT = 0,
@@ -145,41 +162,46 @@ enum {
     KVL_ROTATED = 0x100 /* flag */
 };
 
-/* A name such as "int4_channel" or "int4+rot" for a format, and back (returns KVL_FORMAT_DEFAULT if unknown). */
+/* A name such as "int4_channel" or "int4+rot" for a format, and back (returns KVL_FORMAT_DEFAULT if unknown).
+ */
 KVL_API const char *kvl_format_name(kvl_format f);
 KVL_API kvl_format kvl_format_from_name(const char *name);
 
 /* Bytes of one tile, padding included; 0 where the format does not take this shape. Any thread. */
 KVL_API size_t kvl_tile_bytes(kvl_format f, uint32_t block_tokens, uint32_t dim);
 
-/* Encodes block_tokens rows (row-major f32, already rounded to the exact format) into a tile, or decodes a tile to f32 rows (in the
-   encoded domain: rotated rows stay rotated unless unrotate). nvfp4_global is the geometry's constant, 0 = 1/16. For callers with
-   their own kernels, and for tests. INVALID_ARG, UNSUPPORTED (shape or format). Any thread. */
-KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const float *rows, void *tile);
-KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global, const void *tile, bool unrotate,
-                                   float *rows);
+/* Encodes block_tokens rows (row-major f32, already rounded to the exact format) into a tile, or decodes a
+   tile to f32 rows (in the encoded domain: rotated rows stay rotated unless unrotate). nvfp4_global is the
+   geometry's constant, 0 = 1/16. For callers with their own kernels, and for tests. INVALID_ARG, UNSUPPORTED
+   (shape or format). Any thread. */
+KVL_API kvl_result kvl_tile_encode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global,
+                                   const float *rows, void *tile);
+KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t dim, float nvfp4_global,
+                                   const void *tile, bool unrotate, float *rows);
 
-/* Named pairs of a key and a value format, as measured: "f32", "f16", "bf16", "int8" (the default), "int8+", "fp8", "nvfp4",
-   "balanced", "int4". */
+/* Named pairs of a key and a value format, as measured: "f32", "f16", "bf16", "int8" (the default), "int8+",
+   "fp8", "nvfp4", "balanced", "int4". */
 typedef struct kvl_preset {
     const char *name;
     kvl_format k, v, exact; /* exact: open and sink blocks */
 } kvl_preset;
-KVL_API const kvl_preset *kvl_presets(uint32_t *count); /* the table */
+KVL_API const kvl_preset *kvl_presets(uint32_t *count);      /* the table */
 KVL_API const kvl_preset *kvl_preset_find(const char *name); /* null if unknown */
 
 /* ==== geometry ============================================================ */
-typedef struct kvl_layer { /* what one layer does differently; all zero = nothing */
-    uint32_t window;       /* sliding window in tokens, the query's own counted; 0 = full attention */
-    uint32_t sink_tokens;  /* with a window: the first tokens of a sequence that stay visible */
-    const float *sink_logits; /* [n_q_heads] learned logits that join the softmax and have no value (gpt-oss); null = none; copied */
-    float softcap;         /* logits become softcap * tanh(logit / softcap); 0 = off */
-    float scale;           /* softmax scale of this layer; 0 = the geometry's */
+/* what one layer does differently; all zero = nothing */
+typedef struct kvl_layer {
+    uint32_t window;          /* sliding window in tokens, the query's own counted; 0 = full attention */
+    uint32_t sink_tokens;     /* with a window: the first tokens of a sequence that stay visible */
+    const float *sink_logits; /* [n_q_heads] learned logits that join the softmax and have no value (gpt-oss);
+                                 null = none; copied */
+    float softcap;            /* logits become softcap * tanh(logit / softcap); 0 = off */
+    float scale;              /* softmax scale of this layer; 0 = the geometry's */
     kvl_format k_format, v_format; /* override of the geometry's packed formats; 0 = none */
-    float k_global, v_global; /* NVFP4 global scales; 0 = 1/16 */
+    float k_global, v_global;      /* NVFP4 global scales; 0 = 1/16 */
     uint32_t shares_kv_with; /* 1 + index of the layer whose KV this one reads; 0 = own. UNSUPPORTED yet */
-    uint32_t latent_dim;   /* MLA: V is the first dims of K. UNSUPPORTED yet */
-    uint32_t state_bytes;  /* recurrent state per sequence. UNSUPPORTED yet */
+    uint32_t latent_dim;     /* MLA: V is the first dims of K. UNSUPPORTED yet */
+    uint32_t state_bytes;    /* recurrent state per sequence. UNSUPPORTED yet */
 } kvl_layer;
 
 typedef struct kvl_geometry {
@@ -192,10 +214,11 @@ typedef struct kvl_geometry {
     uint32_t block_tokens; /* 8, 16, 32 or 64; 0 = 32. The channel formats need 32 or 64 */
     const char *preset;    /* names the formats; null = "int8" */
     kvl_format k_format, v_format, exact_format; /* override the preset's; 0 = the preset's */
-    uint32_t sink_blocks;  /* first blocks of a sequence that stay exact; 0 = 1; KVL_NONE = none */
+    uint32_t sink_blocks;    /* first blocks of a sequence that stay exact; 0 = 1; KVL_NONE = none */
     uint32_t segment_tokens; /* length of the fixed ranges that attention folds; 0 = 1024; a multiple of 64 */
     const kvl_layer *layers; /* [n_layers] or null; copied */
-    uint64_t fingerprint;  /* of model, tokenizer and RoPE: caches with different fingerprints never share KV */
+    uint64_t
+        fingerprint; /* of model, tokenizer and RoPE: caches with different fingerprints never share KV */
 } kvl_geometry;
 
 #define KVL_NONE 0xffffffffu
@@ -205,11 +228,28 @@ typedef struct kvl_context kvl_context;
 typedef struct kvl_cache kvl_cache;
 typedef struct kvl_sched kvl_sched;
 
-typedef enum kvl_backend_kind { KVL_BACKEND_AUTO = 0, KVL_BACKEND_NULL, KVL_BACKEND_CPU, KVL_BACKEND_FORCE_INT_ = 0x7fffffff } kvl_backend_kind;
-typedef enum kvl_simd { KVL_SIMD_AUTO = 0, KVL_SIMD_SCALAR, KVL_SIMD_AVX2, KVL_SIMD_AVX512, KVL_SIMD_FORCE_INT_ = 0x7fffffff } kvl_simd;
-typedef enum kvl_log_level { KVL_LOG_ERROR = 0, KVL_LOG_WARNING, KVL_LOG_INFO, KVL_LOG_FORCE_INT_ = 0x7fffffff } kvl_log_level;
+typedef enum kvl_backend_kind {
+    KVL_BACKEND_AUTO = 0,
+    KVL_BACKEND_NULL,
+    KVL_BACKEND_CPU,
+    KVL_BACKEND_FORCE_INT_ = 0x7fffffff
+} kvl_backend_kind;
+typedef enum kvl_simd {
+    KVL_SIMD_AUTO = 0,
+    KVL_SIMD_SCALAR,
+    KVL_SIMD_AVX2,
+    KVL_SIMD_AVX512,
+    KVL_SIMD_FORCE_INT_ = 0x7fffffff
+} kvl_simd;
+typedef enum kvl_log_level {
+    KVL_LOG_ERROR = 0,
+    KVL_LOG_WARNING,
+    KVL_LOG_INFO,
+    KVL_LOG_FORCE_INT_ = 0x7fffffff
+} kvl_log_level;
 
-/* realloc-like: size 0 frees ptr; must return memory aligned for any type, or null. Called at create, destroy, submit, fork and resize only. */
+/* realloc-like: size 0 frees ptr; must return memory aligned for any type, or null. Called at create,
+ * destroy, submit, fork and resize only. */
 typedef void *(*kvl_alloc_fn)(void *user, void *ptr, size_t old_size, size_t new_size);
 typedef void (*kvl_log_fn)(void *user, kvl_log_level level, const char *text);
 /* Monotonic nanoseconds. */
@@ -225,13 +265,13 @@ typedef struct kvl_context_desc {
     kvl_alloc_fn alloc;
     kvl_log_fn log;
     kvl_clock_fn clock;
-    void *user;               /* handed to every callback */
-    char *error;              /* where a failed create writes why, at most error_size bytes; may be null */
+    void *user;  /* handed to every callback */
+    char *error; /* where a failed create writes why, at most error_size bytes; may be null */
     size_t error_size;
 } kvl_context_desc;
 
-/* A context owns backend, threads and callbacks; several caches may share one. Errors: NO_BACKEND, UNSUPPORTED (simd), OUT_OF_HOST_MEMORY.
-   Destroy it after its caches. One thread at a time. */
+/* A context owns backend, threads and callbacks; several caches may share one. Errors: NO_BACKEND,
+   UNSUPPORTED (simd), OUT_OF_HOST_MEMORY. Destroy it after its caches. One thread at a time. */
 KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context **out);
 KVL_API void kvl_context_destroy(kvl_context *ctx);
 /* "cpu (avx512)", and why each other backend was skipped, a line each. */
@@ -240,7 +280,7 @@ KVL_API const char *kvl_context_report(const kvl_context *ctx);
 
 /* ==== cache ============================================================ */
 typedef struct kvl_cache_desc {
-    kvl_context *context;      /* null = a private one made from context_desc */
+    kvl_context *context; /* null = a private one made from context_desc */
     kvl_context_desc context_desc;
     kvl_geometry geometry;
     uint64_t device_bytes;     /* required: the cap on KV blocks and attention scratch */
@@ -249,28 +289,30 @@ typedef struct kvl_cache_desc {
     uint32_t max_sequences;    /* open at once; 0 = 256 */
     uint32_t max_seq_tokens;   /* longest sequence; 0 = 131072, lowered to what max_device_bytes can hold */
     uint32_t max_step_tokens;  /* rows in one step; 0 = 512 */
-    uint32_t lookup_hash_bits; /* testing: keep only so many bits of the prefix lookup hash, to force collisions; 0 = all */
+    uint32_t lookup_hash_bits; /* testing: keep only so many bits of the prefix lookup hash, to force
+                                  collisions; 0 = all */
     bool no_prefix_cache;      /* keep nothing of closed sequences */
     bool poison;               /* debugging: fill freed and fresh blocks with NaN */
     char *error;               /* where a failed create writes why, at most error_size bytes; may be null */
     size_t error_size;
 } kvl_cache_desc;
 
-/* Errors: INVALID_ARG or UNSUPPORTED (desc.error names the field), NO_BACKEND, OUT_OF_HOST_MEMORY, OUT_OF_DEVICE_MEMORY,
-   NO_BLOCKS (the budget does not hold one block and the scratch: the text says how much it takes). */
+/* Errors: INVALID_ARG or UNSUPPORTED (desc.error names the field), NO_BACKEND, OUT_OF_HOST_MEMORY,
+   OUT_OF_DEVICE_MEMORY, NO_BLOCKS (the budget does not hold one block and the scratch: the text says how much
+   it takes). */
 KVL_API kvl_result kvl_cache_create(const kvl_cache_desc *desc, kvl_cache **out);
 KVL_API void kvl_cache_destroy(kvl_cache *cache); /* null is fine; destroy its scheduler first */
 /* What zero became. */
 KVL_API kvl_result kvl_cache_defaults(const kvl_cache_desc *desc, kvl_cache_desc *out);
 KVL_API kvl_context *kvl_cache_context(kvl_cache *cache);
 
-/* Why the last failed call on this cache failed: names the field, handle, bytes or tokens. Never null. Owner thread. A failed create
-   writes its text to desc.error. */
+/* Why the last failed call on this cache failed: names the field, handle, bytes or tokens. Never null. Owner
+   thread. A failed create writes its text to desc.error. */
 KVL_API const char *kvl_last_error(const kvl_cache *cache);
 
-/* Changes the budget between steps: compacts, evicts, preempts. 0 suspends. *held_bytes (may be null): what could not be given up.
-   Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned and directly opened sequences hold),
-   OUT_OF_DEVICE_MEMORY (grown as far as possible). Owner thread. */
+/* Changes the budget between steps: compacts, evicts, preempts. 0 suspends. *held_bytes (may be null): what
+   could not be given up. Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned
+   and directly opened sequences hold), OUT_OF_DEVICE_MEMORY (grown as far as possible). Owner thread. */
 KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uint64_t *held_bytes);
 
 typedef struct kvl_fit {
@@ -280,142 +322,170 @@ typedef struct kvl_fit {
     uint64_t max_tokens;  /* longest single sequence that would fit now */
     bool fits_empty;      /* would fit in max_device_bytes with nothing else there */
 } kvl_fit;
-/* Would n_sequences more sequences of n_tokens each fit now? OK, NO_BLOCKS (later perhaps), NEVER_FITS, INVALID_ARG. fit may be null.
-   Owner thread. */
+/* Would n_sequences more sequences of n_tokens each fit now? OK, NO_BLOCKS (later perhaps), NEVER_FITS,
+   INVALID_ARG. fit may be null. Owner thread. */
 KVL_API kvl_result kvl_can_fit(kvl_cache *cache, uint32_t n_sequences, uint32_t n_tokens, kvl_fit *fit);
 
-/* Checks every invariant: refcounts, free lists, tree, ledger, tables, scheduler. OK or CORRUPT with the text in kvl_last_error. O(everything). */
+/* Checks every invariant: refcounts, free lists, tree, ledger, tables, scheduler. OK or CORRUPT with the text
+ * in kvl_last_error. O(everything). */
 KVL_API kvl_result kvl_validate(kvl_cache *cache);
 
 /* ==== sequences ============================================================ */
-typedef struct kvl_seq { uint32_t id; } kvl_seq; /* 0 is never valid */
+typedef struct kvl_seq {
+    uint32_t id;
+} kvl_seq; /* 0 is never valid */
 
-typedef enum kvl_match_reason { /* why a match stopped where it did */
-    KVL_MATCH_ALL = 0,       /* all but what must be recomputed to get logits */
-    KVL_MATCH_TOKEN,         /* the next cached tokens differ, first at first_differing */
-    KVL_MATCH_END,           /* nothing cached goes on from here */
-    KVL_MATCH_NAMESPACE,     /* nothing cached under this namespace and salt, though under another */
-    KVL_MATCH_EVICTED,       /* the tokens are known, their KV was evicted */
-    KVL_MATCH_FORMAT,        /* the next rows are packed: shared rows of a packed block are recomputed */
-    KVL_MATCH_EMPTY,         /* nothing cached at all, or the cache was told not to look */
+/* why a match stopped where it did */
+typedef enum kvl_match_reason {
+    KVL_MATCH_ALL = 0,   /* all but what must be recomputed to get logits */
+    KVL_MATCH_TOKEN,     /* the next cached tokens differ, first at first_differing */
+    KVL_MATCH_END,       /* nothing cached goes on from here */
+    KVL_MATCH_NAMESPACE, /* nothing cached under this namespace and salt, though under another */
+    KVL_MATCH_EVICTED,   /* the tokens are known, their KV was evicted */
+    KVL_MATCH_FORMAT,    /* the next rows are packed: shared rows of a packed block are recomputed */
+    KVL_MATCH_EMPTY,     /* nothing cached at all, or the cache was told not to look */
     KVL_MATCH_FORCE_INT_ = 0x7fffffff
 } kvl_match_reason;
 KVL_API const char *kvl_match_reason_text(kvl_match_reason r);
 
 typedef struct kvl_reuse {
-    uint32_t matched;    /* tokens whose KV was found in memory */
-    uint32_t restored;   /* of them, brought back from a lower tier (0 until tiers exist) */
-    uint32_t recomputed; /* n_tokens - matched */
+    uint32_t matched;         /* tokens whose KV was found in memory */
+    uint32_t restored;        /* of them, brought back from a lower tier (0 until tiers exist) */
+    uint32_t recomputed;      /* n_tokens - matched */
     uint32_t first_differing; /* with KVL_MATCH_TOKEN: position of the first token that differs */
     kvl_match_reason reason;
 } kvl_reuse;
 
 typedef struct kvl_seq_desc {
-    const int32_t *tokens;    /* [n_tokens] to match against what is cached; may be null with n_tokens 0 */
+    const int32_t *tokens; /* [n_tokens] to match against what is cached; may be null with n_tokens 0 */
     uint32_t n_tokens;
-    uint64_t name_space;      /* one app or user never sees another's reuse */
-    uint64_t salt;            /* adapter, or anything else that changes KV */
-    uint32_t priority;        /* 0..7: what it leaves behind is evicted later than lower ones */
-    bool no_match;            /* reuse nothing */
-    bool no_keep;             /* leave nothing behind */
+    uint64_t name_space; /* one app or user never sees another's reuse */
+    uint64_t salt;       /* adapter, or anything else that changes KV */
+    uint32_t priority;   /* 0..7: what it leaves behind is evicted later than lower ones */
+    bool no_match;       /* reuse nothing */
+    bool no_keep;        /* leave nothing behind */
     void *user;
 } kvl_seq_desc;
 
-/* Opens a sequence on the longest cached prefix; its length is reuse->matched, at most n_tokens - 1. Errors: INVALID_ARG, LIMIT
-   (max_sequences), BUSY. Owner thread, like all of this section. */
+/* Opens a sequence on the longest cached prefix; its length is reuse->matched, at most n_tokens - 1. Errors:
+   INVALID_ARG, LIMIT (max_sequences), BUSY. Owner thread, like all of this section. */
 KVL_API kvl_result kvl_seq_open(kvl_cache *cache, const kvl_seq_desc *desc, kvl_seq *out, kvl_reuse *reuse);
-/* Takes blocks for n_tokens beyond the length now, so that steps up to there cannot fail with NO_BLOCKS. NO_BLOCKS: nothing changed. */
+/* Takes blocks for n_tokens beyond the length now, so that steps up to there cannot fail with NO_BLOCKS.
+ * NO_BLOCKS: nothing changed. */
 KVL_API kvl_result kvl_seq_extend(kvl_cache *cache, kvl_seq seq, uint32_t n_tokens);
-/* A copy that shares all blocks; what is written later is copied first. *length (may be null): its length. LIMIT, BUSY, INVALID_HANDLE. */
+/* A copy that shares all blocks; what is written later is copied first. *length (may be null): its length.
+ * LIMIT, BUSY, INVALID_HANDLE. */
 KVL_API kvl_result kvl_seq_fork(kvl_cache *cache, kvl_seq seq, kvl_seq *out, uint32_t *length);
-/* Shortens to n_tokens or, where that is inside a packed block or behind a window, less: *length is what was reached. */
+/* Shortens to n_tokens or, where that is inside a packed block or behind a window, less: *length is what was
+ * reached. */
 KVL_API kvl_result kvl_seq_trim(kvl_cache *cache, kvl_seq seq, uint32_t n_tokens, uint32_t *length);
-/* Pins (or unpins) the full blocks of a sequence in the prefix tree: they outlive it and are not evicted. Pins count. */
+/* Pins (or unpins) the full blocks of a sequence in the prefix tree: they outlive it and are not evicted.
+ * Pins count. */
 KVL_API kvl_result kvl_seq_pin(kvl_cache *cache, kvl_seq seq, bool pin);
-/* Takes one pin off the cached blocks of desc's tokens, namespace and salt. *n_tokens (may be null): how many tokens of it were pinned. */
+/* Takes one pin off the cached blocks of desc's tokens, namespace and salt. *n_tokens (may be null): how many
+ * tokens of it were pinned. */
 KVL_API kvl_result kvl_prefix_unpin(kvl_cache *cache, const kvl_seq_desc *desc, uint32_t *n_tokens);
 /* Closes: full blocks and the open one stay in the prefix tree until evicted. */
 KVL_API kvl_result kvl_seq_close(kvl_cache *cache, kvl_seq seq);
 KVL_API kvl_result kvl_seq_length(const kvl_cache *cache, kvl_seq seq, uint32_t *length);
 
 /* ==== steps ============================================================ */
-typedef struct kvl_span { /* rows of one sequence in a step */
+/* rows of one sequence in a step */
+typedef struct kvl_span {
     kvl_seq seq;
     const int32_t *tokens; /* [n_tokens] */
     uint32_t n_tokens;
-    uint32_t n_logits;     /* how many of the last rows want logits */
+    uint32_t n_logits; /* how many of the last rows want logits */
     void *user;
 } kvl_span;
 
-/* A block table entry. Id or-ed with KVL_ENTRY_EXACT where the block is of the exact class; KVL_NONE where there is no block (behind a window). */
+/* A block table entry. Id or-ed with KVL_ENTRY_EXACT where the block is of the exact class; KVL_NONE where
+ * there is no block (behind a window). */
 #define KVL_ENTRY_EXACT 0x80000000u
 #define KVL_ENTRY_SCRATCH 0x40000000u /* in `own` only: index of a slot of the step's exact scratch */
 #define KVL_ENTRY_ID 0x3fffffffu
 
-typedef struct kvl_span_blocks {   /* one group's blocks of one span */
-    const uint32_t *table;   /* [n_blocks] what later blocks see; entry j covers tokens [j*T, j*T+T) */
+/* one group's blocks of one span */
+typedef struct kvl_span_blocks {
+    const uint32_t *table; /* [n_blocks] what later blocks see; entry j covers tokens [j*T, j*T+T) */
     uint32_t n_blocks;
-    uint32_t first_own;      /* index of the first block that this step writes */
+    uint32_t first_own; /* index of the first block that this step writes */
     uint32_t n_own;
-    const uint32_t *own;     /* [n_own] where the exact rows of block first_own+i stand while its own queries run */
+    const uint32_t
+        *own; /* [n_own] where the exact rows of block first_own+i stand while its own queries run */
 } kvl_span_blocks;
 
-typedef struct kvl_copy { uint32_t group, src, dst; } kvl_copy; /* whole-block copies (entries) to do before the step */
+typedef struct kvl_copy {
+    uint32_t group, src, dst;
+} kvl_copy; /* whole-block copies (entries) to do before the step */
 
 typedef struct kvl_step_span {
     kvl_seq seq;
     uint32_t first_row, n_rows;
-    uint32_t position;       /* of its first row = committed length before this step */
+    uint32_t position; /* of its first row = committed length before this step */
     uint32_t n_logits;
-    uint32_t request;        /* kvl_req id, 0 for a caller's own sequence */
-    void *user;              /* of the request or of the kvl_span */
+    uint32_t request; /* kvl_req id, 0 for a caller's own sequence */
+    void *user;       /* of the request or of the kvl_span */
 } kvl_step_span;
 
 typedef struct kvl_step {
     uint64_t id;
-    uint32_t n_tokens;           /* rows */
-    const int32_t *tokens;       /* [n_tokens] */
-    const uint32_t *positions;   /* [n_tokens] */
-    const uint32_t *row_span;    /* [n_tokens] index into spans */
+    uint32_t n_tokens;         /* rows */
+    const int32_t *tokens;     /* [n_tokens] */
+    const uint32_t *positions; /* [n_tokens] */
+    const uint32_t *row_span;  /* [n_tokens] index into spans */
     uint32_t n_spans;
     const kvl_step_span *spans;
     uint32_t n_logits;
-    const uint32_t *logit_rows;  /* [n_logits] rows whose logits are wanted, in the order commit takes tokens */
-    const uint32_t *logit_requests; /* [n_logits] kvl_req id (0: a caller's own); a row may be wanted by several after a fork */
-    void *const *logit_users;    /* [n_logits] user pointer of that request */
+    const uint32_t
+        *logit_rows; /* [n_logits] rows whose logits are wanted, in the order commit takes tokens */
+    const uint32_t *logit_requests; /* [n_logits] kvl_req id (0: a caller's own); a row may be wanted by
+                                       several after a fork */
+    void *const *logit_users;       /* [n_logits] user pointer of that request */
     uint32_t n_groups;
     const kvl_span_blocks *blocks; /* [n_groups][n_spans] */
     const uint64_t *block_address; /* by block id: address in device memory */
-    const uint32_t *layer_group; /* [n_layers] */
-    uint32_t n_copies;           /* copy-on-write and partial reuse; already done by the library's own backends */
+    const uint32_t *layer_group;   /* [n_layers] */
+    uint32_t n_copies; /* copy-on-write and partial reuse; already done by the library's own backends */
     const kvl_copy *copies;
-    uint64_t graph_key;          /* equal keys: same shapes and addresses of tables, a captured graph may be replayed */
+    uint64_t
+        graph_key; /* equal keys: same shapes and addresses of tables, a captured graph may be replayed */
 } kvl_step;
 
-/* Begins a step over spans of distinct sequences. *out stays valid until end or abort. Errors, all with state unchanged: BUSY,
-   INVALID_HANDLE, INVALID_ARG (empty span, a sequence twice), LIMIT (max_step_tokens, max_seq_tokens), NO_BLOCKS. Owner thread. */
-KVL_API kvl_result kvl_step_begin(kvl_cache *cache, const kvl_span *spans, uint32_t n_spans, const kvl_step **out);
-/* The rows are in: lengths grow, full blocks enter the prefix tree. MISMATCH: not the open step, or kvl_attend has not run for every layer. */
+/* Begins a step over spans of distinct sequences. *out stays valid until end or abort. Errors, all with state
+   unchanged: BUSY, INVALID_HANDLE, INVALID_ARG (empty span, a sequence twice), LIMIT (max_step_tokens,
+   max_seq_tokens), NO_BLOCKS. Owner thread. */
+KVL_API kvl_result kvl_step_begin(kvl_cache *cache, const kvl_span *spans, uint32_t n_spans,
+                                  const kvl_step **out);
+/* The rows are in: lengths grow, full blocks enter the prefix tree. MISMATCH: not the open step, or
+ * kvl_attend has not run for every layer. */
 KVL_API kvl_result kvl_step_end(kvl_cache *cache, const kvl_step *step);
 /* As if the step had never begun (what it evicted stays evicted). */
 KVL_API kvl_result kvl_step_abort(kvl_cache *cache, const kvl_step *step);
 
-typedef enum kvl_dtype { KVL_DTYPE_F32 = 0, KVL_DTYPE_F16, KVL_DTYPE_BF16, KVL_DTYPE_FORCE_INT_ = 0x7fffffff } kvl_dtype;
+typedef enum kvl_dtype {
+    KVL_DTYPE_F32 = 0,
+    KVL_DTYPE_F16,
+    KVL_DTYPE_BF16,
+    KVL_DTYPE_FORCE_INT_ = 0x7fffffff
+} kvl_dtype;
 
 typedef struct kvl_tensor {
-    void *data;           /* [rows][heads][dim] */
+    void *data; /* [rows][heads][dim] */
     kvl_dtype dtype;
-    size_t row_stride;    /* in elements; 0 = heads * dim */
-    size_t head_stride;   /* in elements; 0 = dim */
+    size_t row_stride;  /* in elements; 0 = heads * dim */
+    size_t head_stride; /* in elements; 0 = dim */
 } kvl_tensor;
 
-/* Appends this layer's k and v (after RoPE) and attends. q [n_tokens][n_q_heads][k_dim], k [n_tokens][n_kv_heads][k_dim],
-   v [n_tokens][n_kv_heads][v_dim], out [n_tokens][n_q_heads][v_dim]. Query head h reads KV head h / (n_q_heads / n_kv_heads).
-   Each layer once a step, in any order. A row with NaN or Inf in k or v taints its own sequence alone (kvl_seq_tainted), which is never
-   reused. Errors: INVALID_ARG, MISMATCH (not the open step, a layer twice). Owner thread. Blocks until done on the CPU.
-   Source: online softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023 (Flash-Decoding); paging, Kwon et al. 2023. */
-KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t layer, const kvl_tensor *q, const kvl_tensor *k,
-                              const kvl_tensor *v, const kvl_tensor *out);
+/* Appends this layer's k and v (after RoPE) and attends. q [n_tokens][n_q_heads][k_dim], k
+   [n_tokens][n_kv_heads][k_dim], v [n_tokens][n_kv_heads][v_dim], out [n_tokens][n_q_heads][v_dim]. Query
+   head h reads KV head h / (n_q_heads / n_kv_heads). Each layer once a step, in any order. A row with NaN or
+   Inf in k or v taints its own sequence alone (kvl_seq_tainted), which is never reused. Errors: INVALID_ARG,
+   MISMATCH (not the open step, a layer twice). Owner thread. Blocks until done on the CPU. Source: online
+   softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023 (Flash-Decoding); paging, Kwon et al.
+   2023. */
+KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t layer, const kvl_tensor *q,
+                              const kvl_tensor *k, const kvl_tensor *v, const kvl_tensor *out);
 KVL_API bool kvl_seq_tainted(const kvl_cache *cache, kvl_seq seq);
 
 /* Where layer `layer`'s tiles stand inside a block of its group, for callers with their own kernels. */
@@ -427,38 +497,57 @@ typedef struct kvl_block_layout {
     size_t head_stride;  /* between KV heads: K tile, then V tile */
     size_t v_offset;     /* of the V tile after its K tile */
 } kvl_block_layout;
-KVL_API kvl_result kvl_cache_layout(const kvl_cache *cache, uint32_t layer, bool exact, kvl_block_layout *out);
+KVL_API kvl_result kvl_cache_layout(const kvl_cache *cache, uint32_t layer, bool exact,
+                                    kvl_block_layout *out);
 
 /* ==== scheduler ============================================================ */
-typedef struct kvl_req { uint32_t id; } kvl_req; /* 0 is never valid */
+typedef struct kvl_req {
+    uint32_t id;
+} kvl_req; /* 0 is never valid */
 
-typedef enum kvl_policy { KVL_POLICY_FCFS = 0, KVL_POLICY_PRIORITY, KVL_POLICY_LONGEST_PREFIX, KVL_POLICY_FORCE_INT_ = 0x7fffffff } kvl_policy;
+typedef enum kvl_policy {
+    KVL_POLICY_FCFS = 0,
+    KVL_POLICY_PRIORITY,
+    KVL_POLICY_LONGEST_PREFIX,
+    KVL_POLICY_FORCE_INT_ = 0x7fffffff
+} kvl_policy;
 typedef enum kvl_class { KVL_INTERACTIVE = 0, KVL_BACKGROUND, KVL_CLASS_FORCE_INT_ = 0x7fffffff } kvl_class;
-typedef enum kvl_finish { /* why a request ended */
-    KVL_FINISH_NONE = 0,  /* it has not */
-    KVL_FINISH_STOP,      /* a stop token */
-    KVL_FINISH_LENGTH,    /* max_new_tokens or max_seq_tokens */
-    KVL_FINISH_APP,       /* the app said so at commit */
+/* why a request ended */
+typedef enum kvl_finish {
+    KVL_FINISH_NONE = 0, /* it has not */
+    KVL_FINISH_STOP,     /* a stop token */
+    KVL_FINISH_LENGTH,   /* max_new_tokens or max_seq_tokens */
+    KVL_FINISH_APP,      /* the app said so at commit */
     KVL_FINISH_CANCELLED,
-    KVL_FINISH_REFUSED,   /* refuse_over_gap: it would have broken max_gap_ms for those already running */
+    KVL_FINISH_REFUSED, /* refuse_over_gap: it would have broken max_gap_ms for those already running */
     KVL_FINISH_FORCE_INT_ = 0x7fffffff
 } kvl_finish;
-typedef enum kvl_req_state { KVL_REQ_WAITING = 0, KVL_REQ_PREFILL, KVL_REQ_DECODE, KVL_REQ_FINISHED, KVL_REQ_FORCE_INT_ = 0x7fffffff } kvl_req_state;
+typedef enum kvl_req_state {
+    KVL_REQ_WAITING = 0,
+    KVL_REQ_PREFILL,
+    KVL_REQ_DECODE,
+    KVL_REQ_FINISHED,
+    KVL_REQ_FORCE_INT_ = 0x7fffffff
+} kvl_req_state;
 
-/* What a step costs, in milliseconds: step + prefill_token·rows of prefill + decode·rows of decode + kv_megatoken·(KV tokens read / 1e6). */
-typedef struct kvl_cost { double step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms; } kvl_cost;
+/* What a step costs, in milliseconds: step + prefill_token·rows of prefill + decode·rows of decode +
+ * kv_megatoken·(KV tokens read / 1e6). */
+typedef struct kvl_cost {
+    double step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms;
+} kvl_cost;
 
 typedef struct kvl_sched_desc {
     kvl_policy policy;
-    uint32_t max_running;     /* requests with KV at once; 0 = the cache's max_sequences */
-    uint32_t max_waiting;     /* submitted and not finished, running ones included; 0 = 4096 */
+    uint32_t max_running;      /* requests with KV at once; 0 = the cache's max_sequences */
+    uint32_t max_waiting;      /* submitted and not finished, running ones included; 0 = 4096 */
     uint64_t token_pool_bytes; /* cap on the tokens of all requests; 0 = 256 MiB */
-    uint32_t step_tokens;     /* token budget of a step; 0 = the cache's max_step_tokens */
-    uint32_t min_chunk;       /* smallest chunk of prefill while others stream; 0 = block_tokens */
-    double max_gap_ms;        /* longest wait between two tokens of an interactive stream; 0 = no bound: chunks use the whole budget */
-    bool refuse_over_gap;     /* refuse interactive work that decodes alone would breach; else it queues */
-    kvl_cost cost;            /* to start from; all 0 = learn from the steps */
-    bool fixed_cost;          /* do not learn: replays and simulations */
+    uint32_t step_tokens;      /* token budget of a step; 0 = the cache's max_step_tokens */
+    uint32_t min_chunk;        /* smallest chunk of prefill while others stream; 0 = block_tokens */
+    double max_gap_ms; /* longest wait between two tokens of an interactive stream; 0 = no bound: chunks use
+                          the whole budget */
+    bool refuse_over_gap; /* refuse interactive work that decodes alone would breach; else it queues */
+    kvl_cost cost;        /* to start from; all 0 = learn from the steps */
+    bool fixed_cost;      /* do not learn: replays and simulations */
 } kvl_sched_desc;
 
 /* One scheduler per cache. Errors: INVALID_ARG, OUT_OF_HOST_MEMORY, BUSY (the cache has one). */
@@ -468,78 +557,92 @@ KVL_API kvl_result kvl_sched_defaults(kvl_cache *cache, const kvl_sched_desc *de
 KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owner thread's calls */
 
 typedef struct kvl_request {
-    const int32_t *tokens;      /* [n_tokens], copied */
-    uint32_t n_tokens;          /* at least 1 */
-    uint32_t max_new_tokens;    /* 0 = 256, or less where max_seq_tokens ends before; asked for and too long for it: NEVER_FITS */
+    const int32_t *tokens;   /* [n_tokens], copied */
+    uint32_t n_tokens;       /* at least 1 */
+    uint32_t max_new_tokens; /* 0 = 256, or less where max_seq_tokens ends before; asked for and too long for
+                                it: NEVER_FITS */
     const int32_t *stop_tokens; /* [n_stop_tokens], copied; at most 8 */
     uint32_t n_stop_tokens;
     kvl_class klass;
-    uint32_t priority;          /* 0..7, higher first under KVL_POLICY_PRIORITY; also how long its KV is kept */
+    uint32_t priority; /* 0..7, higher first under KVL_POLICY_PRIORITY; also how long its KV is kept */
     uint64_t name_space, salt;
     bool no_match, no_keep;
     void *user;
 } kvl_request;
 
-typedef struct kvl_refusal { /* with NEVER_FITS: the numbers */
-    uint32_t n_tokens, max_tokens;     /* asked for, longest possible */
+/* with NEVER_FITS: the numbers */
+typedef struct kvl_refusal {
+    uint32_t n_tokens, max_tokens; /* asked for, longest possible */
     uint64_t need_bytes, budget_bytes;
 } kvl_refusal;
 
-/* Queues a request. Errors: INVALID_ARG, QUEUE_FULL, CLOSED, NEVER_FITS (*refusal, may be null, has the numbers), OUT_OF_HOST_MEMORY. Any thread. */
+/* Queues a request. Errors: INVALID_ARG, QUEUE_FULL, CLOSED, NEVER_FITS (*refusal, may be null, has the
+ * numbers), OUT_OF_HOST_MEMORY. Any thread. */
 KVL_API kvl_result kvl_sched_submit(kvl_sched *sched, const kvl_request *request, kvl_req *out);
-KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *sched, const kvl_request *request, kvl_req *out, kvl_refusal *refusal);
+KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *sched, const kvl_request *request, kvl_req *out,
+                                       kvl_refusal *refusal);
 /* Ends a request at the next plan. A finished one: OK, nothing happens. INVALID_HANDLE. Any thread. */
 KVL_API kvl_result kvl_sched_cancel(kvl_sched *sched, kvl_req req);
-/* Another answer to the same tokens: shares the KV of `req` and joins at its next logits row (which then stands once more in logit_rows).
-   If `req` ends or is preempted first, the fork goes on as a request of its own. user: the fork's. Errors: INVALID_HANDLE, INVALID_ARG
-   (finished), QUEUE_FULL, BUSY. Owner thread. */
+/* Another answer to the same tokens: shares the KV of `req` and joins at its next logits row (which then
+   stands once more in logit_rows). If `req` ends or is preempted first, the fork goes on as a request of its
+   own. user: the fork's. Errors: INVALID_HANDLE, INVALID_ARG (finished), QUEUE_FULL, BUSY. Owner thread. */
 KVL_API kvl_result kvl_sched_fork(kvl_sched *sched, kvl_req req, void *user, kvl_req *out);
 /* No more submits; plan returns DRAINED when all have finished. Any thread. */
 KVL_API void kvl_sched_close(kvl_sched *sched);
-/* Waits until something was submitted, cancelled or closed since the last plan, or the time is over. Returns false at time-out. Any thread. */
+/* Waits until something was submitted, cancelled or closed since the last plan, or the time is over. Returns
+ * false at time-out. Any thread. */
 KVL_API bool kvl_sched_wait(kvl_sched *sched, uint32_t timeout_ms);
 
-/* The next step. OK: *out until commit or abort. IDLE: nothing can run now. DRAINED: closed and done. BUSY: a step is open. Owner thread. */
+/* The next step. OK: *out until commit or abort. IDLE: nothing can run now. DRAINED: closed and done. BUSY: a
+ * step is open. Owner thread. */
 KVL_API kvl_result kvl_sched_plan(kvl_sched *sched, const kvl_step **out);
 
-typedef struct kvl_output { /* what became of one logits row */
+/* what became of one logits row */
+typedef struct kvl_output {
     int32_t token;
-    bool no_token;  /* nothing was sampled (with finish): token is ignored */
-    bool finish;    /* end the request after this token */
+    bool no_token; /* nothing was sampled (with finish): token is ignored */
+    bool finish;   /* end the request after this token */
 } kvl_output;
-/* One sampled token for each of step->logit_rows, in that order (null if there are none). MISMATCH: not the open step, or layers are missing.
-   Owner thread. */
+/* One sampled token for each of step->logit_rows, in that order (null if there are none). MISMATCH: not the
+   open step, or layers are missing. Owner thread. */
 KVL_API kvl_result kvl_sched_commit(kvl_sched *sched, const kvl_step *step, const int32_t *tokens);
 KVL_API kvl_result kvl_sched_commit_ex(kvl_sched *sched, const kvl_step *step, const kvl_output *outputs);
-/* Undoes plan: lengths, pages and request states are as before; what it evicted stays evicted, what it preempted waits. Owner thread. */
+/* Undoes plan: lengths, pages and request states are as before; what it evicted stays evicted, what it
+ * preempted waits. Owner thread. */
 KVL_API kvl_result kvl_sched_abort(kvl_sched *sched, const kvl_step *step);
 
 typedef struct kvl_req_info {
     kvl_req_state state;
     kvl_finish finish;
     uint32_t n_prompt, n_generated;
-    uint32_t n_computed;     /* tokens with KV now */
+    uint32_t n_computed; /* tokens with KV now */
     uint32_t preemptions;
-    kvl_reuse reuse;         /* of its latest admission */
+    kvl_reuse reuse; /* of its latest admission */
     uint64_t submit_ns, first_token_ns, last_token_ns, finish_ns;
-    kvl_seq seq;             /* while running */
+    kvl_seq seq; /* while running */
     void *user;
 } kvl_req_info;
-/* A finished request can be asked about until its slot is used again (max_waiting submits later at the earliest when idle). Owner thread. */
+/* A finished request can be asked about until its slot is used again (max_waiting submits later at the
+ * earliest when idle). Owner thread. */
 KVL_API kvl_result kvl_sched_info(const kvl_sched *sched, kvl_req req, kvl_req_info *out);
 /* Copies up to capacity generated tokens; *n_tokens = how many there are. Owner thread. */
-KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity, uint32_t *n_tokens);
+KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity,
+                                    uint32_t *n_tokens);
 
 /* ==== stats ============================================================ */
-typedef struct kvl_percentiles { double p50, p95, p99, max; uint64_t count; } kvl_percentiles;
+typedef struct kvl_percentiles {
+    double p50, p95, p99, max;
+    uint64_t count;
+} kvl_percentiles;
 
 typedef struct kvl_stats {
-    /* blocks by class and state: [0] packed, [1] exact; where a group has one class its blocks count as exact */
-    uint32_t blocks_used[2];     /* in a sequence's table */
-    uint32_t blocks_shared[2];   /* of them, in more than one */
-    uint32_t blocks_cached[2];   /* only in the prefix tree, evictable */
-    uint32_t blocks_pinned[2];   /* only in the prefix tree, pinned */
-    uint32_t blocks_free[2];     /* free slots of slabs of that class */
+    /* blocks by class and state: [0] packed, [1] exact; where a group has one class its blocks count as exact
+     */
+    uint32_t blocks_used[2];   /* in a sequence's table */
+    uint32_t blocks_shared[2]; /* of them, in more than one */
+    uint32_t blocks_cached[2]; /* only in the prefix tree, evictable */
+    uint32_t blocks_pinned[2]; /* only in the prefix tree, pinned */
+    uint32_t blocks_free[2];   /* free slots of slabs of that class */
     uint32_t slabs, slabs_free;
     /* the ledger, bytes by purpose */
     uint64_t device_budget, device_peak;
@@ -552,11 +655,12 @@ typedef struct kvl_stats {
     uint32_t nodes, sequences;
     /* scheduler, since create; 0 without one */
     uint32_t waiting, running;
-    uint64_t steps, prefill_tokens, decode_tokens, submitted, finished, cancelled, refused, preemptions, aborts, compactions;
-    kvl_percentiles gap_ms;      /* between two tokens of an interactive stream */
-    kvl_percentiles ttft_ms;     /* submit to first token */
-    kvl_percentiles step_ms;     /* plan to commit */
-    kvl_cost cost;               /* as learnt */
+    uint64_t steps, prefill_tokens, decode_tokens, submitted, finished, cancelled, refused, preemptions,
+        aborts, compactions;
+    kvl_percentiles gap_ms;  /* between two tokens of an interactive stream */
+    kvl_percentiles ttft_ms; /* submit to first token */
+    kvl_percentiles step_ms; /* plan to commit */
+    kvl_cost cost;           /* as learnt */
 } kvl_stats;
 /* A snapshot as of the last plan, commit, or other call of the owner thread. Any thread. */
 KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
@@ -566,10 +670,12 @@ KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
 #endif
 #endif /* KVLITE_H */
 
+/* ==== Stop here if you only want the API. The implementation follows. ==== */
 #ifdef KVL_IMPLEMENTATION
 #ifndef KVLITE_IMPLEMENTED
 #define KVLITE_IMPLEMENTED
-/* ==== >>config: what the implementation is compiled with ================================================================ */
+/* ==== >>config: what the implementation is compiled with
+ * ================================================================ */
 #include <math.h>
 #include <string.h>
 #include <stdlib.h>
@@ -588,7 +694,8 @@ KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
 
 #if defined(__GNUC__) || defined(__clang__)
 #define KVLI_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define KVLI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c")))
+#define KVLI_TARGET_AVX512 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c")))
 #define KVLI_INLINE static inline __attribute__((always_inline))
 #define KVLI_NOINLINE static __attribute__((noinline))
 #define KVLI_ALIGN(n) __attribute__((aligned(n)))
@@ -608,7 +715,7 @@ static inline uint32_t kvli_div_up(uint32_t a, uint32_t b) { return a / b + (a %
 typedef struct kvli_side {
     kvl_format format; /* without the flag */
     bool rotated;
-    float global;      /* NVFP4 */
+    float global; /* NVFP4 */
     uint32_t tokens, dim;
     size_t tile_bytes; /* padded */
 } kvli_side;
@@ -620,15 +727,15 @@ typedef struct kvli_layer {
     uint32_t group;
     uint32_t window, sink_tokens; /* window 0 = full */
     float softcap, scale;
-    const float *sink_logits;     /* [n_q_heads] or null */
-    kvli_side k[2], v[2];         /* [KVLI_PACKED], [KVLI_EXACT]; equal where there is one class */
-    size_t offset[2];             /* of this layer in a block of the class */
+    const float *sink_logits; /* [n_q_heads] or null */
+    kvli_side k[2], v[2];     /* [KVLI_PACKED], [KVLI_EXACT]; equal where there is one class */
+    size_t offset[2];         /* of this layer in a block of the class */
     size_t head_stride[2], v_offset[2];
 } kvli_layer;
 
 typedef struct kvli_geometry {
     uint32_t n_layers, n_q_heads, n_kv_heads, gqa, k_dim, v_dim, block_tokens, sink_blocks, segment_tokens;
-    kvl_format exact;  /* F32, F16 or BF16: the format of every exact tile, K and V */
+    kvl_format exact; /* F32, F16 or BF16: the format of every exact tile, K and V */
     uint32_t n_groups;
     kvli_layer *layers;
 } kvli_geometry;
@@ -636,11 +743,12 @@ typedef struct kvli_geometry {
 /* ---- what a backend's attend gets: one layer of one step ---- */
 typedef struct kvli_attend_span {
     uint32_t first_row, n_rows, position; /* rows first_row.. are positions position.. of this sequence */
-    kvl_span_blocks blocks;               /* of this layer's group. A query in block j sees blocks < j through table[], its own block
-                                             through own[j - first_own]. own[i] is an exact block or a slot of the scratch. Where
-                                             table[first_own + i] != own[i] the block is complete after this step and must be sealed:
-                                             exact tile -> packed tile, once its last row is written. Rows before `position` in the
-                                             first own block are already there, exact. */
+    kvl_span_blocks
+        blocks; /* of this layer's group. A query in block j sees blocks < j through table[], its own block
+                   through own[j - first_own]. own[i] is an exact block or a slot of the scratch. Where
+                   table[first_own + i] != own[i] the block is complete after this step and must be sealed:
+                   exact tile -> packed tile, once its last row is written. Rows before `position` in the
+                   first own block are already there, exact. */
 } kvli_attend_span;
 
 typedef struct kvli_attend {
@@ -648,17 +756,21 @@ typedef struct kvli_attend {
     const kvli_layer *layer;
     const kvli_attend_span *spans;
     uint32_t n_spans, n_rows;
-    const uint64_t *block_address; /* by id: start of the block; this layer's tiles are at offset[class] + head * head_stride[class] */
-    uint8_t *scratch;              /* exact slots of one layer: slot s at s * scratch_slot, head h at + h * head_stride[KVLI_EXACT] */
+    const uint64_t *block_address; /* by id: start of the block; this layer's tiles are at offset[class] +
+                                      head * head_stride[class] */
+    uint8_t *scratch;              /* exact slots of one layer: slot s at s * scratch_slot, head h at + h *
+                                      head_stride[KVLI_EXACT] */
     size_t scratch_slot;
-    void *workspace;               /* workspace_bytes of the backend, 64-byte aligned */
+    void *workspace; /* workspace_bytes of the backend, 64-byte aligned */
     size_t workspace_bytes;
-    kvl_tensor q, k, v, out;       /* strides filled in */
-    uint8_t *taint;                /* [n_spans] set to 1 where a row of k or v was not finite after rounding to the exact format */
+    kvl_tensor q, k, v, out; /* strides filled in */
+    uint8_t *taint; /* [n_spans] set to 1 where a row of k or v was not finite after rounding to the exact
+                       format */
 } kvli_attend;
 
 /* ---- given by other sections ---- */
-/* >>platform: runs fn(arg, i) for i < n on the context's threads, blocks until done. Tasks are claimed dynamically. */
+/* >>platform: runs fn(arg, i) for i < n on the context's threads, blocks until done. Tasks are claimed
+ * dynamically. */
 static void kvli_parallel(struct kvl_context *ctx, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg);
 static uint32_t kvli_threads(const struct kvl_context *ctx); /* 1 = no threads */
 static kvl_simd kvli_simd(const struct kvl_context *ctx);    /* resolved: SCALAR, AVX2 or AVX512 */
@@ -670,24 +782,30 @@ static float kvli_bf16_to_f32(uint16_t h);
 static uint16_t kvli_f32_to_bf16(float f);
 static float kvli_e4m3_to_f32(uint8_t b);
 static uint8_t kvli_f32_to_e4m3(float f); /* nearest even, saturates at 448 */
-static bool kvli_side_supported(kvl_format format_with_flag, bool is_key, uint32_t tokens, uint32_t dim, const char **why);
+static bool kvli_side_supported(kvl_format format_with_flag, bool is_key, uint32_t tokens, uint32_t dim,
+                                const char **why);
 static size_t kvli_tile_size(kvl_format format, uint32_t tokens, uint32_t dim); /* padded to 128 */
-/* Writes n rows of a tensor (dtype, row stride in elements) as rows [row, row+n) of an exact tile; returns false if any number is not finite
-   after rounding (the number is stored as it is). */
-static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src, kvl_dtype dtype, size_t row_stride, uint32_t n, void *tile,
-                            uint32_t row, kvl_simd simd);
-/* Seals: encodes a whole exact tile (side.tokens × side.dim). Same bytes on every simd path. NaN or Inf in the input: any bytes, no trap. */
-static void kvli_seal_tile(const kvli_side *side, kvl_format exact, const void *exact_tile, void *tile, kvl_simd simd);
+/* Writes n rows of a tensor (dtype, row stride in elements) as rows [row, row+n) of an exact tile; returns
+   false if any number is not finite after rounding (the number is stored as it is). */
+static bool kvli_write_rows(kvl_format exact, uint32_t dim, const void *src, kvl_dtype dtype,
+                            size_t row_stride, uint32_t n, void *tile, uint32_t row, kvl_simd simd);
+/* Seals: encodes a whole exact tile (side.tokens × side.dim). Same bytes on every simd path. NaN or Inf in
+ * the input: any bytes, no trap. */
+static void kvli_seal_tile(const kvli_side *side, kvl_format exact, const void *exact_tile, void *tile,
+                           kvl_simd simd);
 /* Scalar decode to f32 [tokens][dim], in the rotated domain. */
 static void kvli_decode_tile(const kvli_side *side, const void *tile, float *rows);
-/* In place over n rows: x <- x H (block-diagonal Hadamard, orthonormal, its own inverse); same operations on every path. */
+/* In place over n rows: x <- x H (block-diagonal Hadamard, orthonormal, its own inverse); same operations on
+ * every path. */
 static void kvli_hadamard(float *x, uint32_t dim, uint32_t n_rows, kvl_simd simd);
 
 /* >>cpu */
-static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens);
+static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens,
+                                 uint32_t max_seq_tokens);
 static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a); /* write, seal, attend, merge */
 
-/* ==== >>platform: threads, clock, atomics, cpu features ================================================================== */
+/* ==== >>platform: threads, clock, atomics, cpu features
+ * ================================================================== */
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
 #define WIN32_LEAN_AND_MEAN
@@ -713,22 +831,38 @@ typedef pthread_t kvli_thread;
 #if defined(__GNUC__) || defined(__clang__)
 static inline uint32_t kvli_atomic_load(uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline void kvli_atomic_store(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-static inline uint32_t kvli_atomic_add(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+static inline uint32_t kvli_atomic_add(uint32_t *p, uint32_t v) {
+    return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
 #else
-static inline uint32_t kvli_atomic_load(uint32_t *p) { return (uint32_t)InterlockedCompareExchange((volatile LONG *)p, 0, 0); }
-static inline void kvli_atomic_store(uint32_t *p, uint32_t v) { InterlockedExchange((volatile LONG *)p, (LONG)v); }
-static inline uint32_t kvli_atomic_add(uint32_t *p, uint32_t v) { return (uint32_t)InterlockedExchangeAdd((volatile LONG *)p, (LONG)v); }
+static inline uint32_t kvli_atomic_load(uint32_t *p) {
+    return (uint32_t)InterlockedCompareExchange((volatile LONG *)p, 0, 0);
+}
+static inline void kvli_atomic_store(uint32_t *p, uint32_t v) {
+    InterlockedExchange((volatile LONG *)p, (LONG)v);
+}
+static inline uint32_t kvli_atomic_add(uint32_t *p, uint32_t v) {
+    return (uint32_t)InterlockedExchangeAdd((volatile LONG *)p, (LONG)v);
+}
 #endif
 
 #if defined(_WIN32)
-static bool kvli_mutex_init(kvli_mutex *m) { InitializeSRWLock(m); return true; }
+static bool kvli_mutex_init(kvli_mutex *m) {
+    InitializeSRWLock(m);
+    return true;
+}
 static void kvli_mutex_free(kvli_mutex *m) { (void)m; }
 static void kvli_lock(kvli_mutex *m) { AcquireSRWLockExclusive(m); }
 static void kvli_unlock(kvli_mutex *m) { ReleaseSRWLockExclusive(m); }
-static bool kvli_cond_init(kvli_cond *c) { InitializeConditionVariable(c); return true; }
+static bool kvli_cond_init(kvli_cond *c) {
+    InitializeConditionVariable(c);
+    return true;
+}
 static void kvli_cond_free(kvli_cond *c) { (void)c; }
 static void kvli_cond_wait(kvli_cond *c, kvli_mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
-static bool kvli_cond_wait_ms(kvli_cond *c, kvli_mutex *m, uint32_t ms) { return SleepConditionVariableSRW(c, m, ms, 0) != 0; }
+static bool kvli_cond_wait_ms(kvli_cond *c, kvli_mutex *m, uint32_t ms) {
+    return SleepConditionVariableSRW(c, m, ms, 0) != 0;
+}
 static void kvli_cond_broadcast(kvli_cond *c) { WakeAllConditionVariable(c); }
 static uint64_t kvli_clock_now(void) {
     LARGE_INTEGER f, t;
@@ -742,7 +876,10 @@ static bool kvli_thread_start(kvli_thread *t, DWORD(WINAPI *fn)(LPVOID), void *a
     *t = CreateThread(NULL, 0, fn, arg, 0, NULL);
     return *t != NULL;
 }
-static void kvli_thread_join(kvli_thread t) { WaitForSingleObject(t, INFINITE); CloseHandle(t); }
+static void kvli_thread_join(kvli_thread t) {
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
 #else
 static bool kvli_mutex_init(kvli_mutex *m) { return pthread_mutex_init(m, NULL) == 0; }
 static void kvli_mutex_free(kvli_mutex *m) { pthread_mutex_destroy(m); }
@@ -770,7 +907,10 @@ static bool kvli_cond_wait_ms(kvli_cond *c, kvli_mutex *m, uint32_t ms) {
 #endif
     t.tv_sec += (time_t)(ms / 1000);
     t.tv_nsec += (long)(ms % 1000) * 1000000L;
-    if (t.tv_nsec >= 1000000000L) { t.tv_nsec -= 1000000000L; t.tv_sec++; }
+    if (t.tv_nsec >= 1000000000L) {
+        t.tv_nsec -= 1000000000L;
+        t.tv_sec++;
+    }
     return pthread_cond_timedwait(c, m, &t) != ETIMEDOUT;
 }
 static void kvli_cond_broadcast(kvli_cond *c) { pthread_cond_broadcast(c); }
@@ -781,7 +921,9 @@ static uint64_t kvli_clock_now(void) {
 }
 #define KVLI_THREAD_FN(name, arg) static void *name(void *arg)
 #define KVLI_THREAD_RETURN return NULL
-static bool kvli_thread_start(kvli_thread *t, void *(*fn)(void *), void *arg) { return pthread_create(t, NULL, fn, arg) == 0; }
+static bool kvli_thread_start(kvli_thread *t, void *(*fn)(void *), void *arg) {
+    return pthread_create(t, NULL, fn, arg) == 0;
+}
 static void kvli_thread_join(kvli_thread t) { pthread_join(t, NULL); }
 #endif
 
@@ -795,21 +937,24 @@ static kvl_simd kvli_simd_best(void) {
 #if KVLI_X86 && (defined(__GNUC__) || defined(__clang__))
     unsigned a = 0, b = 0, leaf1 = 0, d = 0;
     __builtin_cpu_init();
-    if (!__get_cpuid(1, &a, &b, &leaf1, &d) || !(leaf1 >> 29 & 1)) return KVL_SIMD_SCALAR; /* F16C, which the builtin does not name everywhere */
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+    if (!__get_cpuid(1, &a, &b, &leaf1, &d) || !(leaf1 >> 29 & 1))
+        return KVL_SIMD_SCALAR; /* F16C, which the builtin does not name everywhere */
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512cd"))
         return KVL_SIMD_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KVL_SIMD_AVX2;
 #endif
     return KVL_SIMD_SCALAR;
 }
 
-/* The built-in pool. One job at a time; workers spin for a moment before they sleep, since attends come in bursts. */
+/* The built-in pool. One job at a time; workers spin for a moment before they sleep, since attends come in
+ * bursts. */
 typedef struct kvli_pool {
     kvli_mutex job, sleep;
     kvli_cond wake, done;
     kvli_thread *threads;
-    uint32_t n_threads; /* workers, without the caller */
+    uint32_t n_threads;                    /* workers, without the caller */
     uint32_t stop, generation, next, busy; /* atomics */
     uint32_t n;
     void (*fn)(void *arg, uint32_t i);
@@ -832,9 +977,13 @@ KVLI_THREAD_FN(kvli_pool_main, arg) {
     for (;;) {
         uint32_t spins = 0;
         while (kvli_atomic_load(&p->generation) == seen && !kvli_atomic_load(&p->stop)) {
-            if (++spins < KVLI_SPINS) { kvli_pause(); continue; }
+            if (++spins < KVLI_SPINS) {
+                kvli_pause();
+                continue;
+            }
             kvli_lock(&p->sleep);
-            while (kvli_atomic_load(&p->generation) == seen && !kvli_atomic_load(&p->stop)) kvli_cond_wait(&p->wake, &p->sleep);
+            while (kvli_atomic_load(&p->generation) == seen && !kvli_atomic_load(&p->stop))
+                kvli_cond_wait(&p->wake, &p->sleep);
             kvli_unlock(&p->sleep);
         }
         if (kvli_atomic_load(&p->stop)) break;
@@ -871,7 +1020,8 @@ static void kvli_pool_run(kvli_pool *p, uint32_t n, void (*fn)(void *arg, uint32
     kvli_unlock(&p->job);
 }
 
-/* ==== >>log: errors as text ============================================================================================== */
+/* ==== >>log: errors as text
+ * ============================================================================================== */
 struct kvli_backend;
 
 struct kvl_context {
@@ -879,12 +1029,15 @@ struct kvl_context {
     const struct kvli_backend *backend;
     kvl_simd simd;
     kvli_pool *pool;
-    uint32_t caches; /* atomic: how many hold it */
+    uint32_t caches;       /* atomic: how many hold it */
     uint64_t null_address; /* what the null backend gives out next */
     char name[32], report[256];
 };
 
-typedef struct kvli_text { char *at; size_t size; } kvli_text;
+typedef struct kvli_text {
+    char *at;
+    size_t size;
+} kvli_text;
 
 static kvli_text kvli_text_at(char *at, size_t size) {
     kvli_text t;
@@ -900,7 +1053,8 @@ static void kvli_vformat(char *at, size_t size, const char *format, va_list args
 #if defined(__GNUC__) || defined(__clang__)
 __attribute__((format(printf, 4, 5)))
 #endif
-static kvl_result kvli_fail(const kvl_context *ctx, kvli_text text, kvl_result r, const char *format, ...) {
+static kvl_result
+kvli_fail(const kvl_context *ctx, kvli_text text, kvl_result r, const char *format, ...) {
     char local[256];
     va_list args;
     va_start(args, format);
@@ -908,28 +1062,41 @@ static kvl_result kvli_fail(const kvl_context *ctx, kvli_text text, kvl_result r
     va_end(args);
     if (text.at && text.size) snprintf(text.at, text.size, "%s", local);
     if (ctx && ctx->desc.log)
-        ctx->desc.log(ctx->desc.user, r == KVL_NO_BLOCKS || r == KVL_QUEUE_FULL ? KVL_LOG_INFO : KVL_LOG_ERROR, local);
+        ctx->desc.log(ctx->desc.user,
+                      r == KVL_NO_BLOCKS || r == KVL_QUEUE_FULL ? KVL_LOG_INFO : KVL_LOG_ERROR, local);
     return r;
 }
 
-/* ==== >>mem: allocation through the context, and one arena an object ======================================================= */
+/* ==== >>mem: allocation through the context, and one arena an object
+ * ======================================================= */
 static void *kvli_default_alloc(void *user, void *ptr, size_t old_size, size_t new_size) {
     (void)user;
     (void)old_size;
-    if (!new_size) { free(ptr); return NULL; }
+    if (!new_size) {
+        free(ptr);
+        return NULL;
+    }
     return realloc(ptr, new_size);
 }
-static uint64_t kvli_default_clock(void *user) { (void)user; return kvli_clock_now(); }
+static uint64_t kvli_default_clock(void *user) {
+    (void)user;
+    return kvli_clock_now();
+}
 
-static void *kvli_alloc(const kvl_context *ctx, size_t size) { return ctx->desc.alloc(ctx->desc.user, NULL, 0, size); }
+static void *kvli_alloc(const kvl_context *ctx, size_t size) {
+    return ctx->desc.alloc(ctx->desc.user, NULL, 0, size);
+}
 static void kvli_free(const kvl_context *ctx, void *ptr, size_t size) {
     if (ptr) ctx->desc.alloc(ctx->desc.user, ptr, size, 0);
 }
 static uint64_t kvli_now(const kvl_context *ctx) { return ctx->desc.clock(ctx->desc.user); }
 
-/* An object's arrays are carved out of one allocation: a first pass with base null counts, a second hands out.
-   A size that overflows becomes SIZE_MAX and stays there. */
-typedef struct kvli_arena { uint8_t *base; size_t used; } kvli_arena;
+/* An object's arrays are carved out of one allocation: a first pass with base null counts, a second hands
+   out. A size that overflows becomes SIZE_MAX and stays there. */
+typedef struct kvli_arena {
+    uint8_t *base;
+    size_t used;
+} kvli_arena;
 
 static void *kvli_carve(kvli_arena *a, size_t count, size_t size) {
     size_t at = (a->used + 63) & ~(size_t)63;
@@ -2076,8 +2243,10 @@ KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t
     return KVL_OK;
 }
 
-/* ==== >>backend: what a backend must do ================================================================================== */
-/* All calls come from the owner thread, between or inside steps. Addresses are the backend's own (host pointers on the CPU). */
+/* ==== >>backend: what a backend must do
+ * ================================================================================== */
+/* All calls come from the owner thread, between or inside steps. Addresses are the backend's own (host
+ * pointers on the CPU). */
 typedef struct kvli_backend {
     const char *name;
     kvl_backend_kind kind;
@@ -2087,11 +2256,13 @@ typedef struct kvli_backend {
     void (*buffer_free)(kvl_context *ctx, uint64_t address, size_t bytes);
     void (*copy)(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes);
     void (*poison)(kvl_context *ctx, uint64_t address, size_t bytes);
-    size_t (*workspace)(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens);
+    size_t (*workspace)(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens,
+                        uint32_t max_seq_tokens);
     void (*attend)(kvl_context *ctx, const kvli_attend *args);
 } kvli_backend;
 
-/* ==== >>blocks: slabs, classes, block ids ================================================================================ */
+/* ==== >>blocks: slabs, classes, block ids
+ * ================================================================================ */
 enum {
     KVLI_MAX_GROUPS = 16,
     KVLI_MAX_CLASSES = 2 * KVLI_MAX_GROUPS,
@@ -2101,7 +2272,7 @@ enum {
 };
 
 typedef struct kvli_class {
-    size_t bytes;         /* of a block; 0 = the class does not exist */
+    size_t bytes; /* of a block; 0 = the class does not exist */
     uint32_t per_slab;
     uint32_t partial;     /* list of slabs of this class with free slots */
     uint32_t slabs, live; /* live = slots taken */
@@ -2125,7 +2296,9 @@ typedef struct kvli_block {
     bool reserved;       /* came from a sequence's reserve: goes back there if its step is aborted */
 } kvli_block;
 
-typedef struct kvli_reserve { uint32_t head, count; } kvli_reserve;
+typedef struct kvli_reserve {
+    uint32_t head, count;
+} kvli_reserve;
 
 typedef struct kvli_group {
     uint32_t window, sink_tokens;
@@ -2135,7 +2308,7 @@ typedef struct kvli_group {
 
 /* ---- prefix tree ---- */
 typedef struct kvli_node {
-    uint32_t parent; /* KVL_NONE: a root */
+    uint32_t parent;                                 /* KVL_NONE: a root */
     uint32_t first_child, first_partial, prev, next; /* next/prev: siblings, or roots */
     uint32_t bucket_next, hash;
     uint32_t depth;    /* full blocks up to and including this one; of a partial leaf, of its parent */
@@ -2150,9 +2323,10 @@ typedef struct kvli_node {
 
 typedef struct kvli_seq {
     uint32_t generation;
-    bool open, keep, tainted, attached; /* attached: node covers all full blocks, so new ones can be hung under it */
-    bool tail_known;           /* tails[] holds the tokens of the open block */
-    bool scheduled;            /* a scheduler's: callers may not change it */
+    bool open, keep, tainted,
+        attached;    /* attached: node covers all full blocks, so new ones can be hung under it */
+    bool tail_known; /* tails[] holds the tokens of the open block */
+    bool scheduled;  /* a scheduler's: callers may not change it */
     uint8_t priority;
     uint32_t length, n_blocks; /* committed tokens, table entries in use */
     uint32_t extended;         /* length up to which blocks are reserved */
@@ -2164,8 +2338,8 @@ typedef struct kvli_seq {
 
 typedef struct kvli_undo { /* what a step changed in a table */
     uint32_t seq, group, index;
-    uint32_t old_entry;  /* held by the step until it ends; KVL_NONE = there was none */
-    uint32_t own_entry;  /* exact block of this step that is not the table's, or KVL_NONE; held by the step */
+    uint32_t old_entry; /* held by the step until it ends; KVL_NONE = there was none */
+    uint32_t own_entry; /* exact block of this step that is not the table's, or KVL_NONE; held by the step */
 } kvli_undo;
 
 typedef struct kvli_step_state {
@@ -2176,8 +2350,8 @@ typedef struct kvli_step_state {
     uint32_t *own;
     kvl_copy *copies;
     kvl_step_span *spans;
-    kvl_span_blocks *blocks;    /* [group][span] as the public step has it */
-    kvli_attend_span *attend;   /* [group][span] */
+    kvl_span_blocks *blocks;  /* [group][span] as the public step has it */
+    kvli_attend_span *attend; /* [group][span] */
     int32_t *tokens;
     uint32_t *positions, *row_span, *logit_rows, *logit_requests;
     void **logit_users;
@@ -2185,7 +2359,10 @@ typedef struct kvli_step_state {
     kvl_step view;
 } kvli_step_state;
 
-typedef struct kvli_histogram { uint64_t count, bucket[256]; double max; } kvli_histogram;
+typedef struct kvli_histogram {
+    uint64_t count, bucket[256];
+    double max;
+} kvli_histogram;
 
 struct kvl_cache {
     kvl_context *ctx;
@@ -2196,7 +2373,8 @@ struct kvl_cache {
     kvli_geometry geo;
     kvli_group groups[KVLI_MAX_GROUPS];
     kvli_class classes[KVLI_MAX_CLASSES]; /* group * 2 + exact */
-    uint32_t max_blocks, max_slabs, max_per_slab, max_nodes, max_seqs, seq_blocks, max_spans, max_logits, n_buckets;
+    uint32_t max_blocks, max_slabs, max_per_slab, max_nodes, max_seqs, seq_blocks, max_spans, max_logits,
+        n_buckets;
     uint64_t fixed_bytes; /* scratch + workspace */
     size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
     uint64_t scratch, workspace; /* addresses, 0 while the budget is below them */
@@ -2211,16 +2389,16 @@ struct kvl_cache {
     int32_t *node_tokens;
     uint32_t *node_slots, *buckets, free_node, n_nodes, roots;
     kvli_seq *seqs;
-    uint32_t *tables;    /* [seq][group][seq_blocks] */
-    int32_t *tails;      /* [seq][block_tokens]: tokens of the open block */
+    uint32_t *tables;       /* [seq][group][seq_blocks] */
+    int32_t *tails;         /* [seq][block_tokens]: tokens of the open block */
     kvli_reserve *reserves; /* [seq][class] blocks taken ahead by kvl_seq_extend */
     uint32_t *free_seqs, n_free_seqs, *path;
     uint32_t *layer_group;
     kvli_step_state step;
-    uint64_t epoch;      /* grows when memory moves: part of graph_key */
+    uint64_t epoch; /* grows when memory moves: part of graph_key */
     kvl_sched *sched;
     kvl_stats stats, published;
-    kvli_mutex lock;     /* published stats, and the scheduler's queue */
+    kvli_mutex lock; /* published stats, and the scheduler's queue */
     char error[256];
 };
 
@@ -2241,8 +2419,12 @@ static uint32_t kvli_entry(const kvl_cache *c, uint32_t block) {
     return block | (c->blocks[block].klass & 1 ? KVL_ENTRY_EXACT : 0);
 }
 static kvli_block *kvli_block_at(kvl_cache *c, uint32_t entry) { return &c->blocks[entry & KVL_ENTRY_ID]; }
-static uint32_t *kvli_slots(const kvl_cache *c, uint32_t node) { return c->node_slots + (size_t)node * c->geo.n_groups; }
-static int32_t *kvli_node_toks(const kvl_cache *c, uint32_t node) { return c->node_tokens + (size_t)node * c->geo.block_tokens; }
+static uint32_t *kvli_slots(const kvl_cache *c, uint32_t node) {
+    return c->node_slots + (size_t)node * c->geo.n_groups;
+}
+static int32_t *kvli_node_toks(const kvl_cache *c, uint32_t node) {
+    return c->node_tokens + (size_t)node * c->geo.block_tokens;
+}
 
 /* ---- slabs ---- */
 static void kvli_partial_link(kvl_cache *c, uint32_t s) {
@@ -2255,8 +2437,10 @@ static void kvli_partial_link(kvl_cache *c, uint32_t s) {
 
 static void kvli_partial_unlink(kvl_cache *c, uint32_t s) {
     kvli_slab *slab = &c->slabs[s];
-    if (slab->prev != KVL_NONE) c->slabs[slab->prev].next = slab->next;
-    else c->classes[slab->klass].partial = slab->next;
+    if (slab->prev != KVL_NONE)
+        c->slabs[slab->prev].next = slab->next;
+    else
+        c->classes[slab->klass].partial = slab->next;
     if (slab->next != KVL_NONE) c->slabs[slab->next].prev = slab->prev;
 }
 
@@ -2324,8 +2508,8 @@ static void kvli_slab_empty(kvl_cache *c, uint32_t s) {
     c->stats.compactions++;
 }
 
-/* Empties the emptiest slab whose blocks fit elsewhere. False: there is none. O(slabs), and only tried where some class has a slab's worth
-   of free slots. */
+/* Empties the emptiest slab whose blocks fit elsewhere. False: there is none. O(slabs), and only tried where
+   some class has a slab's worth of free slots. */
 static bool kvli_compact(kvl_cache *c) {
     uint32_t best = KVL_NONE, best_live = KVL_NONE;
     bool possible = false;
@@ -2336,8 +2520,12 @@ static bool kvli_compact(kvl_cache *c) {
     if (!possible) return false;
     for (uint32_t s = 0; s < c->max_slabs; s++) {
         uint32_t k = c->slabs[s].klass;
-        if (k == KVL_NONE || (c->classes[k].slabs - 1) * c->classes[k].per_slab < c->classes[k].live) continue;
-        if (c->slabs[s].live < best_live) { best = s; best_live = c->slabs[s].live; }
+        if (k == KVL_NONE || (c->classes[k].slabs - 1) * c->classes[k].per_slab < c->classes[k].live)
+            continue;
+        if (c->slabs[s].live < best_live) {
+            best = s;
+            best_live = c->slabs[s].live;
+        }
     }
     kvli_slab_empty(c, best);
     return true;
@@ -2347,10 +2535,14 @@ static bool kvli_compact(kvl_cache *c) {
 static void kvli_lru_remove(kvl_cache *c, uint32_t id) {
     kvli_block *b = &c->blocks[id];
     if (b->lru == KVLI_NO_LRU) return;
-    if (b->prev != KVL_NONE) c->blocks[b->prev].next = b->next;
-    else c->lru_head[b->lru] = b->next;
-    if (b->next != KVL_NONE) c->blocks[b->next].prev = b->prev;
-    else c->lru_tail[b->lru] = b->prev;
+    if (b->prev != KVL_NONE)
+        c->blocks[b->prev].next = b->next;
+    else
+        c->lru_head[b->lru] = b->next;
+    if (b->next != KVL_NONE)
+        c->blocks[b->next].prev = b->prev;
+    else
+        c->lru_tail[b->lru] = b->prev;
     b->lru = KVLI_NO_LRU;
     c->classes[b->klass].cached--;
 }
@@ -2361,8 +2553,10 @@ static void kvli_lru_push(kvl_cache *c, uint32_t id) { /* as the most recent */
     b->lru = list;
     b->next = KVL_NONE;
     b->prev = c->lru_tail[list];
-    if (b->prev != KVL_NONE) c->blocks[b->prev].next = id;
-    else c->lru_head[list] = id;
+    if (b->prev != KVL_NONE)
+        c->blocks[b->prev].next = id;
+    else
+        c->lru_head[list] = id;
     c->lru_tail[list] = id;
     c->classes[b->klass].cached++;
 }
@@ -2389,9 +2583,12 @@ static void kvli_ref(kvl_cache *c, uint32_t entry) {
 /* The tree or nobody holds it now: make it evictable, or free it. */
 static void kvli_settle(kvl_cache *c, uint32_t id) {
     kvli_block *b = &c->blocks[id];
-    if (b->node == KVL_NONE) kvli_block_free(c, id);
-    else if (c->nodes[b->node].pins) c->classes[b->klass].pinned++;
-    else kvli_lru_push(c, id);
+    if (b->node == KVL_NONE)
+        kvli_block_free(c, id);
+    else if (c->nodes[b->node].pins)
+        c->classes[b->klass].pinned++;
+    else
+        kvli_lru_push(c, id);
 }
 
 static void kvli_unref(kvl_cache *c, uint32_t entry) {
@@ -2403,12 +2600,15 @@ static void kvli_unref(kvl_cache *c, uint32_t entry) {
 
 static bool kvli_evict_one(kvl_cache *c);
 
-/* A block with one reference, or KVL_NONE. Takes a free slot, a free slab, a compacted one, or evicts, in this order. O(1) but for the last
-   two. */
+/* A block with one reference, or KVL_NONE. Takes a free slot, a free slab, a compacted one, or evicts, in
+   this order. O(1) but for the last two. */
 static uint32_t kvli_block_alloc(kvl_cache *c, uint32_t klass) {
     kvli_class *k = &c->classes[klass];
     while (k->partial == KVL_NONE) {
-        if (c->n_free_slabs) { kvli_slab_take(c, klass); break; }
+        if (c->n_free_slabs) {
+            kvli_slab_take(c, klass);
+            break;
+        }
         if (!kvli_compact(c) && !kvli_evict_one(c)) return KVL_NONE;
     }
     uint32_t id = c->free_ids[--c->n_free_ids];
@@ -2425,7 +2625,8 @@ static uint32_t kvli_block_alloc(kvl_cache *c, uint32_t klass) {
 }
 
 /* Would so many more blocks of each class fit, with everything evictable evicted and slabs compacted? */
-static bool kvli_fits(const kvl_cache *c, const uint32_t *need, uint32_t n_slabs, bool empty, uint64_t *slabs_needed) {
+static bool kvli_fits(const kvl_cache *c, const uint32_t *need, uint32_t n_slabs, bool empty,
+                      uint64_t *slabs_needed) {
     uint64_t slabs = 0;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
         const kvli_class *class_ = &c->classes[k];
@@ -2444,7 +2645,8 @@ static void kvli_need(const kvl_cache *c, uint32_t n_tokens, uint32_t chunk, uin
         const kvli_group *group = &c->groups[g];
         uint32_t blocks = all;
         if (group->window) {
-            uint64_t live = ((uint64_t)group->window + chunk + T - 2) / T + 1 + kvli_div_up(group->sink_tokens, T);
+            uint64_t live =
+                ((uint64_t)group->window + chunk + T - 2) / T + 1 + kvli_div_up(group->sink_tokens, T);
             if (live < blocks) blocks = (uint32_t)live;
         }
         need[2 * g] = need[2 * g + 1] = 0;
@@ -2458,7 +2660,8 @@ static void kvli_need(const kvl_cache *c, uint32_t n_tokens, uint32_t chunk, uin
     }
 }
 
-/* ==== >>prefix: the tree of cached blocks ================================================================================ */
+/* ==== >>prefix: the tree of cached blocks
+ * ================================================================================ */
 static uint32_t kvli_hash(const kvl_cache *c, uint32_t parent, const int32_t *tokens) {
     uint64_t h = (parent + 1) * 0x9E3779B97F4A7C15ull;
     for (uint32_t i = 0; i < c->geo.block_tokens; i += 2) { /* block_tokens is even */
@@ -2470,7 +2673,8 @@ static uint32_t kvli_hash(const kvl_cache *c, uint32_t parent, const int32_t *to
     return bits && bits < 32 ? (uint32_t)h & ((1u << bits) - 1) : (uint32_t)h;
 }
 
-/* The full child of a node with exactly these tokens, or KVL_NONE. A hash only leads here: parent and tokens decide. */
+/* The full child of a node with exactly these tokens, or KVL_NONE. A hash only leads here: parent and tokens
+ * decide. */
 static uint32_t kvli_child(const kvl_cache *c, uint32_t parent, const int32_t *tokens) {
     uint32_t hash = kvli_hash(c, parent, tokens);
     uint32_t n = c->buckets[hash & (c->n_buckets - 1)];
@@ -2549,11 +2753,15 @@ static void kvli_bucket_remove(kvl_cache *c, uint32_t n) {
 static void kvli_node_tidy(kvl_cache *c, uint32_t n) {
     while (n != KVL_NONE) {
         kvli_node *node = &c->nodes[n];
-        if (node->n_slots || node->seqs || node->pins || node->first_child != KVL_NONE || node->first_partial != KVL_NONE) return;
+        if (node->n_slots || node->seqs || node->pins || node->first_child != KVL_NONE ||
+            node->first_partial != KVL_NONE)
+            return;
         uint32_t parent = node->parent;
         if (node->n_tokens == c->geo.block_tokens) kvli_bucket_remove(c, n);
-        if (node->prev != KVL_NONE) c->nodes[node->prev].next = node->next;
-        else *kvli_sibling_head(c, n) = node->next;
+        if (node->prev != KVL_NONE)
+            c->nodes[node->prev].next = node->next;
+        else
+            *kvli_sibling_head(c, n) = node->next;
         if (node->next != KVL_NONE) c->nodes[node->next].prev = node->prev;
         node->used = false;
         node->next = c->free_node;
@@ -2585,8 +2793,8 @@ static void kvli_evict_block(kvl_cache *c, uint32_t id) {
     c->stats.evicted_blocks++;
 }
 
-/* Evicts the least recent block of the lowest priority. Paths are released deepest first and a node's priority is at least its children's,
-   so that a full-attention slot never goes before its children's. */
+/* Evicts the least recent block of the lowest priority. Paths are released deepest first and a node's
+   priority is at least its children's, so that a full-attention slot never goes before its children's. */
 static bool kvli_evict_one(kvl_cache *c) {
     for (uint32_t p = 0; p < KVLI_PRIORITIES; p++) {
         if (c->lru_head[p] == KVL_NONE) continue;
@@ -2597,7 +2805,8 @@ static bool kvli_evict_one(kvl_cache *c) {
 }
 
 static void kvli_path_priority(kvl_cache *c, uint32_t n, uint8_t priority) {
-    for (; n != KVL_NONE && c->nodes[n].priority < priority; n = c->nodes[n].parent) c->nodes[n].priority = priority;
+    for (; n != KVL_NONE && c->nodes[n].priority < priority; n = c->nodes[n].parent)
+        c->nodes[n].priority = priority;
 }
 
 /* ---- matching ---- */
@@ -2605,9 +2814,9 @@ typedef struct kvli_match {
     uint32_t root, depth; /* c->path[0..depth) are the nodes of the full blocks that match */
     uint32_t partial;     /* node whose first `rows` tokens go on from there, or KVL_NONE */
     uint32_t rows;
-    uint32_t length;      /* from which computing can go on */
-    uint32_t differs;     /* longest common length with anything cached */
-    bool ended;           /* what is cached ends there */
+    uint32_t length;  /* from which computing can go on */
+    uint32_t differs; /* longest common length with anything cached */
+    bool ended;       /* what is cached ends there */
     kvl_match_reason reason;
 } kvli_match;
 
@@ -2618,10 +2827,15 @@ static uint32_t kvli_common(const int32_t *a, const int32_t *b, uint32_t n) {
 }
 
 /* The sibling that shares the most first tokens: of the most recent ones of a list. */
-static void kvli_best_sibling(const kvl_cache *c, uint32_t n, const int32_t *tokens, uint32_t n_tokens, uint32_t *best, uint32_t *rows) {
+static void kvli_best_sibling(const kvl_cache *c, uint32_t n, const int32_t *tokens, uint32_t n_tokens,
+                              uint32_t *best, uint32_t *rows) {
     for (uint32_t i = 0; n != KVL_NONE && i < KVLI_SCAN; i++, n = c->nodes[n].next) {
-        uint32_t common = kvli_common(kvli_node_toks(c, n), tokens, kvli_min_u32(n_tokens, c->nodes[n].n_tokens));
-        if (common > *rows) { *rows = common; *best = n; }
+        uint32_t common =
+            kvli_common(kvli_node_toks(c, n), tokens, kvli_min_u32(n_tokens, c->nodes[n].n_tokens));
+        if (common > *rows) {
+            *rows = common;
+            *best = n;
+        }
     }
 }
 
@@ -2634,17 +2848,20 @@ static bool kvli_all_exact(const kvl_cache *c, uint32_t n) {
 }
 
 /* Which block would serve position block `index` of a sequence: its own table's, else the tree's. */
-static uint32_t kvli_have(const kvl_cache *c, const uint32_t *table, uint32_t n_table, uint32_t depth, uint32_t group, uint32_t index,
-                          uint32_t partial) {
+static uint32_t kvli_have(const kvl_cache *c, const uint32_t *table, uint32_t n_table, uint32_t depth,
+                          uint32_t group, uint32_t index, uint32_t partial) {
     if (table && index < n_table && table[index] != KVL_NONE) return table[index];
     if (index < depth) return kvli_slots(c, c->path[index])[group];
     return partial != KVL_NONE ? kvli_slots(c, partial)[group] : KVL_NONE;
 }
 
-/* First block that a query at position `length` needs and that has gone, in one group; KVL_NONE if all are there. */
-static uint32_t kvli_first_missing(const kvl_cache *c, uint32_t seq, uint32_t group, const kvli_match *m, uint32_t length) {
+/* First block that a query at position `length` needs and that has gone, in one group; KVL_NONE if all are
+ * there. */
+static uint32_t kvli_first_missing(const kvl_cache *c, uint32_t seq, uint32_t group, const kvli_match *m,
+                                   uint32_t length) {
     const uint32_t *table = seq == KVL_NONE ? NULL : kvli_table(c, seq, group);
-    uint32_t n_table = seq == KVL_NONE ? 0 : c->seqs[seq].n_blocks, T = c->geo.block_tokens, end = kvli_div_up(length, T);
+    uint32_t n_table = seq == KVL_NONE ? 0 : c->seqs[seq].n_blocks, T = c->geo.block_tokens,
+             end = kvli_div_up(length, T);
     uint32_t window = c->groups[group].window, sinks = kvli_div_up(c->groups[group].sink_tokens, T);
     uint32_t from = window && length + 1 > window ? (length + 1 - window) / T : 0;
     for (uint32_t i = 0; i < end; i++) {
@@ -2655,17 +2872,22 @@ static uint32_t kvli_first_missing(const kvl_cache *c, uint32_t seq, uint32_t gr
     return KVL_NONE;
 }
 
-/* Lowers a length to one from which computing can go on: not inside a packed block, and with every group's slots there. */
+/* Lowers a length to one from which computing can go on: not inside a packed block, and with every group's
+ * slots there. */
 static uint32_t kvli_lower(const kvl_cache *c, uint32_t seq, const kvli_match *m, uint32_t length) {
     uint32_t T = c->geo.block_tokens;
     for (uint32_t g = 0; g < c->geo.n_groups && length % T; g++) {
         uint32_t n_table = seq == KVL_NONE ? 0 : c->seqs[seq].n_blocks;
-        uint32_t entry = kvli_have(c, seq == KVL_NONE ? NULL : kvli_table(c, seq, g), n_table, m->depth, g, length / T, m->partial);
+        uint32_t entry = kvli_have(c, seq == KVL_NONE ? NULL : kvli_table(c, seq, g), n_table, m->depth, g,
+                                   length / T, m->partial);
         if (entry == KVL_NONE || !(entry & KVL_ENTRY_EXACT)) length -= length % T;
     }
     for (uint32_t g = 0; g < c->geo.n_groups && length;) {
         uint32_t missing = kvli_first_missing(c, seq, g, m, length);
-        if (missing == KVL_NONE) { g++; continue; }
+        if (missing == KVL_NONE) {
+            g++;
+            continue;
+        }
         length = missing * T;
         g = 0;
     }
@@ -2677,23 +2899,27 @@ static bool kvli_known_elsewhere(const kvl_cache *c, const kvl_seq_desc *d) {
     for (uint32_t n = c->roots; n != KVL_NONE; n = c->nodes[n].next) {
         uint32_t best = KVL_NONE, rows = 0;
         if (d->n_tokens >= T && kvli_child(c, n, d->tokens) != KVL_NONE) return true;
-        kvli_best_sibling(c, c->nodes[n].first_partial, d->tokens, kvli_min_u32(T, d->n_tokens), &best, &rows);
+        kvli_best_sibling(c, c->nodes[n].first_partial, d->tokens, kvli_min_u32(T, d->n_tokens), &best,
+                          &rows);
         if (rows) return true;
     }
     return false;
 }
 
-static kvl_match_reason kvli_reason(const kvl_cache *c, const kvl_seq_desc *d, const kvli_match *m, uint32_t full) {
+static kvl_match_reason kvli_reason(const kvl_cache *c, const kvl_seq_desc *d, const kvli_match *m,
+                                    uint32_t full) {
     if (c->n_nodes == 0 || d->no_match) return KVL_MATCH_EMPTY;
     if (m->root == KVL_NONE) return kvli_known_elsewhere(c, d) ? KVL_MATCH_NAMESPACE : KVL_MATCH_END;
     if (m->length + 1 >= d->n_tokens) return KVL_MATCH_ALL;
     if (m->length < full - full % c->geo.block_tokens) return KVL_MATCH_EVICTED;
-    if (m->differs + 1 >= d->n_tokens) return KVL_MATCH_ALL; /* the rest stands in a packed block and is needed for logits */
+    if (m->differs + 1 >= d->n_tokens)
+        return KVL_MATCH_ALL; /* the rest stands in a packed block and is needed for logits */
     if (m->length < m->differs) return KVL_MATCH_FORMAT;
     return m->ended ? KVL_MATCH_END : KVL_MATCH_TOKEN;
 }
 
-/* Finds the longest cached prefix of desc's tokens that can be gone on from, leaving at least one to run. Changes nothing but c->path. */
+/* Finds the longest cached prefix of desc's tokens that can be gone on from, leaving at least one to run.
+ * Changes nothing but c->path. */
 static kvli_match kvli_match_find(kvl_cache *c, const kvl_seq_desc *d) {
     kvli_match m;
     uint32_t T = c->geo.block_tokens;
@@ -2708,16 +2934,20 @@ static kvli_match kvli_match_find(kvl_cache *c, const kvl_seq_desc *d) {
             c->path[m.depth++] = at = next;
         }
         left = d->n_tokens - m.depth * T;
-        kvli_best_sibling(c, c->nodes[at].first_partial, d->tokens + m.depth * T, kvli_min_u32(left, T), &best, &rows);
+        kvli_best_sibling(c, c->nodes[at].first_partial, d->tokens + m.depth * T, kvli_min_u32(left, T),
+                          &best, &rows);
         uint32_t exact_rows = rows;
-        kvli_best_sibling(c, c->nodes[at].first_child, d->tokens + m.depth * T, kvli_min_u32(left, T), &best, &rows);
+        kvli_best_sibling(c, c->nodes[at].first_child, d->tokens + m.depth * T, kvli_min_u32(left, T), &best,
+                          &rows);
         m.differs = m.depth * T + rows;
         m.ended = rows ? c->nodes[best].n_tokens == rows
                        : c->nodes[at].first_child == KVL_NONE && c->nodes[at].first_partial == KVL_NONE;
-        if (rows > exact_rows && !kvli_all_exact(c, best)) { /* the shared rows are packed: a partial leaf may still serve some */
+        if (rows > exact_rows &&
+            !kvli_all_exact(c, best)) { /* the shared rows are packed: a partial leaf may still serve some */
             best = KVL_NONE;
             rows = 0;
-            kvli_best_sibling(c, c->nodes[at].first_partial, d->tokens + m.depth * T, kvli_min_u32(left, T), &best, &rows);
+            kvli_best_sibling(c, c->nodes[at].first_partial, d->tokens + m.depth * T, kvli_min_u32(left, T),
+                              &best, &rows);
         }
         m.partial = best;
         m.rows = rows;
@@ -2729,7 +2959,8 @@ static kvli_match kvli_match_find(kvl_cache *c, const kvl_seq_desc *d) {
 }
 
 /* ---- sequences ---- */
-static uint32_t kvli_seq_index(kvl_cache *c, kvl_seq h) { /* KVL_NONE if the handle is not of an open sequence */
+static uint32_t kvli_seq_index(kvl_cache *c,
+                               kvl_seq h) { /* KVL_NONE if the handle is not of an open sequence */
     uint32_t i = (h.id & 0xffff) - 1;
     if (!h.id || i >= c->max_seqs || !c->seqs[i].open || c->seqs[i].generation != h.id >> 16) return KVL_NONE;
     return i;
@@ -2739,7 +2970,9 @@ static kvl_seq kvli_seq_handle(const kvl_cache *c, uint32_t i) {
     h.id = (i + 1) | c->seqs[i].generation << 16;
     return h;
 }
-static int32_t *kvli_tail(const kvl_cache *c, uint32_t seq) { return c->tails + (size_t)seq * c->geo.block_tokens; }
+static int32_t *kvli_tail(const kvl_cache *c, uint32_t seq) {
+    return c->tails + (size_t)seq * c->geo.block_tokens;
+}
 static kvli_reserve *kvli_reserve_of(const kvl_cache *c, uint32_t seq, uint32_t klass) {
     return &c->reserves[(size_t)seq * c->geo.n_groups * 2 + klass];
 }
@@ -2754,7 +2987,9 @@ static void kvli_seq_node(kvl_cache *c, uint32_t seq, uint32_t node) {
     kvli_node_tidy(c, old);
 }
 
-static uint32_t kvli_node_depth(const kvl_cache *c, uint32_t node) { return node == KVL_NONE ? 0 : c->nodes[node].depth; }
+static uint32_t kvli_node_depth(const kvl_cache *c, uint32_t node) {
+    return node == KVL_NONE ? 0 : c->nodes[node].depth;
+}
 
 static bool kvli_node_room(kvl_cache *c) {
     while (c->free_node == KVL_NONE)
@@ -2762,12 +2997,15 @@ static bool kvli_node_room(kvl_cache *c) {
     return true;
 }
 
-/* References the blocks that a sequence of this length needs and does not have yet, from path and partial node of a match. */
+/* References the blocks that a sequence of this length needs and does not have yet, from path and partial
+ * node of a match. */
 static void kvli_seq_acquire(kvl_cache *c, uint32_t seq, const kvli_match *m, uint32_t length) {
     uint32_t T = c->geo.block_tokens, end = kvli_div_up(length, T);
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
-        uint32_t *table = kvli_table(c, seq, g), n_table = c->seqs[seq].n_blocks, window = c->groups[g].window;
-        uint32_t sinks = kvli_div_up(c->groups[g].sink_tokens, T), from = window && length + 1 > window ? (length + 1 - window) / T : 0;
+        uint32_t *table = kvli_table(c, seq, g), n_table = c->seqs[seq].n_blocks,
+                 window = c->groups[g].window;
+        uint32_t sinks = kvli_div_up(c->groups[g].sink_tokens, T),
+                 from = window && length + 1 > window ? (length + 1 - window) / T : 0;
         for (uint32_t i = 0; i < end; i++) {
             bool had = i < n_table && table[i] != KVL_NONE;
             if (had) continue;
@@ -2801,9 +3039,12 @@ static uint32_t kvli_seq_start(kvl_cache *c, const kvl_seq_desc *d, const kvli_m
     seq->priority = (uint8_t)d->priority;
     seq->user = d->user;
     kvli_seq_acquire(c, i, m, m->length); /* first: what it references cannot be evicted for the root below */
-    if (full) kvli_seq_node(c, i, c->path[full - 1]);
-    else if (root != KVL_NONE) kvli_seq_node(c, i, root);
-    else if (seq->keep && kvli_node_room(c)) kvli_seq_node(c, i, kvli_root_get(c, d->name_space, d->salt));
+    if (full)
+        kvli_seq_node(c, i, c->path[full - 1]);
+    else if (root != KVL_NONE)
+        kvli_seq_node(c, i, root);
+    else if (seq->keep && kvli_node_room(c))
+        kvli_seq_node(c, i, kvli_root_get(c, d->name_space, d->salt));
     seq->attached = seq->keep && seq->node != KVL_NONE;
     seq->tail_known = true;
     if (m->length % T) memcpy(kvli_tail(c, i), d->tokens + full * T, (m->length % T) * sizeof *d->tokens);
@@ -2836,12 +3077,15 @@ static void kvli_leave_partial(kvl_cache *c, uint32_t i) {
         const kvli_node *leaf = &c->nodes[n];
         uint32_t first = kvli_slots(c, n)[0], have = leaf->n_tokens;
         next = leaf->next;
-        if (kvli_common(kvli_node_toks(c, n), kvli_tail(c, i), kvli_min_u32(rows, have)) < kvli_min_u32(rows, have)) continue;
+        if (kvli_common(kvli_node_toks(c, n), kvli_tail(c, i), kvli_min_u32(rows, have)) <
+            kvli_min_u32(rows, have))
+            continue;
         if (have >= rows && leaf->n_slots == c->geo.n_groups) return; /* it holds all of ours */
         if (first == KVL_NONE || kvli_block_at(c, first)->lru == KVLI_NO_LRU) continue;
         for (uint32_t g = 0; g < c->geo.n_groups; g++) { /* ours goes on from it: it is not needed any more */
             uint32_t entry = kvli_slots(c, n)[g];
-            if (entry != KVL_NONE && kvli_block_at(c, entry)->lru != KVLI_NO_LRU) kvli_evict_block(c, entry & KVL_ENTRY_ID);
+            if (entry != KVL_NONE && kvli_block_at(c, entry)->lru != KVLI_NO_LRU)
+                kvli_evict_block(c, entry & KVL_ENTRY_ID);
         }
     }
     if (!kvli_node_room(c)) return;
@@ -2850,7 +3094,8 @@ static void kvli_leave_partial(kvl_cache *c, uint32_t i) {
     for (uint32_t g = 0; g < c->geo.n_groups; g++) kvli_slot_fill(c, n, g, kvli_table(c, i, g)[index]);
 }
 
-static void kvli_seq_cut(kvl_cache *c, uint32_t i, uint32_t n_blocks) { /* lets go of the blocks from n_blocks on, deepest first */
+static void kvli_seq_cut(kvl_cache *c, uint32_t i,
+                         uint32_t n_blocks) { /* lets go of the blocks from n_blocks on, deepest first */
     for (uint32_t j = c->seqs[i].n_blocks; j-- > n_blocks;)
         for (uint32_t g = 0; g < c->geo.n_groups; g++) {
             uint32_t *entry = &kvli_table(c, i, g)[j];
@@ -2913,7 +3158,8 @@ static uint32_t kvli_seq_shorten(kvl_cache *c, uint32_t i, uint32_t n_tokens) {
         for (uint32_t d = m.depth; d > index; d--) node = c->nodes[node].parent;
         kvli_seq_node(c, i, node);
     }
-    seq->attached = seq->keep && !seq->tainted && seq->tail_known && seq->node != KVL_NONE && kvli_node_depth(c, seq->node) == index;
+    seq->attached = seq->keep && !seq->tainted && seq->tail_known && seq->node != KVL_NONE &&
+                    kvli_node_depth(c, seq->node) == index;
     return length;
 }
 
@@ -2981,19 +3227,23 @@ static void kvli_growth(kvl_cache *c, uint32_t i, uint32_t end, uint32_t *need) 
     }
 }
 
-/* ==== >>steps: rows into pages =========================================================================================== */
+/* ==== >>steps: rows into pages
+ * =========================================================================================== */
 static void kvli_step_reset(kvl_cache *c) {
     kvli_step_state *st = &c->step;
     st->open = true;
     st->id++;
-    st->n_undo = st->n_own = st->n_copies = st->n_scratch = st->n_spans = st->n_rows = st->n_logits = st->layers_done = 0;
+    st->n_undo = st->n_own = st->n_copies = st->n_scratch = st->n_spans = st->n_rows = st->n_logits =
+        st->layers_done = 0;
     memset(st->done, 0, c->geo.n_layers);
 }
 
 /* Gives up a block that this step took. */
 static void kvli_step_drop(kvl_cache *c, uint32_t seq, uint32_t entry) {
-    if (kvli_block_at(c, entry)->reserved) kvli_reserve_push(c, seq, entry);
-    else kvli_unref(c, entry);
+    if (kvli_block_at(c, entry)->reserved)
+        kvli_reserve_push(c, seq, entry);
+    else
+        kvli_unref(c, entry);
 }
 
 static void kvli_step_undo(kvl_cache *c, uint32_t mark) {
@@ -3007,15 +3257,20 @@ static void kvli_step_undo(kvl_cache *c, uint32_t mark) {
     }
 }
 
-/* Finds places for one block of one group that a span writes: its sealed or lasting place goes into the table, where its exact rows stand
-   during the step into *own. */
-static bool kvli_step_block(kvl_cache *c, uint32_t seq, uint32_t g, uint32_t j, uint32_t end, uint32_t scratch, uint32_t *own) {
+/* Finds places for one block of one group that a span writes: its sealed or lasting place goes into the
+   table, where its exact rows stand during the step into *own. */
+static bool kvli_step_block(kvl_cache *c, uint32_t seq, uint32_t g, uint32_t j, uint32_t end,
+                            uint32_t scratch, uint32_t *own) {
     kvli_step_state *st = &c->step;
-    uint32_t T = c->geo.block_tokens, *entry = &kvli_table(c, seq, g)[j], old = j * T < c->seqs[seq].length ? *entry : KVL_NONE;
+    uint32_t T = c->geo.block_tokens, *entry = &kvli_table(c, seq, g)[j],
+             old = j * T < c->seqs[seq].length ? *entry : KVL_NONE;
     bool packs = (j + 1) * T <= end && !kvli_stays_exact(c, g, j);
     bool copies = old != KVL_NONE && !kvli_is_private(c, old), takes = copies || (old == KVL_NONE && !packs);
     uint32_t exact = old, target;
-    if (old != KVL_NONE && !copies && !packs) { *own = old; return true; } /* the common case: a row more */
+    if (old != KVL_NONE && !copies && !packs) {
+        *own = old;
+        return true;
+    } /* the common case: a row more */
     if (takes) exact = kvli_seq_alloc(c, seq, kvli_class_of(c, g, true));
     if (takes && exact == KVL_NONE) return false;
     target = packs ? kvli_seq_alloc(c, seq, kvli_class_of(c, g, false)) : exact;
@@ -3040,7 +3295,8 @@ static bool kvli_step_block(kvl_cache *c, uint32_t seq, uint32_t g, uint32_t j, 
     return true;
 }
 
-/* A sequence that alone holds a partial leaf and goes on from its end takes the leaf's blocks instead of copying them. */
+/* A sequence that alone holds a partial leaf and goes on from its end takes the leaf's blocks instead of
+ * copying them. */
 static void kvli_take_partial(kvl_cache *c, uint32_t i) {
     uint32_t T = c->geo.block_tokens, index = c->seqs[i].length / T, n = KVL_NONE;
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
@@ -3056,8 +3312,10 @@ static void kvli_take_partial(kvl_cache *c, uint32_t i) {
 /* Adds rows of a sequence to the open step. NO_BLOCKS: this span changed nothing. */
 static kvl_result kvli_step_add(kvl_cache *c, uint32_t i, const kvl_span *span, uint32_t request) {
     kvli_step_state *st = &c->step;
-    uint32_t T = c->geo.block_tokens, position = c->seqs[i].length, end = position + span->n_tokens, first = position / T;
-    uint32_t n_own = (end - 1) / T - first + 1, mark = st->n_undo, own_mark = st->n_own, copy_mark = st->n_copies, s = st->n_spans;
+    uint32_t T = c->geo.block_tokens, position = c->seqs[i].length, end = position + span->n_tokens,
+             first = position / T;
+    uint32_t n_own = (end - 1) / T - first + 1, mark = st->n_undo, own_mark = st->n_own,
+             copy_mark = st->n_copies, s = st->n_spans;
     uint32_t whole = position % T ? first + 1 : first; /* first block that starts in this step */
     if (position % T) kvli_take_partial(c, i);
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
@@ -3118,8 +3376,8 @@ static const kvl_step *kvli_step_finish(kvl_cache *c) {
         }
     for (uint32_t i = 0; i < st->n_copies; i++) {
         const kvl_copy *copy = &st->copies[i];
-        c->ctx->backend->copy(c->ctx, c->address[copy->dst & KVL_ENTRY_ID], c->address[copy->src & KVL_ENTRY_ID],
-                              c->groups[copy->group].bytes[KVLI_EXACT]);
+        c->ctx->backend->copy(c->ctx, c->address[copy->dst & KVL_ENTRY_ID],
+                              c->address[copy->src & KVL_ENTRY_ID], c->groups[copy->group].bytes[KVLI_EXACT]);
     }
     v->id = st->id;
     v->n_tokens = st->n_rows;
@@ -3130,16 +3388,24 @@ static const kvl_step *kvli_step_finish(kvl_cache *c) {
     return v;
 }
 
-/* Hangs the block that a sequence has just filled under its node. An equal block that is there already takes the place of ours. */
+/* Hangs the block that a sequence has just filled under its node. An equal block that is there already takes
+ * the place of ours. */
 static void kvli_seq_hang(kvl_cache *c, uint32_t i, uint32_t index) {
     kvli_seq *seq = &c->seqs[i];
     if (!seq->attached || kvli_node_depth(c, seq->node) != index) return;
     uint32_t n = kvli_child(c, seq->node, kvli_tail(c, i));
-    if (n == KVL_NONE && kvli_node_room(c)) n = kvli_node_new(c, seq->node, kvli_tail(c, i), c->geo.block_tokens);
-    if (n == KVL_NONE) { seq->attached = false; return; }
+    if (n == KVL_NONE && kvli_node_room(c))
+        n = kvli_node_new(c, seq->node, kvli_tail(c, i), c->geo.block_tokens);
+    if (n == KVL_NONE) {
+        seq->attached = false;
+        return;
+    }
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
         uint32_t *entry = &kvli_table(c, i, g)[index], there = kvli_slots(c, n)[g];
-        if (there == KVL_NONE) { kvli_slot_fill(c, n, g, *entry); continue; }
+        if (there == KVL_NONE) {
+            kvli_slot_fill(c, n, g, *entry);
+            continue;
+        }
         if (there == *entry) continue;
         kvli_ref(c, there);
         kvli_unref(c, *entry);
@@ -3154,7 +3420,8 @@ static void kvli_seq_hang(kvl_cache *c, uint32_t i, uint32_t index) {
 static void kvli_seq_slide(kvl_cache *c, uint32_t i) {
     uint32_t T = c->geo.block_tokens, length = c->seqs[i].length;
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
-        uint32_t window = c->groups[g].window, sinks = kvli_div_up(c->groups[g].sink_tokens, T), *table = kvli_table(c, i, g);
+        uint32_t window = c->groups[g].window, sinks = kvli_div_up(c->groups[g].sink_tokens, T),
+                 *table = kvli_table(c, i, g);
         if (!window || length + 1 <= window) continue;
         for (uint32_t j = (length + 1 - window) / T; j-- > sinks && table[j] != KVL_NONE;) {
             kvli_unref(c, table[j]);
@@ -3189,11 +3456,14 @@ static void kvli_span_commit(kvl_cache *c, uint32_t s) {
     if (seq->extended && seq->length >= seq->extended) kvli_reserve_free(c, i);
 }
 
-/* Lets go of a block that the step held: an exact block whose rows are sealed now goes back to what was reserved for its sequence. */
+/* Lets go of a block that the step held: an exact block whose rows are sealed now goes back to what was
+ * reserved for its sequence. */
 static void kvli_step_release(kvl_cache *c, uint32_t seq, uint32_t entry) {
     if (entry == KVL_NONE) return;
-    if (c->seqs[seq].extended && kvli_is_private(c, entry)) kvli_reserve_push(c, seq, entry);
-    else kvli_unref(c, entry);
+    if (c->seqs[seq].extended && kvli_is_private(c, entry))
+        kvli_reserve_push(c, seq, entry);
+    else
+        kvli_unref(c, entry);
 }
 
 static void kvli_step_commit(kvl_cache *c) {
@@ -3210,19 +3480,22 @@ static void kvli_step_commit(kvl_cache *c) {
 static void kvli_step_rollback(kvl_cache *c) {
     kvli_step_state *st = &c->step;
     kvli_step_undo(c, 0);
-    for (uint32_t s = 0; s < st->n_spans; s++) c->seqs[(st->spans[s].seq.id & 0xffff) - 1].step_span = KVL_NONE;
+    for (uint32_t s = 0; s < st->n_spans; s++)
+        c->seqs[(st->spans[s].seq.id & 0xffff) - 1].step_span = KVL_NONE;
     st->open = false;
 }
 
 static kvl_result kvli_step_is(kvl_cache *c, const kvl_step *step, const char *call) {
-    if (!c->step.open || step != &c->step.view) return KVLI_ERROR(c, KVL_MISMATCH, "%s: this is not the open step", call);
+    if (!c->step.open || step != &c->step.view)
+        return KVLI_ERROR(c, KVL_MISMATCH, "%s: this is not the open step", call);
     return KVL_OK;
 }
 
 static kvl_result kvli_step_complete(kvl_cache *c, const kvl_step *step, const char *call) {
     kvl_result r = kvli_step_is(c, step, call);
     if (r == KVL_OK && c->step.layers_done < c->geo.n_layers)
-        r = KVLI_ERROR(c, KVL_MISMATCH, "%s: kvl_attend has run for %u of %u layers", call, c->step.layers_done, c->geo.n_layers);
+        r = KVLI_ERROR(c, KVL_MISMATCH, "%s: kvl_attend has run for %u of %u layers", call,
+                       c->step.layers_done, c->geo.n_layers);
     return r;
 }
 
@@ -3231,7 +3504,8 @@ static void kvli_publish(kvl_cache *c) {
     kvl_stats *s = &c->stats;
     uint64_t used = 0, cached = 0;
     for (uint32_t e = 0; e < 2; e++) {
-        s->blocks_used[e] = s->blocks_shared[e] = s->blocks_cached[e] = s->blocks_pinned[e] = s->blocks_free[e] = 0;
+        s->blocks_used[e] = s->blocks_shared[e] = s->blocks_cached[e] = s->blocks_pinned[e] =
+            s->blocks_free[e] = 0;
         for (uint32_t g = 0; g < c->geo.n_groups; g++) {
             const kvli_class *k = &c->classes[2 * g + e];
             uint32_t in_use = k->live - k->cached - k->pinned;
@@ -3259,7 +3533,8 @@ static void kvli_publish(kvl_cache *c) {
     kvli_unlock(&c->lock);
 }
 
-/* ==== >>sched: which tokens run next ===================================================================================== */
+/* ==== >>sched: which tokens run next
+ * ===================================================================================== */
 enum { KVLI_MAX_STOP = 8, KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES, KVLI_LOOKAHEAD = 32, KVLI_PASSED_OVER = 64 };
 
 typedef struct kvli_req {
@@ -3267,9 +3542,9 @@ typedef struct kvli_req {
     bool used, finished, cancel; /* under the lock: also read by other threads */
     bool no_match, no_keep, joining, decode;
     uint8_t klass, priority, n_stop, finish;
-    uint32_t n_prompt, n_tokens, capacity; /* tokens[0..n_tokens) are known, capacity is the limit */
-    uint32_t seq;                          /* KVL_NONE while waiting */
-    uint32_t prev, next;                   /* in a waiting list, the inbox, the finished or the free list */
+    uint32_t n_prompt, n_tokens, capacity;  /* tokens[0..n_tokens) are known, capacity is the limit */
+    uint32_t seq;                           /* KVL_NONE while waiting */
+    uint32_t prev, next;                    /* in a waiting list, the inbox, the finished or the free list */
     uint32_t parent, first_fork, next_fork; /* forks that wait for their parent's next logits row */
     uint32_t preemptions, passed_over;
     uint64_t admitted_step, arrival, name_space, salt;
@@ -3280,14 +3555,16 @@ typedef struct kvli_req {
     void *user;
 } kvli_req;
 
-typedef struct kvli_list { uint32_t head, tail; } kvli_list;
+typedef struct kvli_list {
+    uint32_t head, tail;
+} kvli_list;
 
 typedef struct kvli_budget { /* of the step being planned */
     uint32_t rows;           /* left */
     double ms, bound;        /* predicted so far; what it may reach, 0 = no bound */
     uint32_t prefill_rows, decode_rows, background_rows;
-    double kv_tokens;        /* read */
-    bool starved;            /* somebody found no blocks: admit nobody */
+    double kv_tokens; /* read */
+    bool starved;     /* somebody found no blocks: admit nobody */
 } kvli_budget;
 
 struct kvl_sched {
@@ -3345,7 +3622,8 @@ static kvl_percentiles kvli_percentiles(const kvli_histogram *h) {
 }
 
 /* ---- the cost of a step, learnt: ridge regression on decayed sums, weights kept non-negative ---- */
-static void kvli_cost_solve(double a[4][4], const double *b, const bool *used, double *w) { /* Gauss-Seidel with projection: a is small and convex */
+static void kvli_cost_solve(double a[4][4], const double *b, const bool *used,
+                            double *w) { /* Gauss-Seidel with projection: a is small and convex */
     for (int round = 0; round < 60; round++)
         for (int i = 0; i < 4; i++) {
             double r = b[i];
@@ -3359,11 +3637,14 @@ static void kvli_cost_learn(kvl_sched *s, double ms) {
     static const double unit[4] = {1, 64, 8, 0.05}; /* features of about one */
     const kvli_budget *u = &s->budget;
     double x[4] = {1, u->prefill_rows / unit[1], u->decode_rows / unit[2], u->kv_tokens / 1e6 / unit[3]};
-    double old[4] = {s->cost.step_ms, s->cost.prefill_token_ms * unit[1], s->cost.decode_ms * unit[2], s->cost.kv_megatoken_ms * unit[3]};
+    double old[4] = {s->cost.step_ms, s->cost.prefill_token_ms * unit[1], s->cost.decode_ms * unit[2],
+                     s->cost.kv_megatoken_ms * unit[3]};
     double a[4][4], b[4], w[4], predicted = u->ms;
     bool used[4];
-    if (predicted > 0 && ms > predicted * s->margin) s->margin += 0.25 * (ms / predicted - s->margin);
-    else s->margin += 0.02 * (1 - s->margin);
+    if (predicted > 0 && ms > predicted * s->margin)
+        s->margin += 0.25 * (ms / predicted - s->margin);
+    else
+        s->margin += 0.02 * (1 - s->margin);
     if (s->margin > 2) s->margin = 2;
     for (int i = 0; i < 4; i++) {
         for (int j = 0; j < 4; j++) s->a[i][j] = 0.97 * s->a[i][j] + x[i] * x[j];
@@ -3384,7 +3665,8 @@ static void kvli_cost_learn(kvl_sched *s, double ms) {
 
 static double kvli_rows_cost(const kvl_sched *s, uint32_t position, uint32_t rows, bool decode) {
     double kv = (double)rows * position + 0.5 * (double)rows * rows;
-    return s->margin * (rows * (decode ? s->cost.decode_ms : s->cost.prefill_token_ms) + kv * s->cost.kv_megatoken_ms / 1e6);
+    return s->margin * (rows * (decode ? s->cost.decode_ms : s->cost.prefill_token_ms) +
+                        kv * s->cost.kv_megatoken_ms / 1e6);
 }
 
 static void kvli_budget_take(kvl_sched *s, uint32_t position, uint32_t rows, bool decode, bool background) {
@@ -3392,12 +3674,15 @@ static void kvli_budget_take(kvl_sched *s, uint32_t position, uint32_t rows, boo
     u->rows -= rows;
     u->ms += kvli_rows_cost(s, position, rows, decode);
     u->kv_tokens += (double)rows * position + 0.5 * (double)rows * rows;
-    if (decode) u->decode_rows += rows;
-    else u->prefill_rows += rows;
+    if (decode)
+        u->decode_rows += rows;
+    else
+        u->prefill_rows += rows;
     if (background) u->background_rows += rows;
 }
 
-/* Rows of prefill that may still run in this step: within the bound, but once a step at least the smallest chunk. */
+/* Rows of prefill that may still run in this step: within the bound, but once a step at least the smallest
+ * chunk. */
 static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remaining) {
     const kvli_budget *u = &s->budget;
     uint32_t T = s->cache->geo.block_tokens, n = kvli_min_u32(remaining, u->rows), low = 0, high = n;
@@ -3405,11 +3690,14 @@ static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remai
         bool known = s->cost.prefill_token_ms > 0;
         while (known && low < high) {
             uint32_t mid = low + (high - low + 1) / 2;
-            if (u->ms + kvli_rows_cost(s, position, mid, false) <= u->bound) low = mid;
-            else high = mid - 1;
+            if (u->ms + kvli_rows_cost(s, position, mid, false) <= u->bound)
+                low = mid;
+            else
+                high = mid - 1;
         }
         n = kvli_min_u32(n, low);
-        if (n < s->desc.min_chunk && n < remaining) n = u->prefill_rows ? 0 : kvli_min_u32(kvli_min_u32(s->desc.min_chunk, remaining), u->rows);
+        if (n < s->desc.min_chunk && n < remaining)
+            n = u->prefill_rows ? 0 : kvli_min_u32(kvli_min_u32(s->desc.min_chunk, remaining), u->rows);
     }
     uint32_t past = (position + n) % T; /* ends on a block where it can: no open block is left behind */
     if (n < remaining && n > past && n - past >= s->desc.min_chunk) n -= past;
@@ -3420,16 +3708,22 @@ static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remai
 static void kvli_list_append(kvl_sched *s, kvli_list *l, uint32_t r) {
     s->reqs[r].next = KVL_NONE;
     s->reqs[r].prev = l->tail;
-    if (l->tail != KVL_NONE) s->reqs[l->tail].next = r;
-    else l->head = r;
+    if (l->tail != KVL_NONE)
+        s->reqs[l->tail].next = r;
+    else
+        l->head = r;
     l->tail = r;
 }
 static void kvli_list_remove(kvl_sched *s, kvli_list *l, uint32_t r) {
     const kvli_req *q = &s->reqs[r];
-    if (q->prev != KVL_NONE) s->reqs[q->prev].next = q->next;
-    else l->head = q->next;
-    if (q->next != KVL_NONE) s->reqs[q->next].prev = q->prev;
-    else l->tail = q->prev;
+    if (q->prev != KVL_NONE)
+        s->reqs[q->prev].next = q->next;
+    else
+        l->head = q->next;
+    if (q->next != KVL_NONE)
+        s->reqs[q->next].prev = q->prev;
+    else
+        l->tail = q->prev;
 }
 
 static kvli_list *kvli_waiting_list(kvl_sched *s, uint32_t r) {
@@ -3442,13 +3736,18 @@ static void kvli_wait_push(kvl_sched *s, uint32_t r) {
     kvli_list *l = kvli_waiting_list(s, r);
     uint32_t at = l->head;
     s->n_waiting++;
-    if (l->tail == KVL_NONE || s->reqs[l->tail].arrival < s->reqs[r].arrival) { kvli_list_append(s, l, r); return; }
+    if (l->tail == KVL_NONE || s->reqs[l->tail].arrival < s->reqs[r].arrival) {
+        kvli_list_append(s, l, r);
+        return;
+    }
     while (s->reqs[at].arrival < s->reqs[r].arrival) at = s->reqs[at].next;
     kvli_req *q = &s->reqs[r];
     q->next = at;
     q->prev = s->reqs[at].prev;
-    if (q->prev != KVL_NONE) s->reqs[q->prev].next = r;
-    else l->head = r;
+    if (q->prev != KVL_NONE)
+        s->reqs[q->prev].next = r;
+    else
+        l->head = r;
     s->reqs[at].prev = r;
 }
 static void kvli_wait_remove(kvl_sched *s, uint32_t r) {
@@ -3513,7 +3812,8 @@ static void kvli_forks_detach(kvl_sched *s, uint32_t parent) {
     while (s->reqs[parent].first_fork != KVL_NONE) kvli_fork_detach(s, s->reqs[parent].first_fork);
 }
 
-static void kvli_req_end(kvl_sched *s, uint32_t r, kvl_finish why) { /* under the lock; it is in no waiting list */
+static void kvli_req_end(kvl_sched *s, uint32_t r,
+                         kvl_finish why) { /* under the lock; it is in no waiting list */
     kvli_req *q = &s->reqs[r];
     if (q->parent != KVL_NONE) kvli_fork_unlink(s, r);
     kvli_forks_detach(s, r);
@@ -3534,7 +3834,8 @@ static void kvli_req_end(kvl_sched *s, uint32_t r, kvl_finish why) { /* under th
     s->stats.refused += why == KVL_FINISH_REFUSED;
 }
 
-/* Preemption by recompute: its blocks stay in the tree until others need the room, so often little is computed again. */
+/* Preemption by recompute: its blocks stay in the tree until others need the room, so often little is
+ * computed again. */
 static void kvli_preempt(kvl_sched *s, uint32_t r) {
     kvli_req *q = &s->reqs[r];
     kvli_forks_detach(s, r);
@@ -3562,7 +3863,8 @@ static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preem
 static bool kvli_sched_owns_step(const kvl_cache *c) { return c->sched && c->sched->step_open; }
 
 /* ---- planning ---- */
-static uint32_t kvli_sched_intake(kvl_sched *s) { /* what other threads asked for since the last plan; returns how many requests live */
+static uint32_t kvli_sched_intake(
+    kvl_sched *s) { /* what other threads asked for since the last plan; returns how many requests live */
     kvli_lock(&s->cache->lock);
     s->seen_events = s->events;
     while (s->inbox.head != KVL_NONE) {
@@ -3589,15 +3891,20 @@ static void kvli_forks_join(kvl_sched *s, uint32_t r, uint32_t row) {
     for (; f != KVL_NONE; f = next) {
         kvl_cache *c = s->cache;
         next = s->reqs[f].next_fork;
-        bool room = s->n_running + s->n_joining < s->desc.max_running && c->n_free_seqs > s->n_joining && c->step.n_logits < c->max_logits;
-        if (!room) { kvli_fork_detach(s, f); continue; }
+        bool room = s->n_running + s->n_joining < s->desc.max_running && c->n_free_seqs > s->n_joining &&
+                    c->step.n_logits < c->max_logits;
+        if (!room) {
+            kvli_fork_detach(s, f);
+            continue;
+        }
         s->reqs[f].joining = true;
         s->n_joining++;
         kvli_step_logit(c, row, kvli_req_handle(s, f).id, s->reqs[f].user);
     }
 }
 
-/* Adds up to n rows of the request at place `at`; preempts worse-ranked ones for memory, else takes fewer rows. Returns how many. */
+/* Adds up to n rows of the request at place `at`; preempts worse-ranked ones for memory, else takes fewer
+ * rows. Returns how many. */
 static uint32_t kvli_run(kvl_sched *s, uint32_t at, uint32_t n) {
     uint32_t r = s->running[at];
     kvli_req *q = &s->reqs[r];
@@ -3640,7 +3947,8 @@ static void kvli_plan_prefills(kvl_sched *s, kvl_class klass) {
     for (uint32_t at = 0; at < s->n_running && s->budget.rows; at++) {
         const kvli_req *q = &s->reqs[s->running[at]];
         if (q->decode || q->klass != klass) continue;
-        uint32_t position = s->cache->seqs[q->seq].length, n = kvli_chunk(s, position, q->n_tokens - position);
+        uint32_t position = s->cache->seqs[q->seq].length,
+                 n = kvli_chunk(s, position, q->n_tokens - position);
         if (n) kvli_run(s, at, n);
     }
 }
@@ -3659,7 +3967,8 @@ static kvl_seq_desc kvli_req_desc(const kvli_req *q) {
     return d;
 }
 
-/* Is a running prefill about to compute the very block that this request would need next? Then wait for it. */
+/* Is a running prefill about to compute the very block that this request would need next? Then wait for it.
+ */
 static bool kvli_in_flight(const kvl_sched *s, const kvli_req *q, const kvli_match *m) {
     const kvl_cache *c = s->cache;
     uint32_t T = c->geo.block_tokens, done = m->depth * T;
@@ -3667,9 +3976,11 @@ static bool kvli_in_flight(const kvl_sched *s, const kvli_req *q, const kvli_mat
     for (uint32_t i = 0; i < s->n_running; i++) {
         const kvli_req *o = &s->reqs[s->running[i]];
         const kvli_seq *seq = &c->seqs[o->seq];
-        if (!seq->attached || o->n_tokens < done + T || seq->length < done || seq->length >= done + T) continue;
-        bool same = m->depth ? seq->node == c->path[m->depth - 1]
-                             : o->name_space == q->name_space && o->salt == q->salt && c->nodes[seq->node].depth == 0;
+        if (!seq->attached || o->n_tokens < done + T || seq->length < done || seq->length >= done + T)
+            continue;
+        bool same =
+            m->depth ? seq->node == c->path[m->depth - 1]
+                     : o->name_space == q->name_space && o->salt == q->salt && c->nodes[seq->node].depth == 0;
         if (same && memcmp(o->tokens + done, q->tokens + done, T * sizeof *q->tokens) == 0) return true;
     }
     return false;
@@ -3686,7 +3997,9 @@ static bool kvli_admissible(const kvl_sched *s, const kvli_req *q, const kvli_ma
             const kvli_block *b = entry == KVL_NONE ? NULL : kvli_block_at(c, entry);
             if (b && b->lru == KVLI_NO_LRU && need[b->klass]) need[b->klass]--;
         }
-        if (s->n_running) need[kvli_class_of(c, g, false)] += s->n_running < 16 ? 1 : s->n_running / 16; /* room to grow before preemption */
+        if (s->n_running)
+            need[kvli_class_of(c, g, false)] +=
+                s->n_running < 16 ? 1 : s->n_running / 16; /* room to grow before preemption */
     }
     return kvli_fits(c, need, c->n_slabs, false, NULL);
 }
@@ -3732,11 +4045,16 @@ static bool kvli_gap_full(const kvl_sched *s) {
 /* The next to be admitted of a list: the first, or under longest-prefix the one with most of it cached. */
 static uint32_t kvli_candidate(kvl_sched *s, uint32_t from) {
     uint32_t best = from, best_matched = 0, looked = 0;
-    if (s->desc.policy != KVL_POLICY_LONGEST_PREFIX || from == KVL_NONE || s->reqs[from].passed_over >= KVLI_PASSED_OVER) return from;
+    if (s->desc.policy != KVL_POLICY_LONGEST_PREFIX || from == KVL_NONE ||
+        s->reqs[from].passed_over >= KVLI_PASSED_OVER)
+        return from;
     for (uint32_t r = from; r != KVL_NONE && looked < KVLI_LOOKAHEAD; r = s->reqs[r].next, looked++) {
         kvl_seq_desc d = kvli_req_desc(&s->reqs[r]);
         kvli_match m = kvli_match_find(s->cache, &d);
-        if (m.length > best_matched) { best = r; best_matched = m.length; }
+        if (m.length > best_matched) {
+            best = r;
+            best_matched = m.length;
+        }
     }
     if (best != from) s->reqs[from].passed_over++;
     return best;
@@ -3746,7 +4064,8 @@ static bool kvli_has_slot(const kvl_sched *s) {
     return s->n_running + s->n_joining < s->desc.max_running && s->cache->n_free_seqs > s->n_joining;
 }
 
-/* Background work gives up memory and slots to the first interactive request that waits, before anything is planned. */
+/* Background work gives up memory and slots to the first interactive request that waits, before anything is
+ * planned. */
 static void kvli_make_room(kvl_sched *s) {
     uint32_t r = KVL_NONE;
     for (uint32_t l = 0; l < KVLI_PRIORITIES && r == KVL_NONE; l++) r = s->waiting[l].head;
@@ -3754,7 +4073,8 @@ static void kvli_make_room(kvl_sched *s) {
     kvl_seq_desc d = kvli_req_desc(&s->reqs[r]);
     while (s->n_running && s->reqs[s->running[s->n_running - 1]].klass == KVL_BACKGROUND) {
         kvli_match m = kvli_match_find(s->cache, &d);
-        if (kvli_in_flight(s, &s->reqs[r], &m) || (kvli_has_slot(s) && kvli_admissible(s, &s->reqs[r], &m))) return;
+        if (kvli_in_flight(s, &s->reqs[r], &m) || (kvli_has_slot(s) && kvli_admissible(s, &s->reqs[r], &m)))
+            return;
         kvli_preempt(s, s->running[s->n_running - 1]);
     }
 }
@@ -3766,7 +4086,8 @@ static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
         while (r != KVL_NONE) {
             if (!kvli_has_slot(s) || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
             uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
-            bool begun = s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was preempted: it was let in before */
+            bool begun =
+                s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was preempted: it was let in before */
             if (klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s)) {
                 if (!s->desc.refuse_over_gap) return;
                 kvli_wait_remove(s, pick);
@@ -3836,8 +4157,10 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
             kvli_plan_prefills(s, (kvl_class)k);
             kvli_plan_admissions(s, (kvl_class)k);
         }
-        if (c->step.n_rows) *out = kvli_step_finish(c);
-        else kvli_step_rollback(c);
+        if (c->step.n_rows)
+            *out = kvli_step_finish(c);
+        else
+            kvli_step_rollback(c);
     }
     if (*out) {
         s->step_open = true;
@@ -3855,7 +4178,10 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
 static void kvli_req_token(kvl_sched *s, uint32_t r, const kvl_output *o, uint64_t now) {
     kvli_req *q = &s->reqs[r];
     bool stop = false;
-    if (o->no_token) { kvli_req_end(s, r, KVL_FINISH_APP); return; }
+    if (o->no_token) {
+        kvli_req_end(s, r, KVL_FINISH_APP);
+        return;
+    }
     q->tokens[q->n_tokens++] = o->token;
     if (!q->first_ns) {
         q->first_ns = now;
@@ -3865,13 +4191,18 @@ static void kvli_req_token(kvl_sched *s, uint32_t r, const kvl_output *o, uint64
     }
     q->last_ns = now;
     for (uint32_t i = 0; i < q->n_stop; i++) stop = stop || q->stop[i] == o->token;
-    if (stop) kvli_req_end(s, r, KVL_FINISH_STOP);
-    else if (o->finish) kvli_req_end(s, r, KVL_FINISH_APP);
-    else if (q->n_tokens == q->capacity) kvli_req_end(s, r, KVL_FINISH_LENGTH);
-    else kvli_decode_state(s, r, true);
+    if (stop)
+        kvli_req_end(s, r, KVL_FINISH_STOP);
+    else if (o->finish)
+        kvli_req_end(s, r, KVL_FINISH_APP);
+    else if (q->n_tokens == q->capacity)
+        kvli_req_end(s, r, KVL_FINISH_LENGTH);
+    else
+        kvli_decode_state(s, r, true);
 }
 
-static void kvli_forks_start(kvl_sched *s) { /* those that joined get their own sequence, on all that their parent has */
+static void kvli_forks_start(
+    kvl_sched *s) { /* those that joined get their own sequence, on all that their parent has */
     kvli_step_state *st = &s->cache->step;
     for (uint32_t i = 0; i < st->n_logits && s->n_joining; i++) {
         kvl_req h;
@@ -3896,12 +4227,17 @@ KVL_API kvl_result kvl_sched_commit_ex(kvl_sched *s, const kvl_step *step, const
     if (!s) return KVL_INVALID_ARG;
     kvl_cache *c = s->cache;
     kvl_result result = s->step_open ? kvli_step_complete(c, step, "kvl_sched_commit") : KVL_MISMATCH;
-    if (result != KVL_OK) return kvli_fail(NULL, kvli_serr(s), result, "%s", s->step_open ? c->error : "kvl_sched_commit: no step is open");
+    if (result != KVL_OK)
+        return kvli_fail(NULL, kvli_serr(s), result, "%s",
+                         s->step_open ? c->error : "kvl_sched_commit: no step is open");
     uint32_t n = c->step.n_logits;
-    if (n && !outputs) return kvli_fail(c->ctx, kvli_serr(s), KVL_INVALID_ARG, "kvl_sched_commit: %u rows have logits, outputs are null", n);
+    if (n && !outputs)
+        return kvli_fail(c->ctx, kvli_serr(s), KVL_INVALID_ARG,
+                         "kvl_sched_commit: %u rows have logits, outputs are null", n);
     for (uint32_t i = 0; i < n; i++)
         if (outputs[i].no_token && !outputs[i].finish)
-            return kvli_fail(c->ctx, kvli_serr(s), KVL_INVALID_ARG, "kvl_sched_commit: outputs[%u] has neither a token nor finish", i);
+            return kvli_fail(c->ctx, kvli_serr(s), KVL_INVALID_ARG,
+                             "kvl_sched_commit: outputs[%u] has neither a token nor finish", i);
     uint64_t now = kvli_now(c->ctx);
     double ms = (double)(now - s->plan_ns) / 1e6;
     kvli_step_commit(c);
@@ -3927,7 +4263,9 @@ KVL_API kvl_result kvl_sched_commit_ex(kvl_sched *s, const kvl_step *step, const
 KVL_API kvl_result kvl_sched_commit(kvl_sched *s, const kvl_step *step, const int32_t *tokens) {
     if (!s) return KVL_INVALID_ARG;
     uint32_t n = s->step_open && step == &s->cache->step.view ? s->cache->step.n_logits : 0;
-    if (n && !tokens) return kvli_fail(s->cache->ctx, kvli_serr(s), KVL_INVALID_ARG, "kvl_sched_commit: %u rows have logits, tokens are null", n);
+    if (n && !tokens)
+        return kvli_fail(s->cache->ctx, kvli_serr(s), KVL_INVALID_ARG,
+                         "kvl_sched_commit: %u rows have logits, tokens are null", n);
     for (uint32_t i = 0; i < n; i++) {
         memset(&s->outputs[i], 0, sizeof *s->outputs);
         s->outputs[i].token = tokens[i];
@@ -3943,7 +4281,10 @@ KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
     kvli_step_rollback(c);
     s->step_open = false;
     for (uint32_t r = 0; s->n_joining && r < s->max_reqs; r++)
-        if (s->reqs[r].joining) { s->reqs[r].joining = false; s->n_joining--; }
+        if (s->reqs[r].joining) {
+            s->reqs[r].joining = false;
+            s->n_joining--;
+        }
     for (uint32_t at = s->n_running; at-- > 0;) {
         kvli_req *q = &s->reqs[s->running[at]];
         uint32_t r = s->running[at];
@@ -3961,7 +4302,8 @@ KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
     return KVL_OK;
 }
 
-/* ==== >>public: scheduler ================================================================================================ */
+/* ==== >>public: scheduler
+ * ================================================================================================ */
 static void kvli_sched_desc_fill(const kvl_cache *c, kvl_sched_desc *d) {
     if (!d->max_running || d->max_running > c->max_spans) d->max_running = c->max_spans;
     if (!d->max_waiting) d->max_waiting = 4096;
@@ -3973,9 +4315,12 @@ static void kvli_sched_desc_fill(const kvl_cache *c, kvl_sched_desc *d) {
 }
 
 static kvl_result kvli_sched_desc_check(kvl_cache *c, const kvl_sched_desc *d) {
-    if ((uint32_t)d->policy > KVL_POLICY_LONGEST_PREFIX) return KVLI_ERROR(c, KVL_INVALID_ARG, "policy: %d is unknown", (int)d->policy);
-    if (d->max_waiting > 1000000) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_waiting: %u is more than 1000000", d->max_waiting);
-    if (!(d->max_gap_ms >= 0 && d->max_gap_ms < 1e12)) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_gap_ms is negative or not finite");
+    if ((uint32_t)d->policy > KVL_POLICY_LONGEST_PREFIX)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "policy: %d is unknown", (int)d->policy);
+    if (d->max_waiting > 1000000)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "max_waiting: %u is more than 1000000", d->max_waiting);
+    if (!(d->max_gap_ms >= 0 && d->max_gap_ms < 1e12))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "max_gap_ms is negative or not finite");
     const kvl_cost *k = &d->cost;
     if (!(k->step_ms >= 0 && k->prefill_token_ms >= 0 && k->decode_ms >= 0 && k->kv_megatoken_ms >= 0))
         return KVLI_ERROR(c, KVL_INVALID_ARG, "cost: a coefficient is negative or not a number");
@@ -4022,9 +4367,12 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         kvl_output *outputs = KVLI_CARVE(&a, kvl_output, c->max_logits);
         if (!pass) {
             if (c->desc.host_bytes && c->stats.bytes_metadata + a.used > c->desc.host_bytes)
-                return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: the scheduler takes %zu bytes more", a.used);
+                return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: the scheduler takes %zu bytes more",
+                                  a.used);
             a.base = (uint8_t *)kvli_alloc(c->ctx, a.used);
-            if (!a.base) return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_sched_create: the allocator returned null for %zu bytes", a.used);
+            if (!a.base)
+                return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY,
+                                  "kvl_sched_create: the allocator returned null for %zu bytes", a.used);
             continue;
         }
         memset(s, 0, sizeof *s);
@@ -4075,14 +4423,18 @@ KVL_API void kvl_sched_destroy(kvl_sched *s) {
     kvli_free(c->ctx, s, s->arena_bytes);
 }
 
-KVL_API const char *kvl_sched_last_error(const kvl_sched *s) { return s ? s->error : "the scheduler is null"; }
+KVL_API const char *kvl_sched_last_error(const kvl_sched *s) {
+    return s ? s->error : "the scheduler is null";
+}
 
 /* A record and room for its tokens, under the lock; the oldest finished requests make room. */
 static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) {
     uint64_t bytes = (uint64_t)capacity * sizeof(int32_t);
     if (bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
-    if (s->n_active == s->max_reqs || s->token_bytes - s->finished_bytes + bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
-    int32_t *tokens = (int32_t *)kvli_alloc(s->cache->ctx, (size_t)bytes); /* first: a refusal forgets nothing */
+    if (s->n_active == s->max_reqs || s->token_bytes - s->finished_bytes + bytes > s->desc.token_pool_bytes)
+        return KVL_QUEUE_FULL;
+    int32_t *tokens =
+        (int32_t *)kvli_alloc(s->cache->ctx, (size_t)bytes); /* first: a refusal forgets nothing */
     if (!tokens) return KVL_OUT_OF_HOST_MEMORY;
     while (s->n_records == s->max_reqs || s->token_bytes + bytes > s->desc.token_pool_bytes) {
         uint32_t old = s->finished.head;
@@ -4116,19 +4468,27 @@ static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) 
     return KVL_OK;
 }
 
-static kvl_result kvli_request_check(const kvl_sched *s, const kvl_request *q, uint32_t *capacity, kvl_refusal *refusal) {
+static kvl_result kvli_request_check(const kvl_sched *s, const kvl_request *q, uint32_t *capacity,
+                                     kvl_refusal *refusal) {
     const kvl_cache *c = s->cache;
     kvli_text none = kvli_text_at(NULL, 0);
     uint32_t longest = c->desc.max_seq_tokens, need[KVLI_MAX_CLASSES], fresh = q->max_new_tokens;
     uint64_t slabs = 0, total;
-    if (!q->tokens || !q->n_tokens) return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: a request needs at least one token");
+    if (!q->tokens || !q->n_tokens)
+        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: a request needs at least one token");
     if (q->n_stop_tokens > KVLI_MAX_STOP || (q->n_stop_tokens && !q->stop_tokens))
-        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: n_stop_tokens: %u is more than 8, or stop_tokens is null", q->n_stop_tokens);
+        return kvli_fail(c->ctx, none, KVL_INVALID_ARG,
+                         "submit: n_stop_tokens: %u is more than 8, or stop_tokens is null",
+                         q->n_stop_tokens);
     if (q->priority >= KVLI_PRIORITIES || (uint32_t)q->klass > KVL_BACKGROUND)
-        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: priority %u or class %d is out of range", q->priority, (int)q->klass);
+        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: priority %u or class %d is out of range",
+                         q->priority, (int)q->klass);
     if (!fresh) fresh = q->n_tokens <= longest ? kvli_min_u32(256, longest - q->n_tokens + 1) : 1;
     total = (uint64_t)q->n_tokens + fresh - 1; /* the last token needs no KV */
-    if (total <= longest) { *capacity = (uint32_t)total + 1; return KVL_OK; }
+    if (total <= longest) {
+        *capacity = (uint32_t)total + 1;
+        return KVL_OK;
+    }
     kvli_need(c, total > 1u << 28 ? 1u << 28 : (uint32_t)total, c->geo.block_tokens, need);
     kvli_fits(c, need, c->max_slabs, true, &slabs);
     if (refusal) {
@@ -4137,11 +4497,13 @@ static kvl_result kvli_request_check(const kvl_sched *s, const kvl_request *q, u
         refusal->need_bytes = slabs * c->slab_bytes + c->fixed_bytes;
         refusal->budget_bytes = c->desc.max_device_bytes;
     }
-    return kvli_fail(c->ctx, none, KVL_NEVER_FITS, "submit: %llu tokens (%u of prompt) are more than the %u that a sequence can have here",
+    return kvli_fail(c->ctx, none, KVL_NEVER_FITS,
+                     "submit: %llu tokens (%u of prompt) are more than the %u that a sequence can have here",
                      (unsigned long long)total, q->n_tokens, longest);
 }
 
-KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request, kvl_req *out, kvl_refusal *refusal) {
+KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request, kvl_req *out,
+                                       kvl_refusal *refusal) {
     uint32_t capacity = 0, r = 0;
     if (out) out->id = 0;
     if (refusal) memset(refusal, 0, sizeof *refusal);
@@ -4153,7 +4515,8 @@ KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request,
     if (result == KVL_OK) {
         kvli_req *q = &s->reqs[r];
         memcpy(q->tokens, request->tokens, request->n_tokens * sizeof *q->tokens);
-        if (request->n_stop_tokens) memcpy(q->stop, request->stop_tokens, request->n_stop_tokens * sizeof *q->stop);
+        if (request->n_stop_tokens)
+            memcpy(q->stop, request->stop_tokens, request->n_stop_tokens * sizeof *q->stop);
         q->n_stop = (uint8_t)request->n_stop_tokens;
         q->n_prompt = q->n_tokens = request->n_tokens;
         q->klass = (uint8_t)request->klass;
@@ -4172,7 +4535,9 @@ KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request,
     return result;
 }
 
-KVL_API kvl_result kvl_sched_submit(kvl_sched *s, const kvl_request *request, kvl_req *out) { return kvl_sched_submit_ex(s, request, out, NULL); }
+KVL_API kvl_result kvl_sched_submit(kvl_sched *s, const kvl_request *request, kvl_req *out) {
+    return kvl_sched_submit_ex(s, request, out, NULL);
+}
 
 KVL_API kvl_result kvl_sched_cancel(kvl_sched *s, kvl_req req) {
     if (!s) return KVL_INVALID_ARG;
@@ -4192,10 +4557,14 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
     uint32_t r = 0;
     if (out) out->id = 0;
     if (!s || !out) return KVL_INVALID_ARG;
-    if (s->cache->step.open) return kvli_fail(s->cache->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_fork: a step is open");
+    if (s->cache->step.open)
+        return kvli_fail(s->cache->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_fork: a step is open");
     kvli_lock(&s->cache->lock);
     uint32_t parent = kvli_req_index(s, req);
-    kvl_result result = parent == KVL_NONE ? KVL_INVALID_HANDLE : s->reqs[parent].finished ? KVL_INVALID_ARG : s->closed ? KVL_CLOSED : KVL_OK;
+    kvl_result result = parent == KVL_NONE         ? KVL_INVALID_HANDLE
+                        : s->reqs[parent].finished ? KVL_INVALID_ARG
+                        : s->closed                ? KVL_CLOSED
+                                                   : KVL_OK;
     if (result == KVL_OK) result = kvli_req_take(s, s->reqs[parent].capacity, &r);
     if (result == KVL_OK) {
         kvli_req *q = &s->reqs[r], *p = &s->reqs[parent];
@@ -4211,7 +4580,8 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
         q->no_match = p->no_match;
         q->no_keep = p->no_keep;
         q->user = user;
-        while (s->reqs[parent].parent != KVL_NONE) parent = s->reqs[parent].parent; /* a fork that has not joined yet: join with it */
+        while (s->reqs[parent].parent != KVL_NONE)
+            parent = s->reqs[parent].parent; /* a fork that has not joined yet: join with it */
         q->parent = parent;
         q->next_fork = s->reqs[parent].first_fork;
         s->reqs[parent].first_fork = r;
@@ -4220,7 +4590,8 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
         kvli_cond_broadcast(&s->wake);
     }
     kvli_unlock(&s->cache->lock);
-    if (result != KVL_OK) kvli_fail(s->cache->ctx, kvli_serr(s), result, "kvl_sched_fork: %s", kvl_result_text(result));
+    if (result != KVL_OK)
+        kvli_fail(s->cache->ctx, kvli_serr(s), result, "kvl_sched_fork: %s", kvl_result_text(result));
     return result;
 }
 
@@ -4237,7 +4608,8 @@ KVL_API bool kvl_sched_wait(kvl_sched *s, uint32_t timeout_ms) {
     if (!s) return false;
     bool in_time = true;
     kvli_lock(&s->cache->lock);
-    while (s->events == s->seen_events && in_time) in_time = kvli_cond_wait_ms(&s->wake, &s->cache->lock, timeout_ms);
+    while (s->events == s->seen_events && in_time)
+        in_time = kvli_cond_wait_ms(&s->wake, &s->cache->lock, timeout_ms);
     bool woken = s->events != s->seen_events;
     kvli_unlock(&s->cache->lock);
     return woken;
@@ -4251,7 +4623,10 @@ KVL_API kvl_result kvl_sched_info(const kvl_sched *sched, kvl_req req, kvl_req_i
     uint32_t r = kvli_req_index(s, req);
     if (r != KVL_NONE) {
         const kvli_req *q = &s->reqs[r];
-        out->state = q->finished ? KVL_REQ_FINISHED : q->seq == KVL_NONE ? KVL_REQ_WAITING : q->decode ? KVL_REQ_DECODE : KVL_REQ_PREFILL;
+        out->state = q->finished          ? KVL_REQ_FINISHED
+                     : q->seq == KVL_NONE ? KVL_REQ_WAITING
+                     : q->decode          ? KVL_REQ_DECODE
+                                          : KVL_REQ_PREFILL;
         out->finish = (kvl_finish)q->finish;
         out->n_prompt = q->n_prompt;
         out->n_generated = q->n_tokens - q->n_prompt;
@@ -4271,7 +4646,8 @@ KVL_API kvl_result kvl_sched_info(const kvl_sched *sched, kvl_req req, kvl_req_i
     return r == KVL_NONE ? KVL_INVALID_HANDLE : KVL_OK;
 }
 
-KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity, uint32_t *n_tokens) {
+KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity,
+                                    uint32_t *n_tokens) {
     kvl_sched *s = (kvl_sched *)sched;
     if (!s || (!tokens && capacity)) return KVL_INVALID_ARG;
     kvli_lock(&s->cache->lock);
@@ -4342,8 +4718,9 @@ typedef struct kvli_cpu_ops {
                             leave 16 partial sums of probability times zero point per 64 dims behind the accumulator's dims */
     size_t (*scratch_floats)(const kvli_geometry *geo);
     void (*score)(const kvli_cpu_block *b);
-    /* Scores to probabilities; returns what the accumulators must be multiplied with. cap: 0 or softcap * log2(e). */
-    float (*softmax)(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st);
+    /* Scores to probabilities of one or more of n query rows; returns of how many. by: what their accumulators must be multiplied with.
+       cap: 0 or softcap * log2(e). */
+    uint32_t (*softmax)(float *s, const kvli_cpu_run *runs, uint32_t n, float cap, kvli_cpu_stat *st, float *by);
     void (*values)(const kvli_cpu_block *b);
     float (*exp2)(float x);
 } kvli_cpu_ops;
@@ -4433,22 +4810,23 @@ static void kvli_s_score(const kvli_cpu_block *b) {
     }
 }
 
-static float kvli_s_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
-    float m = st->m, sum = 0, by;
+static uint32_t kvli_s_softmax(float *s, const kvli_cpu_run *run, uint32_t n, float cap, kvli_cpu_stat *st, float *by) {
+    float m = st->m, sum = 0;
+    (void)n;
     for (uint32_t t = 0; t < run->hi; t++) {
         if (t >= run->sink && t < run->lo) continue;
         if (cap != 0) s[t] = cap * kvli_s_tanh(s[t]);
         if (!(s[t] <= m)) m = s[t];
     }
-    by = kvli_s_exp2(st->m - m);
+    *by = kvli_s_exp2(st->m - m);
     for (uint32_t t = 0; t < run->hi; t++) {
         if (t >= run->sink && t < run->lo) continue;
         s[t] = kvli_s_exp2(s[t] - m);
         sum += s[t];
     }
-    st->l = st->l * by + sum;
+    st->l = st->l * *by + sum;
     st->m = m;
-    return by;
+    return 1;
 }
 
 static void kvli_s_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1) {
@@ -4482,6 +4860,12 @@ static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_s
 #else
 #define KVLI_UNROLL
 #endif
+/* Keeps gcc from reading an operand from memory again for each use. */
+#if defined(__GNUC__) || defined(__clang__)
+#define KVLI_IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define KVLI_IN_REGISTER(x) ((void)0)
+#endif
 #define KVLI_Z KVLI_INLINE KVLI_TARGET_AVX512
 #if defined(__GNUC__) && !defined(__clang__) /* g++ warns of its own _mm512_undefined_ps (GCC bug 105593) */
 #pragma GCC diagnostic push
@@ -4490,8 +4874,8 @@ static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_s
 #endif
 
 /* Rows of a tile in some format, with its scales as f32 beside it. Values are taken as pairs: 32 dims of one row in two vectors. Keys are
-   taken as quads: 16 dims of four rows in four vectors, each with four dims of row i in its lanes 4i to 4i + 3, so that little is left
-   to add up across lanes. */
+   taken as quads: 8 dims of four rows in two vectors, each with four dims of row i in its lanes 4i to 4i + 3, so that little is left to
+   add up across lanes. */
 typedef struct kvli_z_rows {
     const uint8_t *const *tiles; /* of 1 << shift rows each */
     size_t stride;
@@ -4499,8 +4883,8 @@ typedef struct kvli_z_rows {
     uint32_t side_stride, dim, shift;
 } kvli_z_rows;
 
-/* Keys that were decoded to memory as quads; the second kind wants the scales of NVFP4 still. */
-enum { KVLI_Z_QUADS = 0, KVLI_Z_QUADS_NVFP4 = 0x80 };
+/* Keys that were decoded to memory as quads. */
+enum { KVLI_Z_QUADS = 0 };
 
 /* The parts of a task's scratch. */
 typedef struct kvli_z_scratch {
@@ -4534,6 +4918,20 @@ static kvli_z_scratch kvli_z_carve(float *at, uint32_t dim) {
 static size_t kvli_z_scratch_floats(const kvli_geometry *geo) {
     uint32_t dim = kvli_z_pad(kvli_max_u32(geo->k_dim, geo->v_dim));
     return (size_t)(KVLI_CPU_CHUNK + KVLI_CPU_TILE / 16 + 2 + 8 + 1) * dim + 8 * KVLI_CPU_TILE + 8 * KVLI_CPU_STRIDE;
+}
+
+/* Bytes of 8 dims of a row; of a quad where keys stand as quads. */
+KVLI_Z uint32_t kvli_z_bytes8(kvl_format f) {
+    switch (f) {
+    case KVLI_Z_QUADS: return 128;
+    case KVL_F32: return 32;
+    case KVL_F16:
+    case KVL_BF16: return 16;
+    case KVL_NVFP4:
+    case KVL_INT4:
+    case KVL_INT4_CHANNEL: return 4;
+    default: return 8;
+    }
 }
 
 KVLI_Z __m512 kvli_z_e2m1(void) {
@@ -4621,70 +5019,45 @@ static KVLI_TARGET_AVX512 void kvli_z_decode(kvl_format f, const kvli_z_rows *r,
 #undef KVLI_CALL
 }
 
-/* 4 × 4 transposes of the 32-bit or 64-bit elements of four rows. */
-KVLI_Z void kvli_z_turn32(const uint8_t *row, size_t stride, __m128i *x) {
-    __m128i a = _mm_loadu_si128((const __m128i *)(const void *)row), b = _mm_loadu_si128((const __m128i *)(const void *)(row + stride));
-    __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * stride));
-    __m128i d = _mm_loadu_si128((const __m128i *)(const void *)(row + 3 * stride));
-    __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
-    x[0] = _mm_unpacklo_epi64(ab, cd);
-    x[1] = _mm_unpackhi_epi64(ab, cd);
-    ab = _mm_unpackhi_epi32(a, b);
-    cd = _mm_unpackhi_epi32(c, d);
-    x[2] = _mm_unpacklo_epi64(ab, cd);
-    x[3] = _mm_unpackhi_epi64(ab, cd);
+/* 16 bytes of two rows, one after the other. */
+KVLI_Z __m256i kvli_z_two(const uint8_t *a, const uint8_t *b) {
+    __m128i x = _mm_loadu_si128((const __m128i *)(const void *)a), y = _mm_loadu_si128((const __m128i *)(const void *)b);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1);
 }
 
-KVLI_Z void kvli_z_turn64(const uint8_t *row, size_t stride, __m256i *x) {
-    __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)row);
-    __m256i b = _mm256_loadu_si256((const __m256i *)(const void *)(row + stride));
-    __m256i c = _mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * stride));
-    __m256i d = _mm256_loadu_si256((const __m256i *)(const void *)(row + 3 * stride));
-    __m256i ab = _mm256_unpacklo_epi64(a, b), cd = _mm256_unpacklo_epi64(c, d);
-    x[0] = _mm256_permute2x128_si256(ab, cd, 0x20);
-    x[2] = _mm256_permute2x128_si256(ab, cd, 0x31);
-    ab = _mm256_unpackhi_epi64(a, b);
-    cd = _mm256_unpackhi_epi64(c, d);
-    x[1] = _mm256_permute2x128_si256(ab, cd, 0x20);
-    x[3] = _mm256_permute2x128_si256(ab, cd, 0x31);
+KVLI_Z __m128i kvli_z_load32(const uint8_t *at) {
+    int32_t x;
+    memcpy(&x, at, sizeof x);
+    return _mm_cvtsi32_si128(x);
 }
 
-/* 16 dims of four rows as floats, bytes or nibbles become codes. Nibbles: four even dims of eight, then the four odd ones. */
+/* 8 dims of four rows as floats, bytes or nibbles become codes. Nibbles: the four even dims, then the four odd ones. */
 KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, __m512 *v) {
-    if (f == KVLI_Z_QUADS || f == KVLI_Z_QUADS_NVFP4) {
-        KVLI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps((const float *)(const void *)row + 16 * k);
+    const uint8_t *r[4] = {row, row + stride, row + 2 * stride, row + 3 * stride};
+    if (f == KVLI_Z_QUADS) {
+        v[0] = _mm512_loadu_ps((const float *)(const void *)row);
+        v[1] = _mm512_loadu_ps((const float *)(const void *)(row + 64));
     } else if (f == KVL_F32) {
-        const float *at = (const float *)(const void *)row;
-        size_t step = stride / sizeof(float);
-        __m512 a = _mm512_loadu_ps(at), b = _mm512_loadu_ps(at + step);
-        __m512 c = _mm512_loadu_ps(at + 2 * step), d = _mm512_loadu_ps(at + 3 * step);
-        __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
-        v[0] = _mm512_shuffle_f32x4(ab, cd, 0x88);
-        v[1] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
-        ab = _mm512_shuffle_f32x4(a, b, 0xee);
-        cd = _mm512_shuffle_f32x4(c, d, 0xee);
-        v[2] = _mm512_shuffle_f32x4(ab, cd, 0x88);
-        v[3] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+        __m512i x = _mm512_inserti64x4(_mm512_castsi256_si512(kvli_z_two(r[0], r[1])), kvli_z_two(r[2], r[3]), 1);
+        __m512i y = _mm512_inserti64x4(_mm512_castsi256_si512(kvli_z_two(r[0] + 16, r[1] + 16)), kvli_z_two(r[2] + 16, r[3] + 16), 1);
+        v[0] = _mm512_castsi512_ps(x);
+        v[1] = _mm512_castsi512_ps(y);
     } else if (f == KVL_F16 || f == KVL_BF16) {
-        __m256i x[4];
-        kvli_z_turn64(row, stride, x);
-        KVLI_UNROLL for (int k = 0; k < 4; k++)
+        __m256i even = kvli_z_two(r[0], r[2]), odd = kvli_z_two(r[1], r[3]);
+        __m256i x[2] = {_mm256_unpacklo_epi64(even, odd), _mm256_unpackhi_epi64(even, odd)};
+        KVLI_UNROLL for (int k = 0; k < 2; k++)
             v[k] = f == KVL_F16 ? _mm512_cvtph_ps(x[k]) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x[k]), 16));
     } else if (f == KVL_INT8 || f == KVL_INT8_CHANNEL || f == KVL_FP8_E4M3) {
-        __m128i x[4];
-        kvli_z_turn32(row, stride, x);
-        KVLI_UNROLL for (int k = 0; k < 4; k++) v[k] = kvli_z_codes(f, x[k]);
+        __m128i ab = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[0]), _mm_loadl_epi64((const __m128i *)(const void *)r[1]));
+        __m128i cd = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[2]), _mm_loadl_epi64((const __m128i *)(const void *)r[3]));
+        v[0] = kvli_z_codes(f, _mm_unpacklo_epi64(ab, cd));
+        v[1] = kvli_z_codes(f, _mm_unpackhi_epi64(ab, cd));
     } else {
         const __m512 table = f == KVL_NVFP4 ? kvli_z_e2m1() : kvli_z_u4();
-        __m128i ab = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)row),
-                                        _mm_loadl_epi64((const __m128i *)(const void *)(row + stride)));
-        __m128i cd = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(row + 2 * stride)),
-                                        _mm_loadl_epi64((const __m128i *)(const void *)(row + 3 * stride)));
-        __m512i x = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(ab, cd)), y = _mm512_cvtepu8_epi32(_mm_unpackhi_epi64(ab, cd));
+        __m128i ab = _mm_unpacklo_epi32(kvli_z_load32(r[0]), kvli_z_load32(r[1])), cd = _mm_unpacklo_epi32(kvli_z_load32(r[2]), kvli_z_load32(r[3]));
+        __m512i x = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(ab, cd));
         v[0] = _mm512_permutexvar_ps(x, table);
         v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
-        v[2] = _mm512_permutexvar_ps(y, table);
-        v[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(y, 4), table);
     }
 }
 
@@ -4694,32 +5067,22 @@ KVLI_Z __m512 kvli_z_spread(const float *at) {
     return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(at)));
 }
 
-/* Bytes from one chunk of 16 dims of a row to the next, and floats of scales for four rows. */
-KVLI_Z uint32_t kvli_z_chunk_bytes(kvl_format f) {
-    switch (f) {
-    case KVL_F32: return 64;
-    case KVL_F16:
-    case KVL_BF16: return 32;
-    case KVLI_Z_QUADS:
-    case KVLI_Z_QUADS_NVFP4: return 256;
-    case KVL_NVFP4:
-    case KVL_INT4:
-    case KVL_INT4_CHANNEL: return 8;
-    default: return 16;
-    }
-}
-
+/* Floats of scales for four rows of keys. */
 KVLI_Z uint32_t kvli_z_side_floats(kvl_format f, uint32_t dim) {
-    if (f == KVL_NVFP4 || f == KVLI_Z_QUADS_NVFP4) return dim / 16 * 4;
-    return f == KVL_INT4 ? (dim + 63) / 64 * 8 : 0;
+    return f == KVL_NVFP4 ? dim / 16 * 4 : f == KVL_INT4 ? (dim + 63) / 64 * 8 : 0;
 }
 
-/* Chunk c of the quad at `row`, INT4 dequantised: its scales and zeros are per 64 dims. */
+/* Dims 8c to 8c + 7 of the quad at `row`; scales of groups of dims are applied. */
 KVLI_Z void kvli_z_key(kvl_format f, const uint8_t *row, size_t stride, const float *side, uint32_t c, __m512 *v) {
-    kvli_z_quad(f, row + c * kvli_z_chunk_bytes(f), stride, v);
-    if (f == KVL_INT4) {
-        const __m512 scale = kvli_z_spread(side + c / 4 * 8), zero = kvli_z_spread(side + c / 4 * 8 + 4);
-        KVLI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_fmadd_ps(v[k], scale, zero);
+    kvli_z_quad(f, row + c * kvli_z_bytes8(f), stride, v);
+    if (f == KVL_NVFP4) {
+        const __m512 scale = kvli_z_spread(side + c / 2 * 4);
+        v[0] = _mm512_mul_ps(v[0], scale);
+        v[1] = _mm512_mul_ps(v[1], scale);
+    } else if (f == KVL_INT4) {
+        const __m512 scale = kvli_z_spread(side + c / 8 * 8), zero = kvli_z_spread(side + c / 8 * 8 + 4);
+        v[0] = _mm512_fmadd_ps(v[0], scale, zero);
+        v[1] = _mm512_fmadd_ps(v[1], scale, zero);
     }
 }
 
@@ -4742,7 +5105,7 @@ KVLI_Z float kvli_z_sum(__m512 a) {
 /* Where rows of q stand with each four dims repeated four times: a broadcast would take a shuffle's place (Zen 4). Not so where q changes with
    each block or where loads are many. */
 KVLI_Z bool kvli_z_spreads(kvl_format f) {
-    return f != KVL_INT8_CHANNEL && f != KVL_INT4_CHANNEL && f != KVLI_Z_QUADS && f != KVLI_Z_QUADS_NVFP4;
+    return f != KVL_INT8_CHANNEL && f != KVL_INT4_CHANNEL && f != KVLI_Z_QUADS;
 }
 
 static KVLI_TARGET_AVX512 void kvli_z_spread_q(const kvli_cpu_block *b, float *out) {
@@ -4763,51 +5126,46 @@ typedef struct kvli_z_queries {
     float *s, *last;
 } kvli_z_queries;
 
-/* Scores of four query rows with the eight tokens of two quads: a[2h], a[2h + 1]. */
-KVLI_Z void kvli_z_score_out(__m512 *a, const float *zero, __m512 token, float *s, size_t s_stride, float *last) {
+/* Scores of four query rows with the eight tokens of two quads: a[0], a[1] of the first row, a[step], a[step + 1] of the second. */
+KVLI_Z void kvli_z_score_out(const __m512 *a, const int step, const float *zero, const float *token, float *s, float *last) {
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    __m512 x[4] = {a[0], a[2], a[4], a[6]}, y[4] = {a[1], a[3], a[5], a[7]}, z = _mm512_broadcast_f32x4(_mm_loadu_ps(zero)), low, high;
+    __m512 x[4] = {a[0], a[step], a[2 * step], a[3 * step]}, y[4] = {a[1], a[step + 1], a[2 * step + 1], a[3 * step + 1]}, low, high;
+    __m512 z = _mm512_broadcast_f32x4(_mm_loadu_ps(zero)), by = _mm512_broadcast_f32x8(_mm256_loadu_ps(token));
     x[0] = kvli_z_sum4(x);
     y[0] = kvli_z_sum4(y);
     low = _mm512_permutex2var_ps(x[0], turn, y[0]);
     high = _mm512_permutex2var_ps(x[0], _mm512_add_epi32(turn, _mm512_set1_epi32(2)), y[0]);
-    low = _mm512_fmadd_ps(low, token, _mm512_permutexvar_ps(half, z));
-    high = _mm512_fmadd_ps(high, token, _mm512_permutexvar_ps(_mm512_add_epi32(half, _mm512_set1_epi32(2)), z));
+    low = _mm512_fmadd_ps(low, by, _mm512_permutexvar_ps(half, z));
+    high = _mm512_fmadd_ps(high, by, _mm512_permutexvar_ps(_mm512_add_epi32(half, _mm512_set1_epi32(2)), z));
     _mm256_storeu_ps(s, _mm512_castps512_ps256(low));
-    _mm256_storeu_ps(s + s_stride, _mm512_extractf32x8_ps(low, 1));
-    _mm256_storeu_ps(s + 2 * s_stride, _mm512_castps512_ps256(high));
+    _mm256_storeu_ps(s + KVLI_CPU_STRIDE, _mm512_extractf32x8_ps(low, 1));
+    _mm256_storeu_ps(s + 2 * KVLI_CPU_STRIDE, _mm512_castps512_ps256(high));
     _mm256_storeu_ps(last, _mm512_extractf32x8_ps(high, 1));
 }
 
 /* Scores of H query rows with tokens [0, n), Q quads at a time: n is rounded up to 4 * Q. */
 KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
-    const bool scaled = f == KVL_NVFP4 || f == KVLI_Z_QUADS_NVFP4;
     const size_t wide = kvli_z_spreads(f) ? 4 : 1, stride = r->stride;
-    const uint32_t n_side = kvli_z_side_floats(f, r->dim), n_chunks = r->dim / 16;
+    const uint32_t n_side = kvli_z_side_floats(f, r->dim), bytes = 4 * (uint32_t)Q * kvli_z_bytes8(f), n_lines = (bytes + 63) / 64;
     for (uint32_t t0 = 0; t0 < n; t0 += 4 * (uint32_t)Q) {
         const float *side = r->side + t0 / 4 * n_side;
-        const uint8_t *row[4];
+        const uint8_t *row[4], *ahead = kvli_z_row(r, t0 + (1u << r->shift));
         __m512 a[16];
         KVLI_UNROLL for (int i = 0; i < Q; i++) row[i] = kvli_z_row(r, t0 + 4 * (uint32_t)i);
         KVLI_UNROLL for (int i = 0; i < H * Q; i++) a[i] = _mm512_setzero_ps();
-        for (uint32_t c = 0; c < n_chunks; c++) {
-            __m512 v[2][4], scale[4];
-            KVLI_UNROLL for (int i = 0; i < Q; i++) {
-                if (H > 1) kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, v[i & 1]);
-                if (scaled) scale[i] = kvli_z_spread(side + (uint32_t)i * n_side + 4 * c);
+        for (uint32_t c = 0; c < r->dim / 8; c++, ahead += bytes) {
+            __m512 v[4][2];
+            if (f != KVLI_Z_QUADS) {
+                KVLI_UNROLL for (uint32_t i = 0; i < n_lines; i++) _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T0);
             }
+            KVLI_UNROLL for (int i = 0; i < Q; i++) kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, v[i]);
             KVLI_UNROLL for (int h = 0; h < H; h++) {
-                const float *at = w->q + (size_t)h * w->q_stride + 16 * wide * c;
-                __m512 q[4];
-                KVLI_UNROLL for (int k = 0; k < 4; k++)
-                    q[k] = wide == 4 ? _mm512_loadu_ps(at + 16 * k) : _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
-                KVLI_UNROLL for (int i = 0; i < Q; i++) {
-                    __m512 *x = v[i & 1], sum = a[h * Q + i];
-                    if (H == 1) kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, x);
-                    KVLI_UNROLL for (int k = 0; k < 4; k++)
-                        sum = scaled && k == 0 ? _mm512_mul_ps(q[k], x[k]) : _mm512_fmadd_ps(q[k], x[k], sum);
-                    a[h * Q + i] = scaled ? _mm512_fmadd_ps(sum, scale[i], a[h * Q + i]) : sum;
+                const float *at = w->q + (size_t)h * w->q_stride + 8 * wide * c;
+                KVLI_UNROLL for (int k = 0; k < 2; k++) {
+                    __m512 q = wide == 4 ? _mm512_loadu_ps(at + 16 * k) : _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
+                    KVLI_IN_REGISTER(q);
+                    KVLI_UNROLL for (int i = 0; i < Q; i++) a[h * Q + i] = _mm512_fmadd_ps(q, v[i][k], a[h * Q + i]);
                 }
             }
         }
@@ -4815,12 +5173,12 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
             const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             __m512 sum = _mm512_permutexvar_ps(turn, kvli_z_sum4(a));
             _mm512_storeu_ps(w->s + t0, _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0])));
-        } else {
-            __m512 token = _mm512_broadcast_f32x8(_mm256_loadu_ps(w->token + t0));
-            KVLI_UNROLL for (int h = 0; h < H; h += 4) {
-                float *s = w->s + (size_t)h * KVLI_CPU_STRIDE + t0;
-                kvli_z_score_out(a + 2 * h, w->zero + h, token, s, KVLI_CPU_STRIDE, h + 4 == H ? w->last + t0 : s + 3 * KVLI_CPU_STRIDE);
-            }
+            continue;
+        }
+        KVLI_UNROLL for (int h = 0; h < H; h += 4) {
+            float *s = w->s + (size_t)h * KVLI_CPU_STRIDE + t0, *last = h + 4 == H ? w->last + t0 : s + 3 * KVLI_CPU_STRIDE;
+            KVLI_UNROLL for (int i = 0; i < Q; i += 2)
+                kvli_z_score_out(a + h * Q + i, Q, w->zero + h, w->token + t0 + 4 * i, s + 4 * i, last + 4 * i);
         }
     }
 }
@@ -4829,7 +5187,6 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
 #define KVLI_Z_KEY_FORMATS(f, CALL)                                                                                    \
     switch (f) {                                                                                                       \
     case KVLI_Z_QUADS: CALL(KVLI_Z_QUADS); break;                                                                      \
-    case KVLI_Z_QUADS_NVFP4: CALL(KVLI_Z_QUADS_NVFP4); break;                                                          \
     case KVL_F32: CALL(KVL_F32); break;                                                                                \
     case KVL_F16: CALL(KVL_F16); break;                                                                                \
     case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
@@ -4848,7 +5205,7 @@ static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r,
 }
 
 static KVLI_TARGET_AVX512 void kvli_z_score4(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
-#define KVLI_CALL(F) kvli_z_score_as(F, 4, 2, r, n, w)
+#define KVLI_CALL(F) kvli_z_score_as(F, 4, 4, r, n, w)
     KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
@@ -4863,10 +5220,11 @@ static KVLI_TARGET_AVX512 void kvli_z_score8(kvl_format f, const kvli_z_rows *r,
 KVLI_Z void kvli_z_decode_keys_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
     const uint32_t n_side = kvli_z_side_floats(f, r->dim);
     for (uint32_t t = t0; t < t0 + n; t += 4) {
-        for (uint32_t c = 0; c < r->dim / 16; c++) {
-            __m512 v[4];
+        for (uint32_t c = 0; c < r->dim / 8; c++, out += 32) {
+            __m512 v[2];
             kvli_z_key(f, kvli_z_row(r, t), r->stride, r->side + t / 4 * n_side, c, v);
-            KVLI_UNROLL for (int k = 0; k < 4; k++, out += 16) _mm512_storeu_ps(out, v[k]);
+            _mm512_storeu_ps(out, v[0]);
+            _mm512_storeu_ps(out + 16, v[1]);
         }
     }
 }
@@ -4977,7 +5335,7 @@ static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_cpu_block *b, bool 
     size_t at;
     r.tiles = b->tiles;
     for (r.shift = 3; 1u << r.shift < T;) r.shift++;
-    r.stride = D / 16 * kvli_z_chunk_bytes(f);
+    r.stride = D / 8 * kvli_z_bytes8(f);
     r.side = z->side;
     r.side_stride = f == KVL_NVFP4 ? (D / 16 + 1) & ~1u : 0;
     r.dim = D;
@@ -5056,8 +5414,7 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
         part.tiles = decoded;
         part.shift = 5;
         part.stride = D * sizeof(float);
-        part.side = rows.side + t / 4 * kvli_z_side_floats(f, D);
-        kvli_z_score_rows(b, f == KVL_NVFP4 ? KVLI_Z_QUADS_NVFP4 : KVLI_Z_QUADS, &part, t, n, &z);
+        kvli_z_score_rows(b, KVLI_Z_QUADS, &part, t, n, &z);
     }
 }
 
@@ -5087,50 +5444,66 @@ KVLI_Z __m512 kvli_z_softcap(__m512 x, float cap) {
     return _mm512_mask_sub_ps(t, negative, _mm512_setzero_ps(), t);
 }
 
-KVLI_Z float kvli_z_softmax_as(const bool whole, float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i lo = _mm512_set1_epi32((int)run->lo), hi = _mm512_set1_epi32((int)run->hi), sink = _mm512_set1_epi32((int)run->sink);
-    __m512 x[8], top, m;
-    __mmask16 seen[8];
-    float by;
-    KVLI_UNROLL for (int i = 0; i < 8; i++) {
-        __m512i t = _mm512_add_epi32(lane, _mm512_set1_epi32(16 * i));
-        x[i] = _mm512_loadu_ps(s + 16 * i);
-        if (cap != 0) x[i] = kvli_z_softcap(x[i], cap);
-        if (whole) continue;
-        seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) | _mm512_cmplt_epi32_mask(t, sink));
-        x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(KVLI_LOW), seen[i], x[i]);
-    }
-    top = _mm512_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])),
-                        _mm512_max_ps(_mm512_max_ps(x[4], x[5]), _mm512_max_ps(x[6], x[7])));
-    top = _mm512_max_ps(_mm512_set1_ps(st->m), top);
-    top = _mm512_max_ps(top, _mm512_shuffle_f32x4(top, top, 0x4e));
-    top = _mm512_max_ps(top, _mm512_shuffle_f32x4(top, top, 0xb1));
-    top = _mm512_max_ps(top, _mm512_permute_ps(top, 0x4e));
-    m = _mm512_max_ps(top, _mm512_permute_ps(top, 0xb1));
-    by = kvli_z_exp2(st->m - _mm512_cvtss_f32(m));
-    KVLI_UNROLL for (int i = 0; i < 8; i++) {
-        x[i] = kvli_z_exp2v(_mm512_sub_ps(x[i], m));
-        if (!whole) x[i] = _mm512_maskz_mov_ps(seen[i], x[i]);
-        _mm512_storeu_ps(s + 16 * i, x[i]);
-    }
-    KVLI_UNROLL for (int i = 0; i < 4; i++) x[i] = _mm512_add_ps(x[i], x[i + 4]);
-    x[0] = _mm512_add_ps(_mm512_add_ps(x[0], x[2]), _mm512_add_ps(x[1], x[3]));
-    st->l = st->l * by + kvli_z_sum(x[0]);
-    st->m = _mm512_cvtss_f32(m);
-    return by;
+KVLI_Z __m512 kvli_z_max(__m512 a) { /* to all lanes */
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+    a = _mm512_max_ps(a, _mm512_permute_ps(a, 0x4e));
+    return _mm512_max_ps(a, _mm512_permute_ps(a, 0xb1));
 }
 
-static KVLI_TARGET_AVX512 float kvli_z_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
-    if (run->lo == 0 && run->hi == KVLI_CPU_TILE) return kvli_z_softmax_as(true, s, run, cap, st);
-    return kvli_z_softmax_as(false, s, run, cap, st);
+/* R rows, so that one's chain of operations hides another's; whole: they see all tokens. */
+KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st, float *by) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lo = _mm512_set1_epi32((int)run->lo), hi = _mm512_set1_epi32((int)run->hi), sink = _mm512_set1_epi32((int)run->sink);
+    __m512 x[2][8], m[2];
+    __mmask16 seen[8];
+    KVLI_UNROLL for (int r = 0; r < R; r++) {
+        KVLI_UNROLL for (int i = 0; i < 8; i++) {
+            __m512i t = _mm512_add_epi32(lane, _mm512_set1_epi32(16 * i));
+            x[r][i] = _mm512_loadu_ps(s + r * KVLI_CPU_STRIDE + 16 * i);
+            if (cap != 0) x[r][i] = kvli_z_softcap(x[r][i], cap);
+            if (whole) continue;
+            seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) | _mm512_cmplt_epi32_mask(t, sink));
+            x[r][i] = _mm512_mask_mov_ps(_mm512_set1_ps(KVLI_LOW), seen[i], x[r][i]);
+        }
+        m[r] = _mm512_max_ps(_mm512_max_ps(_mm512_max_ps(x[r][0], x[r][1]), _mm512_max_ps(x[r][2], x[r][3])),
+                             _mm512_max_ps(_mm512_max_ps(x[r][4], x[r][5]), _mm512_max_ps(x[r][6], x[r][7])));
+        m[r] = kvli_z_max(_mm512_max_ps(_mm512_set1_ps(st[r].m), m[r]));
+        by[r] = kvli_z_exp2(st[r].m - _mm512_cvtss_f32(m[r]));
+    }
+    KVLI_UNROLL for (int i = 0; i < 8; i++) {
+        KVLI_UNROLL for (int r = 0; r < R; r++) {
+            x[r][i] = kvli_z_exp2v(_mm512_sub_ps(x[r][i], m[r]));
+            if (!whole) x[r][i] = _mm512_maskz_mov_ps(seen[i], x[r][i]);
+            _mm512_storeu_ps(s + r * KVLI_CPU_STRIDE + 16 * i, x[r][i]);
+        }
+    }
+    KVLI_UNROLL for (int r = 0; r < R; r++) {
+        KVLI_UNROLL for (int i = 0; i < 4; i++) x[r][i] = _mm512_add_ps(x[r][i], x[r][i + 4]);
+        x[r][0] = _mm512_add_ps(_mm512_add_ps(x[r][0], x[r][2]), _mm512_add_ps(x[r][1], x[r][3]));
+        st[r].l = st[r].l * by[r] + kvli_z_sum(x[r][0]);
+        st[r].m = _mm512_cvtss_f32(m[r]);
+    }
+}
+
+static KVLI_TARGET_AVX512 uint32_t kvli_z_softmax(float *s, const kvli_cpu_run *runs, uint32_t n, float cap, kvli_cpu_stat *st, float *by) {
+    bool whole = runs[0].lo == 0 && runs[0].hi == KVLI_CPU_TILE;
+    if (whole && n > 1 && runs[1].lo == 0 && runs[1].hi == KVLI_CPU_TILE) {
+        kvli_z_softmax_as(2, true, s, runs, cap, st, by);
+        return 2;
+    }
+    if (whole)
+        kvli_z_softmax_as(1, true, s, runs, cap, st, by);
+    else
+        kvli_z_softmax_as(1, false, s, runs, cap, st, by);
+    return 1;
 }
 
 /* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and NP pairs from pair j on. */
 KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli_z_rows *r, uint32_t t0, uint32_t t1, const float *p,
                              uint32_t j, float *acc, size_t acc_stride, float *last) {
     __m512 a[16];
-    const int W = 2 * NP;
+    const int W = 2 * NP, n_lines = ((int)kvli_z_bytes8(f) * 2 * W + 63) / 64;
     const float *side = r->side + t0 * r->side_stride;
     p += t0;
     KVLI_UNROLL for (int h = 0; h < H; h++) {
@@ -5138,10 +5511,11 @@ KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli
         KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_loadu_ps(from + 16 * i);
     }
     for (uint32_t t = t0, end; t < t1; t = end) { /* tile by tile */
-        const uint8_t *row = kvli_z_row(r, t);
+        const uint8_t *row = kvli_z_row(r, t), *ahead = kvli_z_row(r, t + (1u << r->shift)) + j * 4 * kvli_z_bytes8(f);
         end = kvli_min_u32(t1, ((t >> r->shift) + 1) << r->shift);
-        for (uint32_t n = end - t; n > 0; n--, p++, row += r->stride, side += r->side_stride) {
+        for (uint32_t n = end - t; n > 0; n--, p++, row += r->stride, ahead += r->stride, side += r->side_stride) {
             __m512 v[8];
+            KVLI_UNROLL for (int i = 0; i < n_lines; i++) _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T0);
             KVLI_UNROLL for (int i = 0; i < NP; i++) kvli_z_pair(f, row, side, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
             KVLI_UNROLL for (int h = 0; h < H; h++) {
                 __m512 w = _mm512_set1_ps(p[h * KVLI_CPU_STRIDE]);
@@ -5459,10 +5833,10 @@ KVLI_Y __m256 kvli_y_seen(const kvli_cpu_run *run, uint32_t t) {
     return _mm256_castsi256_ps(_mm256_or_si256(in, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->sink), at)));
 }
 
-static KVLI_TARGET_AVX2 float kvli_y_softmax(float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st) {
+static KVLI_TARGET_AVX2 uint32_t kvli_y_softmax(float *s, const kvli_cpu_run *run, uint32_t n, float cap, kvli_cpu_stat *st, float *by) {
     __m256 m = _mm256_set1_ps(st->m), sum[4];
     __m128 half;
-    float by;
+    (void)n;
     for (uint32_t t = 0; t < KVLI_CPU_TILE; t += 8) {
         __m256 x = _mm256_loadu_ps(s + t);
         if (cap != 0) x = kvli_y_softcap(x, cap);
@@ -5473,7 +5847,7 @@ static KVLI_TARGET_AVX2 float kvli_y_softmax(float *s, const kvli_cpu_run *run, 
     m = _mm256_max_ps(m, _mm256_permute2f128_ps(m, m, 0x01));
     m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4e));
     m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xb1));
-    by = kvli_y_exp2(st->m - _mm256_cvtss_f32(m));
+    *by = kvli_y_exp2(st->m - _mm256_cvtss_f32(m));
     KVLI_UNROLL for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
     for (uint32_t t = 0; t < KVLI_CPU_TILE; t += 32) {
         KVLI_UNROLL for (uint32_t i = 0; i < 4; i++) {
@@ -5486,9 +5860,9 @@ static KVLI_TARGET_AVX2 float kvli_y_softmax(float *s, const kvli_cpu_run *run, 
     half = _mm_add_ps(_mm256_castps256_ps128(sum[0]), _mm256_extractf128_ps(sum[0], 1));
     half = _mm_add_ps(half, _mm_permute_ps(half, 0x4e));
     half = _mm_add_ps(half, _mm_permute_ps(half, 0xb1));
-    st->l = st->l * by + _mm_cvtss_f32(half);
+    st->l = st->l * *by + _mm_cvtss_f32(half);
     st->m = _mm256_cvtss_f32(m);
-    return by;
+    return 1;
 }
 
 /* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and 8 * W dims. */
@@ -5634,6 +6008,7 @@ typedef struct kvli_cpu_unit {
     float *q[2], *acc[2], *run_acc, *s, *scratch; /* [KVLI_PACKED], [KVLI_EXACT]: the same array unless two_q, two_acc */
     kvli_cpu_stat stat[KVLI_CPU_MAX_Q], run_stat[KVLI_CPU_MAX_Q];
     kvli_cpu_run runs[KVLI_CPU_MAX_Q];            /* of the tile at hand */
+    bool whole;                                   /* every row sees all of it */
     kvli_cpu_spread spread;
 } kvli_cpu_unit;
 
@@ -5762,8 +6137,11 @@ KVLI_NOINLINE void kvli_cpu_finish(const kvli_cpu_job *job, const kvli_attend_sp
 /* Which tokens of tile [t0, t0 + n) each query row sees; false: none sees any. */
 static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
     const kvli_layer *L = u->job->a->layer;
+    const kvli_cpu_run all = {0, 0, n};
     bool any = false;
-    for (uint32_t i = 0; i < u->n_q; i++) {
+    u->whole = kvli_cpu_position(u, 0) + 1 >= t0 + n && (!L->window || kvli_cpu_position(u, u->n_q - 1) < t0 + L->window);
+    for (uint32_t i = 0; i < u->n_q && u->whole; i++) u->runs[i] = all;
+    for (uint32_t i = 0; i < u->n_q && !u->whole; i++) {
         uint32_t p = kvli_cpu_position(u, i), lo = L->window && p + 1 > L->window ? p + 1 - L->window : 0;
         uint32_t sink = kvli_min_u32(L->window ? L->sink_tokens : 0, lo);
         kvli_cpu_run *r = &u->runs[i];
@@ -5773,18 +6151,18 @@ static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
         if (r->lo > r->hi) r->lo = r->hi;
         any |= r->sink > 0 || r->lo < r->hi;
     }
-    return any;
+    return any || u->whole;
 }
 
 /* Consecutive blocks of the tile at hand, and the query rows [q0, q0 + n_q) that read this version of them. */
 enum { KVLI_CPU_BLOCKS = KVLI_CPU_TILE / 8 };
 typedef struct kvli_cpu_part {
-    const uint8_t *k[KVLI_CPU_BLOCKS + 1], *v[KVLI_CPU_BLOCKS + 1]; /* the last once more: kernels of 16 tokens look at two of 8 */
+    const uint8_t *k[KVLI_CPU_BLOCKS + 1], *v[KVLI_CPU_BLOCKS + 1]; /* one more: kernels prefetch the next, and those of 16 tokens look at two of 8 */
     uint32_t cls, n_tiles, first, n, q0, n_q;
 } kvli_cpu_part;
 
 /* Adds block b, read by query rows [q0, q1) less those at both ends that see none of it: those may have no such block any more. */
-static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t first, uint32_t q0, uint32_t q1, kvli_cpu_part *parts,
+static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t next, uint32_t first, uint32_t q0, uint32_t q1, kvli_cpu_part *parts,
                                uint32_t *n_parts) {
     const kvli_layer *L = u->job->a->layer;
     const kvli_cpu_run *r = u->runs;
@@ -5792,11 +6170,12 @@ static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t 
     kvli_cpu_part *p = *n_parts ? &parts[*n_parts - 1] : NULL;
     const uint8_t *at;
 #define KVLI_SEES(i) (r[i].sink > first || (r[i].lo < first + T && r[i].hi > first && r[i].lo < r[i].hi))
-    while (q0 < q1 && !KVLI_SEES(q0)) q0++;
-    while (q0 < q1 && !KVLI_SEES(q1 - 1)) q1--;
+    while (!u->whole && q0 < q1 && !KVLI_SEES(q0)) q0++;
+    while (!u->whole && q0 < q1 && !KVLI_SEES(q1 - 1)) q1--;
 #undef KVLI_SEES
     if (q0 == q1) return;
-    for (uint32_t i = q0; i < q1; i++) n = kvli_max_u32(n, kvli_max_u32(r[i].sink, r[i].hi));
+    if (u->whole) n = first + T;
+    for (uint32_t i = q0; i < q1 && !u->whole; i++) n = kvli_max_u32(n, kvli_max_u32(r[i].sink, r[i].hi));
     at = kvli_cpu_tile(u->job->a, entry, u->head, &cls);
     if (!p || p->cls != cls || p->q0 != q0 || p->n_q != q1 - q0 || p->first + p->n_tiles * T != first) {
         p = &parts[(*n_parts)++];
@@ -5807,9 +6186,11 @@ static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t 
         p->n_q = q1 - q0;
     }
     p->n = kvli_min_u32(n, first + T) - p->first;
-    p->k[p->n_tiles] = p->k[p->n_tiles + 1] = at;
-    p->v[p->n_tiles] = p->v[p->n_tiles + 1] = at + L->v_offset[cls];
-    p->n_tiles++;
+    p->k[p->n_tiles] = at;
+    p->v[p->n_tiles++] = at + L->v_offset[cls];
+    if (next != KVL_NONE && T >= 16) at = kvli_cpu_tile(u->job->a, next, u->head, &cls);
+    p->k[p->n_tiles] = at;
+    p->v[p->n_tiles] = at + L->v_offset[cls];
 }
 
 /* The parts of tile [t0, t0 + n): earlier blocks as the table has them, then each row's own block, exact. */
@@ -5818,11 +6199,12 @@ static uint32_t kvli_cpu_tile_parts(const kvli_cpu_unit *u, uint32_t t0, uint32_
     uint32_t T = u->job->a->geo->block_tokens, n_parts = 0;
     for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
         uint32_t later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
-        if (later < u->n_q) kvli_cpu_add_block(u, blocks->table[b], b * T - t0, later, u->n_q, parts, &n_parts);
+        uint32_t next = b + 1 < blocks->n_blocks ? blocks->table[b + 1] : KVL_NONE;
+        if (later < u->n_q) kvli_cpu_add_block(u, blocks->table[b], next, b * T - t0, later, u->n_q, parts, &n_parts);
     }
-    for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
+    for (uint32_t b = kvli_max_u32(t0 / T, blocks->first_own); b * T < t0 + n; b++) {
         uint32_t own = kvli_cpu_first_at(u, (uint64_t)b * T), later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
-        if (own < later) kvli_cpu_add_block(u, blocks->own[b - blocks->first_own], b * T - t0, own, later, parts, &n_parts);
+        if (own < later) kvli_cpu_add_block(u, blocks->own[b - blocks->first_own], KVL_NONE, b * T - t0, own, later, parts, &n_parts);
     }
     return n_parts;
 }
@@ -5864,14 +6246,17 @@ static void kvli_cpu_tile_step(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
         kvli_cpu_block b = kvli_cpu_block_of(u, &parts[i], true);
         job->ops->score(&b);
     }
-    for (uint32_t i = 0; i < u->n_q; i++) {
+    for (uint32_t i = 0, done; i < u->n_q; i += done) {
         const kvli_cpu_run *r = &u->runs[i];
-        float by;
+        float by[2];
+        done = 1;
         if (r->sink == 0 && r->lo == r->hi) continue;
-        by = job->ops->softmax(u->s + (size_t)i * KVLI_CPU_STRIDE, r, L->softcap * KVLI_LOG2E, &u->stat[i]);
-        if (by == 1.0f) continue;
-        kvli_cpu_scale(u->acc[KVLI_EXACT] + (size_t)i * job->acc_floats, job->acc_floats, by);
-        if (job->two_acc) kvli_cpu_scale(u->acc[KVLI_PACKED] + (size_t)i * job->acc_floats, job->acc_floats, by);
+        done = job->ops->softmax(u->s + (size_t)i * KVLI_CPU_STRIDE, r, u->n_q - i, L->softcap * KVLI_LOG2E, &u->stat[i], by);
+        for (uint32_t k = 0; k < done; k++) {
+            if (by[k] == 1.0f) continue;
+            kvli_cpu_scale(u->acc[KVLI_EXACT] + (size_t)(i + k) * job->acc_floats, job->acc_floats, by[k]);
+            if (job->two_acc) kvli_cpu_scale(u->acc[KVLI_PACKED] + (size_t)(i + k) * job->acc_floats, job->acc_floats, by[k]);
+        }
     }
     for (uint32_t i = 0; i < n_parts; i++) {
         kvli_cpu_block b = kvli_cpu_block_of(u, &parts[i], false);
@@ -6097,7 +6482,8 @@ static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a) {
     if (merge) kvli_parallel(ctx, a->n_spans * a->geo->n_kv_heads, kvli_cpu_merge_task, &job);
 }
 
-/* ==== >>null: no math and no memory: scheduler tests, capacity planning ===================================================== */
+/* ==== >>null: no math and no memory: scheduler tests, capacity planning
+ * ===================================================== */
 static bool kvli_null_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
     return kvli_side_supported(f, is_key, tokens, dim, why);
 }
@@ -6106,13 +6492,29 @@ static uint64_t kvli_null_alloc(kvl_context *ctx, size_t bytes) {
     ctx->null_address += (bytes + 127) & ~(size_t)127;
     return at;
 }
-static void kvli_null_free(kvl_context *ctx, uint64_t address, size_t bytes) { (void)ctx; (void)address; (void)bytes; }
-static void kvli_null_copy(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes) { (void)ctx; (void)dst; (void)src; (void)bytes; }
-static size_t kvli_null_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens) {
-    (void)geo; (void)n_threads; (void)max_step_tokens; (void)max_seq_tokens;
+static void kvli_null_free(kvl_context *ctx, uint64_t address, size_t bytes) {
+    (void)ctx;
+    (void)address;
+    (void)bytes;
+}
+static void kvli_null_copy(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes) {
+    (void)ctx;
+    (void)dst;
+    (void)src;
+    (void)bytes;
+}
+static size_t kvli_null_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens,
+                                  uint32_t max_seq_tokens) {
+    (void)geo;
+    (void)n_threads;
+    (void)max_step_tokens;
+    (void)max_seq_tokens;
     return 0;
 }
-static void kvli_null_attend(kvl_context *ctx, const kvli_attend *args) { (void)ctx; (void)args; }
+static void kvli_null_attend(kvl_context *ctx, const kvli_attend *args) {
+    (void)ctx;
+    (void)args;
+}
 
 /* The CPU's memory; its attention is in >>cpu. */
 static uint64_t kvli_cpu_alloc(kvl_context *ctx, size_t bytes) {
@@ -6131,22 +6533,26 @@ static void kvli_cpu_copy(kvl_context *ctx, uint64_t dst, uint64_t src, size_t b
     (void)ctx;
     memcpy((void *)(uintptr_t)dst, (const void *)(uintptr_t)src, bytes);
 }
-static void kvli_cpu_poison(kvl_context *ctx, uint64_t address, size_t bytes) { /* all ones: NaN in every float format */
+static void kvli_cpu_poison(kvl_context *ctx, uint64_t address,
+                            size_t bytes) { /* all ones: NaN in every float format */
     (void)ctx;
     memset((void *)(uintptr_t)address, 0xff, bytes);
 }
 
-static const kvli_backend kvli_backends[] = { /* in the order that AUTO tries them */
-    {"cpu", KVL_BACKEND_CPU, true, kvli_side_supported, kvli_cpu_alloc, kvli_cpu_free, kvli_cpu_copy, kvli_cpu_poison, kvli_cpu_workspace,
-     kvli_cpu_attend},
-    {"null", KVL_BACKEND_NULL, false, kvli_null_supports, kvli_null_alloc, kvli_null_free, kvli_null_copy, kvli_null_free, kvli_null_workspace,
-     kvli_null_attend},
+static const kvli_backend kvli_backends[] = {
+    /* in the order that AUTO tries them */
+    {"cpu", KVL_BACKEND_CPU, true, kvli_side_supported, kvli_cpu_alloc, kvli_cpu_free, kvli_cpu_copy,
+     kvli_cpu_poison, kvli_cpu_workspace, kvli_cpu_attend},
+    {"null", KVL_BACKEND_NULL, false, kvli_null_supports, kvli_null_alloc, kvli_null_free, kvli_null_copy,
+     kvli_null_free, kvli_null_workspace, kvli_null_attend},
 };
 
-/* ==== >>public: context ================================================================================================== */
+/* ==== >>public: context
+ * ================================================================================================== */
 KVL_API const char *kvl_result_name(kvl_result r) {
     switch ((int)r) {
-#define KVL_RESULT_NAME_(name, value, text) case value: return #name;
+#define KVL_RESULT_NAME_(name, value, text) \
+    case value: return #name;
         KVL_RESULTS(KVL_RESULT_NAME_)
 #undef KVL_RESULT_NAME_
     default: return "UNKNOWN";
@@ -6154,16 +6560,20 @@ KVL_API const char *kvl_result_name(kvl_result r) {
 }
 KVL_API const char *kvl_result_text(kvl_result r) {
     switch ((int)r) {
-#define KVL_RESULT_TEXT_(name, value, text) case value: return text;
+#define KVL_RESULT_TEXT_(name, value, text) \
+    case value: return text;
         KVL_RESULTS(KVL_RESULT_TEXT_)
 #undef KVL_RESULT_TEXT_
     default: return "not a result of kvlite";
     }
 }
 KVL_API const char *kvl_match_reason_text(kvl_match_reason r) {
-    static const char *const text[] = {"all that can be reused was",      "the next tokens differ",
-                                       "nothing cached goes on from here", "cached only under another namespace or salt",
-                                       "evicted",                          "the shared rows stand in a packed block",
+    static const char *const text[] = {"all that can be reused was",
+                                       "the next tokens differ",
+                                       "nothing cached goes on from here",
+                                       "cached only under another namespace or salt",
+                                       "evicted",
+                                       "the shared rows stand in a packed block",
                                        "nothing is cached"};
     return (uint32_t)r < sizeof text / sizeof *text ? text[r] : "unknown";
 }
@@ -6192,12 +6602,14 @@ static bool kvli_pool_create(kvl_context *ctx) {
     if (!p) return false;
     memset(p, 0, size);
     p->threads = (kvli_thread *)(p + 1);
-    if (!kvli_mutex_init(&p->job) || !kvli_mutex_init(&p->sleep) || !kvli_cond_init(&p->wake) || !kvli_cond_init(&p->done)) {
+    if (!kvli_mutex_init(&p->job) || !kvli_mutex_init(&p->sleep) || !kvli_cond_init(&p->wake) ||
+        !kvli_cond_init(&p->done)) {
         kvli_free(ctx, p, size);
         return false;
     }
     ctx->pool = p;
-    while (p->n_threads < workers && kvli_thread_start(&p->threads[p->n_threads], kvli_pool_main, p)) p->n_threads++;
+    while (p->n_threads < workers && kvli_thread_start(&p->threads[p->n_threads], kvli_pool_main, p))
+        p->n_threads++;
     if (p->n_threads == workers) return true;
     kvli_pool_destroy(ctx);
     return false;
@@ -6214,26 +6626,37 @@ KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context 
     kvli_text err = kvli_text_at(local.desc.error, local.desc.error_size);
     if (!out) return kvli_fail(&local, err, KVL_INVALID_ARG, "kvl_context_create: out is null");
     if (local.desc.n_threads > 1024)
-        return kvli_fail(&local, err, KVL_INVALID_ARG, "n_threads: %u is more than 1024", local.desc.n_threads);
-    if ((uint32_t)local.desc.simd > KVL_SIMD_AVX512) return kvli_fail(&local, err, KVL_INVALID_ARG, "simd: %d is unknown", (int)local.desc.simd);
+        return kvli_fail(&local, err, KVL_INVALID_ARG, "n_threads: %u is more than 1024",
+                         local.desc.n_threads);
+    if ((uint32_t)local.desc.simd > KVL_SIMD_AVX512)
+        return kvli_fail(&local, err, KVL_INVALID_ARG, "simd: %d is unknown", (int)local.desc.simd);
     local.simd = local.desc.simd ? local.desc.simd : kvli_simd_best();
     if (local.simd > kvli_simd_best())
-        return kvli_fail(&local, err, KVL_UNSUPPORTED, "simd: this CPU or build has no %s", simd_names[local.simd]);
+        return kvli_fail(&local, err, KVL_UNSUPPORTED, "simd: this CPU or build has no %s",
+                         simd_names[local.simd]);
     for (size_t i = 0; i < sizeof kvli_backends / sizeof *kvli_backends && !local.backend; i++)
-        if (local.desc.backend == KVL_BACKEND_AUTO || local.desc.backend == kvli_backends[i].kind) local.backend = &kvli_backends[i];
-    if (!local.backend) return kvli_fail(&local, err, KVL_NO_BACKEND, "backend: %d is not in this build", (int)local.desc.backend);
+        if (local.desc.backend == KVL_BACKEND_AUTO || local.desc.backend == kvli_backends[i].kind)
+            local.backend = &kvli_backends[i];
+    if (!local.backend)
+        return kvli_fail(&local, err, KVL_NO_BACKEND, "backend: %d is not in this build",
+                         (int)local.desc.backend);
     local.null_address = 4096;
-    if (local.backend->kind == KVL_BACKEND_CPU) snprintf(local.name, sizeof local.name, "cpu (%s)", simd_names[local.simd]);
-    else snprintf(local.name, sizeof local.name, "%s", local.backend->name);
+    if (local.backend->kind == KVL_BACKEND_CPU)
+        snprintf(local.name, sizeof local.name, "cpu (%s)", simd_names[local.simd]);
+    else
+        snprintf(local.name, sizeof local.name, "%s", local.backend->name);
     snprintf(local.report, sizeof local.report, "%s: %s\n", local.backend->name,
              local.desc.backend == KVL_BACKEND_AUTO ? "chosen: the first that works" : "as asked");
     ctx = (kvl_context *)kvli_alloc(&local, sizeof *ctx);
-    if (!ctx) return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY, "kvl_context_create: the allocator returned null");
+    if (!ctx)
+        return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY,
+                         "kvl_context_create: the allocator returned null");
     *ctx = local;
     ctx->desc.error = NULL;
     if (!ctx->desc.parallel_for && ctx->desc.n_threads > 1 && !kvli_pool_create(ctx)) {
         kvli_free(&local, ctx, sizeof *ctx);
-        return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY, "n_threads: %u threads could not be started", local.desc.n_threads);
+        return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY, "n_threads: %u threads could not be started",
+                         local.desc.n_threads);
     }
     *out = ctx;
     return KVL_OK;
@@ -6248,14 +6671,16 @@ KVL_API void kvl_context_destroy(kvl_context *ctx) {
 KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? ctx->name : ""; }
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
 
-/* ==== >>public: cache create ============================================================================================= */
+/* ==== >>public: cache create
+ * ============================================================================================= */
 static bool kvli_finite(float x) { return x > -1e30f && x < 1e30f; }
 
-static bool kvli_side_make(kvl_cache *c, kvli_side *side, const char *field, uint32_t layer, kvl_format f, bool is_key, uint32_t dim,
-                           float global, kvl_result *r) {
+static bool kvli_side_make(kvl_cache *c, kvli_side *side, const char *field, uint32_t layer, kvl_format f,
+                           bool is_key, uint32_t dim, float global, kvl_result *r) {
     const char *why = "";
     if (!c->ctx->backend->supports(f, is_key, c->geo.block_tokens, dim, &why)) {
-        *r = KVLI_ERROR(c, KVL_UNSUPPORTED, "%s of layer %u: %s: %s (%s)", field, layer, kvl_format_name(f), why, c->ctx->backend->name);
+        *r = KVLI_ERROR(c, KVL_UNSUPPORTED, "%s of layer %u: %s: %s (%s)", field, layer, kvl_format_name(f),
+                        why, c->ctx->backend->name);
         return false;
     }
     side->format = f & ~(kvl_format)KVL_ROTATED;
@@ -6271,51 +6696,71 @@ static kvl_result kvli_geometry_check(kvl_cache *c, kvl_geometry *g) {
     const kvl_preset *preset = kvl_preset_find(g->preset ? g->preset : "int8");
     if (!preset) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.preset: \"%s\" is unknown", g->preset);
     g->preset = preset->name;
-    if (!g->n_layers || g->n_layers > 4096) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_layers: %u is not in 1..4096", g->n_layers);
-    if (!g->n_q_heads || g->n_q_heads > 4096) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_q_heads: %u is not in 1..4096", g->n_q_heads);
+    if (!g->n_layers || g->n_layers > 4096)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_layers: %u is not in 1..4096", g->n_layers);
+    if (!g->n_q_heads || g->n_q_heads > 4096)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_q_heads: %u is not in 1..4096", g->n_q_heads);
     if (!g->n_kv_heads) g->n_kv_heads = g->n_q_heads;
     if (g->n_q_heads % g->n_kv_heads)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_kv_heads: %u does not divide n_q_heads %u", g->n_kv_heads, g->n_q_heads);
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.n_kv_heads: %u does not divide n_q_heads %u",
+                          g->n_kv_heads, g->n_q_heads);
     if (!g->v_dim) g->v_dim = g->k_dim;
     if (g->k_dim < 16 || g->k_dim > 256 || g->k_dim % 16)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.k_dim: %u is not a multiple of 16 in 16..256", g->k_dim);
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.k_dim: %u is not a multiple of 16 in 16..256",
+                          g->k_dim);
     if (g->v_dim < 16 || g->v_dim > 256 || g->v_dim % 16)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.v_dim: %u is not a multiple of 16 in 16..256", g->v_dim);
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.v_dim: %u is not a multiple of 16 in 16..256",
+                          g->v_dim);
     if (!kvli_finite(g->scale)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.scale is not finite");
     if (g->scale == 0) g->scale = 1.0f / sqrtf((float)g->k_dim);
     if (!g->block_tokens) g->block_tokens = 32;
     if (g->block_tokens != 8 && g->block_tokens != 16 && g->block_tokens != 32 && g->block_tokens != 64)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.block_tokens: %u is not 8, 16, 32 or 64", g->block_tokens);
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.block_tokens: %u is not 8, 16, 32 or 64",
+                          g->block_tokens);
     if (!g->segment_tokens) g->segment_tokens = 1024;
     if (g->segment_tokens % 64 || g->segment_tokens > 1u << 20)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.segment_tokens: %u is not a multiple of 64 up to 1048576", g->segment_tokens);
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "geometry.segment_tokens: %u is not a multiple of 64 up to 1048576",
+                          g->segment_tokens);
     if (!g->sink_blocks) g->sink_blocks = 1;
     if (!g->k_format) g->k_format = preset->k;
     if (!g->v_format) g->v_format = preset->v;
     if (!g->exact_format) g->exact_format = preset->exact;
     if (g->exact_format != KVL_F32 && g->exact_format != KVL_F16 && g->exact_format != KVL_BF16)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.exact_format: %s is not f32, f16 or bf16", kvl_format_name(g->exact_format));
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.exact_format: %s is not f32, f16 or bf16",
+                          kvl_format_name(g->exact_format));
     return KVL_OK;
 }
 
 static kvl_result kvli_layer_check(kvl_cache *c, uint32_t l, const kvl_layer *layer) {
-    if (layer->shares_kv_with) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].shares_kv_with is not built yet", l);
-    if (layer->latent_dim) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].latent_dim is not built yet", l);
-    if (layer->state_bytes) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].state_bytes is not built yet", l);
-    if (layer->window > 1u << 30) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].window: %u is too large", l, layer->window);
+    if (layer->shares_kv_with)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].shares_kv_with is not built yet", l);
+    if (layer->latent_dim)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].latent_dim is not built yet", l);
+    if (layer->state_bytes)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers[%u].state_bytes is not built yet", l);
+    if (layer->window > 1u << 30)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].window: %u is too large", l,
+                          layer->window);
     if (layer->sink_tokens > 1u << 20)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].sink_tokens: %u is too large", l, layer->sink_tokens);
-    if (!(layer->k_global >= 0) || !kvli_finite(layer->k_global)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].k_global is negative or not finite", l);
-    if (!(layer->v_global >= 0) || !kvli_finite(layer->v_global)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].v_global is negative or not finite", l);
-    if (!(layer->softcap >= 0) || !kvli_finite(layer->softcap)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].softcap is not finite", l);
-    if (!kvli_finite(layer->scale)) return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].scale is not finite", l);
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].sink_tokens: %u is too large", l,
+                          layer->sink_tokens);
+    if (!(layer->k_global >= 0) || !kvli_finite(layer->k_global))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].k_global is negative or not finite", l);
+    if (!(layer->v_global >= 0) || !kvli_finite(layer->v_global))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].v_global is negative or not finite", l);
+    if (!(layer->softcap >= 0) || !kvli_finite(layer->softcap))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].softcap is not finite", l);
+    if (!kvli_finite(layer->scale))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "geometry.layers[%u].scale is not finite", l);
     return KVL_OK;
 }
 
 /* Finds or adds the group of a layer; KVL_NONE if there are too many. */
 static uint32_t kvli_group_of(kvl_cache *c, uint32_t window, uint32_t sink_tokens) {
     uint32_t g = 0;
-    while (g < c->geo.n_groups && (c->groups[g].window != window || c->groups[g].sink_tokens != sink_tokens)) g++;
+    while (g < c->geo.n_groups && (c->groups[g].window != window || c->groups[g].sink_tokens != sink_tokens))
+        g++;
     if (g < c->geo.n_groups) return g;
     if (g == KVLI_MAX_GROUPS) return KVL_NONE;
     c->groups[g].window = window;
@@ -6323,7 +6768,8 @@ static uint32_t kvli_group_of(kvl_cache *c, uint32_t window, uint32_t sink_token
     return c->geo.n_groups++, g;
 }
 
-static kvl_result kvli_layer_make(kvl_cache *c, const kvl_geometry *g, uint32_t l, const kvl_layer *d, float *sinks) {
+static kvl_result kvli_layer_make(kvl_cache *c, const kvl_geometry *g, uint32_t l, const kvl_layer *d,
+                                  float *sinks) {
     kvli_layer *layer = &c->geo.layers[l];
     kvl_result r = kvli_layer_check(c, l, d);
     if (r != KVL_OK) return r;
@@ -6336,11 +6782,14 @@ static kvl_result kvli_layer_make(kvl_cache *c, const kvl_geometry *g, uint32_t 
         layer->sink_logits = sinks;
     }
     layer->group = kvli_group_of(c, layer->window, layer->sink_tokens);
-    if (layer->group == KVL_NONE) return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers: more than %d different windows", KVLI_MAX_GROUPS);
+    if (layer->group == KVL_NONE)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.layers: more than %d different windows",
+                          KVLI_MAX_GROUPS);
     kvl_format k = d->k_format ? d->k_format : g->k_format, v = d->v_format ? d->v_format : g->v_format;
     if (!kvli_side_make(c, &layer->k[KVLI_PACKED], "k_format", l, k, true, g->k_dim, d->k_global, &r) ||
         !kvli_side_make(c, &layer->v[KVLI_PACKED], "v_format", l, v, false, g->v_dim, d->v_global, &r) ||
-        !kvli_side_make(c, &layer->k[KVLI_EXACT], "exact_format", l, g->exact_format, true, g->k_dim, 0, &r) ||
+        !kvli_side_make(c, &layer->k[KVLI_EXACT], "exact_format", l, g->exact_format, true, g->k_dim, 0,
+                        &r) ||
         !kvli_side_make(c, &layer->v[KVLI_EXACT], "exact_format", l, g->exact_format, false, g->v_dim, 0, &r))
         return r;
     kvli_group *group = &c->groups[layer->group];
@@ -6382,7 +6831,9 @@ static kvl_result kvli_geometry_make(kvl_cache *c) {
         if (pass) break;
         c->layer_bytes = a.used;
         c->layer_arena = a.base = (uint8_t *)kvli_alloc(c->ctx, a.used);
-        if (!a.base) return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null for %zu bytes", a.used);
+        if (!a.base)
+            return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY,
+                              "kvl_cache_create: the allocator returned null for %zu bytes", a.used);
     }
     memset(c->layer_arena, 0, c->layer_bytes);
     for (uint32_t l = 0; l < g->n_layers && r == KVL_OK; l++)
@@ -6401,7 +6852,8 @@ static size_t kvli_largest_block(const kvl_cache *c) {
     return largest;
 }
 
-static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes, uint64_t budget) { /* returns how many slabs the budget holds */
+static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes,
+                              uint64_t budget) { /* returns how many slabs the budget holds */
     c->slab_bytes = bytes;
     c->max_per_slab = 0;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
@@ -6413,8 +6865,8 @@ static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes, uint64_t budget) { /* 
     return budget / bytes;
 }
 
-/* Slab size: at least the largest block and about 1/256 of the budget, chosen so that what the classes leave over at its end, and the slab
-   that each class has half empty, waste least. */
+/* Slab size: at least the largest block and about 1/256 of the budget, chosen so that what the classes leave
+   over at its end, and the slab that each class has half empty, waste least. */
 static size_t kvli_slab_size(const kvl_cache *c, uint64_t budget) {
     size_t largest = kvli_largest_block(c), best = 0;
     double best_cost = 1e30;
@@ -6434,19 +6886,25 @@ static size_t kvli_slab_size(const kvl_cache *c, uint64_t budget) {
                 weight += w;
             }
             double cost = slack / weight + 0.5 * classes * (double)size / (double)(budget ? budget : 1);
-            if (cost < best_cost) { best_cost = cost; best = size; }
+            if (cost < best_cost) {
+                best_cost = cost;
+                best = size;
+            }
         }
     }
     return best;
 }
 
-static uint32_t kvli_longest(const kvl_cache *c, uint32_t limit, uint32_t n_slabs, bool empty) { /* longest sequence that fits */
+static uint32_t kvli_longest(const kvl_cache *c, uint32_t limit, uint32_t n_slabs,
+                             bool empty) { /* longest sequence that fits */
     uint32_t low = 0, high = limit, need[KVLI_MAX_CLASSES];
     while (low < high) {
         uint32_t mid = low + (high - low + 1) / 2;
         kvli_need(c, mid, c->geo.block_tokens, need);
-        if (kvli_fits(c, need, n_slabs, empty, NULL)) low = mid;
-        else high = mid - 1;
+        if (kvli_fits(c, need, n_slabs, empty, NULL))
+            low = mid;
+        else
+            high = mid - 1;
     }
     return low;
 }
@@ -6454,33 +6912,45 @@ static uint32_t kvli_longest(const kvl_cache *c, uint32_t limit, uint32_t n_slab
 /* Everything that create decides before it allocates. */
 static kvl_result kvli_cache_plan(kvl_cache *c) {
     kvl_cache_desc *d = &c->desc;
-    if (!d->device_bytes) return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes is required: the budget for KV blocks");
+    if (!d->device_bytes)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes is required: the budget for KV blocks");
     if (!d->max_device_bytes) d->max_device_bytes = d->device_bytes;
-    if (d->max_device_bytes < d->device_bytes) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_device_bytes is below device_bytes");
+    if (d->max_device_bytes < d->device_bytes)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "max_device_bytes is below device_bytes");
     if (!d->max_sequences) d->max_sequences = 256;
-    if (d->max_sequences > 65535) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_sequences: %u is more than 65535", d->max_sequences);
+    if (d->max_sequences > 65535)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "max_sequences: %u is more than 65535", d->max_sequences);
     if (!d->max_seq_tokens) d->max_seq_tokens = 131072;
-    if (d->max_seq_tokens > 1u << 27) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_seq_tokens: %u is more than 134217728", d->max_seq_tokens);
+    if (d->max_seq_tokens > 1u << 27)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "max_seq_tokens: %u is more than 134217728", d->max_seq_tokens);
     if (!d->max_step_tokens) d->max_step_tokens = 512;
-    if (d->max_step_tokens > 1u << 20) return KVLI_ERROR(c, KVL_INVALID_ARG, "max_step_tokens: %u is more than 1048576", d->max_step_tokens);
-    if (d->lookup_hash_bits > 32) return KVLI_ERROR(c, KVL_INVALID_ARG, "lookup_hash_bits: %u is more than 32", d->lookup_hash_bits);
+    if (d->max_step_tokens > 1u << 20)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "max_step_tokens: %u is more than 1048576", d->max_step_tokens);
+    if (d->lookup_hash_bits > 32)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "lookup_hash_bits: %u is more than 32", d->lookup_hash_bits);
     kvl_result r = kvli_geometry_make(c);
     if (r != KVL_OK) return r;
     uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES];
     bool two = false;
     for (uint32_t g = 0; g < c->geo.n_groups; g++) two = two || c->groups[g].two_class;
     c->scratch_bytes = two ? c->scratch_slot * (d->max_step_tokens / T) : 0;
-    c->workspace_bytes = c->ctx->backend->workspace(&c->geo, kvli_threads(c->ctx), d->max_step_tokens, d->max_seq_tokens);
+    c->workspace_bytes =
+        c->ctx->backend->workspace(&c->geo, kvli_threads(c->ctx), d->max_step_tokens, d->max_seq_tokens);
     c->fixed_bytes = (uint64_t)c->scratch_bytes + c->workspace_bytes;
-    uint64_t room = d->max_device_bytes > c->fixed_bytes ? d->max_device_bytes - c->fixed_bytes : 0, least = 0, slabs;
+    uint64_t room = d->max_device_bytes > c->fixed_bytes ? d->max_device_bytes - c->fixed_bytes : 0,
+             least = 0, slabs;
     kvli_need(c, 2 * T, T, need);
     slabs = kvli_slab_set(c, kvli_slab_size(c, room), room);
-    if (slabs * c->max_per_slab > KVL_ENTRY_ID - 1) return KVLI_ERROR(c, KVL_LIMIT, "max_device_bytes: more than 2^30 blocks");
-    if (!kvli_fits(c, need, (uint32_t)slabs, true, NULL)) slabs = kvli_slab_set(c, kvli_largest_block(c), room);
+    if (slabs * c->max_per_slab > KVL_ENTRY_ID - 1)
+        return KVLI_ERROR(c, KVL_LIMIT, "max_device_bytes: more than 2^30 blocks");
+    if (!kvli_fits(c, need, (uint32_t)slabs, true, NULL))
+        slabs = kvli_slab_set(c, kvli_largest_block(c), room);
     if (!kvli_fits(c, need, (uint32_t)slabs, true, &least))
-        return KVLI_ERROR(c, KVL_NO_BLOCKS, "device_bytes: %llu is too small: one sequence of two blocks takes %llu (%llu of it scratch)",
-                          (unsigned long long)d->max_device_bytes, (unsigned long long)(least * c->slab_bytes + c->fixed_bytes),
-                          (unsigned long long)c->fixed_bytes);
+        return KVLI_ERROR(
+            c, KVL_NO_BLOCKS,
+            "device_bytes: %llu is too small: one sequence of two blocks takes %llu (%llu of it scratch)",
+            (unsigned long long)d->max_device_bytes,
+            (unsigned long long)(least * c->slab_bytes + c->fixed_bytes), (unsigned long long)c->fixed_bytes);
     c->max_slabs = (uint32_t)slabs;
     c->max_blocks = c->max_slabs * c->max_per_slab;
     c->max_seqs = d->max_sequences;
@@ -6489,13 +6959,15 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
     c->max_spans = kvli_min_u32(c->max_seqs, d->max_step_tokens);
     c->max_logits = d->max_step_tokens + c->max_seqs;
     c->max_nodes = c->max_blocks + c->max_seqs + 64;
-    for (c->n_buckets = 64; c->n_buckets < c->max_nodes; c->n_buckets *= 2) {}
+    for (c->n_buckets = 64; c->n_buckets < c->max_nodes; c->n_buckets *= 2) {
+    }
     return KVL_OK;
 }
 
 static void kvli_step_carve(kvl_cache *c, kvli_arena *a) {
     kvli_step_state *st = &c->step;
-    size_t G = c->geo.n_groups, own = G * ((size_t)c->desc.max_step_tokens / c->geo.block_tokens + 2 * (size_t)c->max_spans);
+    size_t G = c->geo.n_groups,
+           own = G * ((size_t)c->desc.max_step_tokens / c->geo.block_tokens + 2 * (size_t)c->max_spans);
     st->undo = KVLI_CARVE(a, kvli_undo, own);
     st->own = KVLI_CARVE(a, uint32_t, own);
     st->copies = KVLI_CARVE(a, kvl_copy, G * c->max_spans);
@@ -6536,7 +7008,8 @@ static void kvli_cache_carve(kvl_cache *c, kvli_arena *a) {
 }
 
 static void kvli_cache_lists(kvl_cache *c) { /* everything free */
-    uint32_t salt = (uint32_t)((uintptr_t)c >> 6) * 0x9E3779B9u; /* so that another cache's handles are not taken for ours */
+    uint32_t salt = (uint32_t)((uintptr_t)c >> 6) *
+                    0x9E3779B9u; /* so that another cache's handles are not taken for ours */
     for (uint32_t i = 0; i < c->max_slabs; i++) {
         c->slabs[i].address = 0;
         c->slabs[i].klass = KVL_NONE;
@@ -6593,7 +7066,8 @@ static void kvli_fixed_unmap(kvl_cache *c) {
 
 static bool kvli_fixed_map(kvl_cache *c) {
     if (c->scratch_bytes && !c->scratch) c->scratch = c->ctx->backend->buffer_alloc(c->ctx, c->scratch_bytes);
-    if (c->workspace_bytes && !c->workspace) c->workspace = c->ctx->backend->buffer_alloc(c->ctx, c->workspace_bytes);
+    if (c->workspace_bytes && !c->workspace)
+        c->workspace = c->ctx->backend->buffer_alloc(c->ctx, c->workspace_bytes);
     if ((!c->scratch_bytes || c->scratch) && (!c->workspace_bytes || c->workspace)) return true;
     kvli_fixed_unmap(c);
     return false;
@@ -6654,9 +7128,12 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     kvli_cache_carve(c, &a);
     uint64_t host = (uint64_t)a.used + c->layer_bytes + sizeof *c;
     if (a.used == SIZE_MAX || (c->desc.host_bytes && host > c->desc.host_bytes))
-        return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: metadata takes %llu bytes", (unsigned long long)host);
+        return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: metadata takes %llu bytes",
+                          (unsigned long long)host);
     c->arena = a.base = (uint8_t *)kvli_alloc(c->ctx, a.used);
-    if (!a.base) return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null for %zu bytes", a.used);
+    if (!a.base)
+        return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY,
+                          "kvl_cache_create: the allocator returned null for %zu bytes", a.used);
     c->arena_bytes = a.used;
     a.used = 0;
     kvli_cache_carve(c, &a);
@@ -6666,10 +7143,13 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     c->stats.slab_bytes = c->slab_bytes;
     c->stats.device_budget = c->desc.device_bytes;
     uint32_t target = kvli_slabs_in(c, c->desc.device_bytes);
-    if (target && !kvli_fixed_map(c)) return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for %llu bytes of scratch", (unsigned long long)c->fixed_bytes);
+    if (target && !kvli_fixed_map(c))
+        return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for %llu bytes of scratch",
+                          (unsigned long long)c->fixed_bytes);
     while (c->n_slabs < target)
         if (!kvli_slab_map(c))
-            return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for slab %u of %u (%zu bytes each)", c->n_slabs + 1, target, c->slab_bytes);
+            return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for slab %u of %u (%zu bytes each)",
+                              c->n_slabs + 1, target, c->slab_bytes);
     kvli_publish(c);
     return KVL_OK;
 }
@@ -6681,7 +7161,10 @@ static kvl_result kvli_cache_new(const kvl_cache_desc *desc, bool plan_only, kvl
     kvli_text err = kvli_text_at(desc->error, desc->error_size);
     if (!ctx) {
         kvl_context_desc d = desc->context_desc;
-        if (!d.error) { d.error = desc->error; d.error_size = desc->error_size; }
+        if (!d.error) {
+            d.error = desc->error;
+            d.error_size = desc->error_size;
+        }
         r = kvl_context_create(&d, &ctx);
         if (r != KVL_OK) return r;
     }
@@ -6746,27 +7229,32 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
     if (!c) return KVL_INVALID_ARG;
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_cache_resize: a step is open");
     if (device_bytes > c->desc.max_device_bytes)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes: %llu is above max_device_bytes %llu", (unsigned long long)device_bytes,
-                          (unsigned long long)c->desc.max_device_bytes);
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes: %llu is above max_device_bytes %llu",
+                          (unsigned long long)device_bytes, (unsigned long long)c->desc.max_device_bytes);
     uint32_t target = kvli_slabs_in(c, device_bytes);
     kvl_result r = KVL_OK;
     while (c->n_slabs > target) {
-        if (c->n_free_slabs) kvli_slab_unmap(c);
-        else if (!kvli_compact(c) && !kvli_evict_one(c) && !kvli_sched_preempt_any(c)) break;
+        if (c->n_free_slabs)
+            kvli_slab_unmap(c);
+        else if (!kvli_compact(c) && !kvli_evict_one(c) && !kvli_sched_preempt_any(c))
+            break;
     }
     if (c->n_slabs > target) {
         uint64_t held = (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes;
         if (held_bytes) *held_bytes = held;
-        r = KVLI_ERROR(c, KVL_NO_BLOCKS, "kvl_cache_resize: open and pinned sequences hold %llu bytes", (unsigned long long)held);
+        r = KVLI_ERROR(c, KVL_NO_BLOCKS, "kvl_cache_resize: open and pinned sequences hold %llu bytes",
+                       (unsigned long long)held);
     }
     if (!c->n_slabs && !target) kvli_fixed_unmap(c);
     bool room = c->n_slabs >= target || kvli_fixed_map(c);
     while (room && c->n_slabs < target) room = kvli_slab_map(c);
     if (!room) {
         if (!c->n_slabs) kvli_fixed_unmap(c);
-        r = KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "kvl_cache_resize: memory for %u of %u slabs", c->n_slabs, target);
+        r = KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "kvl_cache_resize: memory for %u of %u slabs", c->n_slabs,
+                       target);
     }
-    c->stats.device_budget = r == KVL_NO_BLOCKS ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : device_bytes;
+    c->stats.device_budget =
+        r == KVL_NO_BLOCKS ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : device_bytes;
     kvli_publish(c);
     return r;
 }
@@ -6810,17 +7298,23 @@ KVL_API kvl_result kvl_cache_layout(const kvl_cache *c, uint32_t layer, bool exa
     return KVL_OK;
 }
 
-/* ==== >>public: sequences and steps ====================================================================================== */
-static bool kvli_desc_tokens_ok(const kvl_seq_desc *d) { return d && (d->tokens || !d->n_tokens) && d->priority < KVLI_PRIORITIES; }
+/* ==== >>public: sequences and steps
+ * ====================================================================================== */
+static bool kvli_desc_tokens_ok(const kvl_seq_desc *d) {
+    return d && (d->tokens || !d->n_tokens) && d->priority < KVLI_PRIORITIES;
+}
 
 KVL_API kvl_result kvl_seq_open(kvl_cache *c, const kvl_seq_desc *desc, kvl_seq *out, kvl_reuse *reuse) {
     if (out) out->id = 0;
     if (reuse) memset(reuse, 0, sizeof *reuse);
     if (!c) return KVL_INVALID_ARG;
-    if (!out || !kvli_desc_tokens_ok(desc)) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_seq_open: desc or out is null, tokens are null, or priority is above 7");
+    if (!out || !kvli_desc_tokens_ok(desc))
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_seq_open: desc or out is null, tokens are null, or priority is above 7");
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_seq_open: a step is open");
     if (desc->n_tokens > c->desc.max_seq_tokens)
-        return KVLI_ERROR(c, KVL_LIMIT, "n_tokens: %u is more than max_seq_tokens %u", desc->n_tokens, c->desc.max_seq_tokens);
+        return KVLI_ERROR(c, KVL_LIMIT, "n_tokens: %u is more than max_seq_tokens %u", desc->n_tokens,
+                          c->desc.max_seq_tokens);
     if (!c->n_free_seqs) return KVLI_ERROR(c, KVL_LIMIT, "max_sequences: all %u are open", c->max_seqs);
     kvli_match m = kvli_match_find(c, desc);
     *out = kvli_seq_handle(c, kvli_seq_start(c, desc, &m));
@@ -6833,7 +7327,8 @@ KVL_API kvl_result kvl_seq_open(kvl_cache *c, const kvl_seq_desc *desc, kvl_seq 
 static kvl_result kvli_seq_idle(kvl_cache *c, kvl_seq h, const char *call, uint32_t *i) {
     if (!c) return KVL_INVALID_ARG;
     *i = kvli_seq_index(c, h);
-    if (*i == KVL_NONE) return KVLI_ERROR(c, KVL_INVALID_HANDLE, "%s: sequence %08x is not open here", call, h.id);
+    if (*i == KVL_NONE)
+        return KVLI_ERROR(c, KVL_INVALID_HANDLE, "%s: sequence %08x is not open here", call, h.id);
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "%s: a step is open", call);
     return KVL_OK;
 }
@@ -6841,7 +7336,8 @@ static kvl_result kvli_seq_idle(kvl_cache *c, kvl_seq h, const char *call, uint3
 /* The same for a call that changes the sequence. */
 static kvl_result kvli_seq_mine(kvl_cache *c, kvl_seq h, const char *call, uint32_t *i) {
     kvl_result r = kvli_seq_idle(c, h, call, i);
-    if (r == KVL_OK && c->seqs[*i].scheduled) return KVLI_ERROR(c, KVL_INVALID_ARG, "%s: sequence %08x belongs to the scheduler", call, h.id);
+    if (r == KVL_OK && c->seqs[*i].scheduled)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "%s: sequence %08x belongs to the scheduler", call, h.id);
     return r;
 }
 
@@ -6850,14 +7346,17 @@ KVL_API kvl_result kvl_seq_extend(kvl_cache *c, kvl_seq h, uint32_t n_tokens) {
     kvl_result r = kvli_seq_mine(c, h, "kvl_seq_extend", &i);
     if (r != KVL_OK) return r;
     if (n_tokens > c->desc.max_seq_tokens - c->seqs[i].length)
-        return KVLI_ERROR(c, KVL_LIMIT, "kvl_seq_extend: %u + %u tokens is more than max_seq_tokens %u", c->seqs[i].length, n_tokens,
-                          c->desc.max_seq_tokens);
+        return KVLI_ERROR(c, KVL_LIMIT, "kvl_seq_extend: %u + %u tokens is more than max_seq_tokens %u",
+                          c->seqs[i].length, n_tokens, c->desc.max_seq_tokens);
     kvli_growth(c, i, c->seqs[i].length + n_tokens, need);
     memset(taken, 0, sizeof taken);
     for (uint32_t k = 0; k < c->geo.n_groups * 2 && r == KVL_OK; k++)
         while (kvli_reserve_of(c, i, k)->count < need[k]) {
             uint32_t entry = kvli_block_alloc(c, k);
-            if (entry == KVL_NONE) { r = KVL_NO_BLOCKS; break; }
+            if (entry == KVL_NONE) {
+                r = KVL_NO_BLOCKS;
+                break;
+            }
             kvli_reserve_push(c, i, entry);
             taken[k]++;
         }
@@ -6929,7 +7428,8 @@ KVL_API kvl_result kvl_seq_pin(kvl_cache *c, kvl_seq h, bool pin) {
     kvl_result r = kvli_seq_idle(c, h, "kvl_seq_pin", &i);
     if (r != KVL_OK) return r;
     uint32_t old = c->seqs[i].pin_node, node = c->seqs[i].node;
-    if (pin && node == KVL_NONE) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_seq_pin: the sequence has nothing in the prefix tree");
+    if (pin && node == KVL_NONE)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_seq_pin: the sequence has nothing in the prefix tree");
     if (pin) kvli_pin_path(c, node);
     if (old != KVL_NONE) kvli_unpin_path(c, old);
     c->seqs[i].pin_node = pin ? node : KVL_NONE;
@@ -6948,7 +7448,8 @@ static uint32_t kvli_loose_pins(const kvl_cache *c, uint32_t n) {
 KVL_API kvl_result kvl_prefix_unpin(kvl_cache *c, const kvl_seq_desc *d, uint32_t *n_tokens) {
     if (n_tokens) *n_tokens = 0;
     if (!c) return KVL_INVALID_ARG;
-    if (!kvli_desc_tokens_ok(d)) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_prefix_unpin: desc or its tokens are null");
+    if (!kvli_desc_tokens_ok(d))
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_prefix_unpin: desc or its tokens are null");
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_prefix_unpin: a step is open");
     uint32_t T = c->geo.block_tokens, at = kvli_root_find(c, d->name_space, d->salt), deepest = KVL_NONE;
     for (uint32_t done = 0; at != KVL_NONE && c->nodes[at].pins; done += T) {
@@ -6985,31 +7486,40 @@ KVL_API bool kvl_seq_tainted(const kvl_cache *c, kvl_seq h) {
     return i != KVL_NONE && c->seqs[i].tainted;
 }
 
-static kvl_result kvli_span_check(kvl_cache *c, const kvl_span *span, uint32_t s, uint32_t *rows, uint32_t *logits) {
+static kvl_result kvli_span_check(kvl_cache *c, const kvl_span *span, uint32_t s, uint32_t *rows,
+                                  uint32_t *logits) {
     uint32_t i = kvli_seq_index(c, span->seq);
-    if (i == KVL_NONE) return KVLI_ERROR(c, KVL_INVALID_HANDLE, "spans[%u].seq: %08x is not open here", s, span->seq.id);
-    if (c->seqs[i].scheduled) return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].seq: %08x belongs to the scheduler", s, span->seq.id);
+    if (i == KVL_NONE)
+        return KVLI_ERROR(c, KVL_INVALID_HANDLE, "spans[%u].seq: %08x is not open here", s, span->seq.id);
+    if (c->seqs[i].scheduled)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].seq: %08x belongs to the scheduler", s,
+                          span->seq.id);
     if (!span->tokens || !span->n_tokens) return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u]: no tokens", s);
     if (span->n_logits > span->n_tokens)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].n_logits: %u is more than its %u tokens", s, span->n_logits, span->n_tokens);
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].n_logits: %u is more than its %u tokens", s,
+                          span->n_logits, span->n_tokens);
     if (span->n_tokens > c->desc.max_step_tokens - *rows)
-        return KVLI_ERROR(c, KVL_LIMIT, "spans[%u]: more than max_step_tokens %u in one step", s, c->desc.max_step_tokens);
+        return KVLI_ERROR(c, KVL_LIMIT, "spans[%u]: more than max_step_tokens %u in one step", s,
+                          c->desc.max_step_tokens);
     if (span->n_tokens > c->desc.max_seq_tokens - c->seqs[i].length)
-        return KVLI_ERROR(c, KVL_LIMIT, "spans[%u]: %u + %u tokens is more than max_seq_tokens %u", s, c->seqs[i].length, span->n_tokens,
-                          c->desc.max_seq_tokens);
+        return KVLI_ERROR(c, KVL_LIMIT, "spans[%u]: %u + %u tokens is more than max_seq_tokens %u", s,
+                          c->seqs[i].length, span->n_tokens, c->desc.max_seq_tokens);
     *rows += span->n_tokens;
     *logits += span->n_logits;
     return KVL_OK;
 }
 
-KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t n_spans, const kvl_step **out) {
+KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t n_spans,
+                                  const kvl_step **out) {
     uint32_t rows = 0, logits = 0;
     kvl_result r = KVL_OK;
     if (out) *out = NULL;
     if (!c) return KVL_INVALID_ARG;
-    if (!out || !spans || !n_spans) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_step_begin: no spans, or out is null");
+    if (!out || !spans || !n_spans)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_step_begin: no spans, or out is null");
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_step_begin: a step is open");
-    if (n_spans > c->max_spans) return KVLI_ERROR(c, KVL_LIMIT, "kvl_step_begin: %u spans are more than %u", n_spans, c->max_spans);
+    if (n_spans > c->max_spans)
+        return KVLI_ERROR(c, KVL_LIMIT, "kvl_step_begin: %u spans are more than %u", n_spans, c->max_spans);
     for (uint32_t s = 0; s < n_spans; s++) {
         r = kvli_span_check(c, &spans[s], s, &rows, &logits);
         if (r != KVL_OK) return r;
@@ -7017,14 +7527,19 @@ KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t 
     kvli_step_reset(c);
     for (uint32_t s = 0; s < n_spans && r == KVL_OK; s++) {
         uint32_t i = kvli_seq_index(c, spans[s].seq), first = c->step.n_rows;
-        if (c->seqs[i].step_span != KVL_NONE) r = KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].seq: a sequence stands twice in the step", s);
-        else r = kvli_step_add(c, i, &spans[s], 0);
-        if (r == KVL_NO_BLOCKS) KVLI_ERROR(c, r, "spans[%u]: no blocks for %u more tokens", s, spans[s].n_tokens);
+        if (c->seqs[i].step_span != KVL_NONE)
+            r = KVLI_ERROR(c, KVL_INVALID_ARG, "spans[%u].seq: a sequence stands twice in the step", s);
+        else
+            r = kvli_step_add(c, i, &spans[s], 0);
+        if (r == KVL_NO_BLOCKS)
+            KVLI_ERROR(c, r, "spans[%u]: no blocks for %u more tokens", s, spans[s].n_tokens);
         for (uint32_t k = spans[s].n_tokens - spans[s].n_logits; k < spans[s].n_tokens && r == KVL_OK; k++)
             kvli_step_logit(c, first + k, 0, spans[s].user);
     }
-    if (r != KVL_OK) kvli_step_rollback(c);
-    else *out = kvli_step_finish(c);
+    if (r != KVL_OK)
+        kvli_step_rollback(c);
+    else
+        *out = kvli_step_finish(c);
     kvli_publish(c);
     return r;
 }
@@ -7033,7 +7548,8 @@ KVL_API kvl_result kvl_step_end(kvl_cache *c, const kvl_step *step) {
     if (!c) return KVL_INVALID_ARG;
     kvl_result r = kvli_step_complete(c, step, "kvl_step_end");
     if (r != KVL_OK) return r;
-    if (kvli_sched_owns_step(c)) return KVLI_ERROR(c, KVL_MISMATCH, "kvl_step_end: the scheduler's step is ended by kvl_sched_commit");
+    if (kvli_sched_owns_step(c))
+        return KVLI_ERROR(c, KVL_MISMATCH, "kvl_step_end: the scheduler's step is ended by kvl_sched_commit");
     kvli_step_commit(c);
     kvli_publish(c);
     return KVL_OK;
@@ -7043,13 +7559,16 @@ KVL_API kvl_result kvl_step_abort(kvl_cache *c, const kvl_step *step) {
     if (!c) return KVL_INVALID_ARG;
     kvl_result r = kvli_step_is(c, step, "kvl_step_abort");
     if (r != KVL_OK) return r;
-    if (kvli_sched_owns_step(c)) return KVLI_ERROR(c, KVL_MISMATCH, "kvl_step_abort: the scheduler's step is aborted by kvl_sched_abort");
+    if (kvli_sched_owns_step(c))
+        return KVLI_ERROR(c, KVL_MISMATCH,
+                          "kvl_step_abort: the scheduler's step is aborted by kvl_sched_abort");
     kvli_step_rollback(c);
     kvli_publish(c);
     return KVL_OK;
 }
 
-static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim, bool has_memory, kvl_tensor *out) {
+static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim, bool has_memory,
+                             kvl_tensor *out) {
     if (!in || (has_memory && !in->data) || (uint32_t)in->dtype > KVL_DTYPE_BF16) return false;
     *out = *in;
     if (!out->head_stride) out->head_stride = dim;
@@ -7057,22 +7576,25 @@ static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim,
     return true;
 }
 
-KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer, const kvl_tensor *q, const kvl_tensor *k, const kvl_tensor *v,
-                              const kvl_tensor *out) {
+KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer, const kvl_tensor *q,
+                              const kvl_tensor *k, const kvl_tensor *v, const kvl_tensor *out) {
     kvli_attend a;
     if (!c) return KVL_INVALID_ARG;
     kvl_result r = kvli_step_is(c, step, "kvl_attend");
     if (r != KVL_OK) return r;
-    if (layer >= c->geo.n_layers) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: layer %u of %u", layer, c->geo.n_layers);
-    if (c->step.done[layer]) return KVLI_ERROR(c, KVL_MISMATCH, "kvl_attend: layer %u has run in this step", layer);
+    if (layer >= c->geo.n_layers)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: layer %u of %u", layer, c->geo.n_layers);
+    if (c->step.done[layer])
+        return KVLI_ERROR(c, KVL_MISMATCH, "kvl_attend: layer %u has run in this step", layer);
     bool memory = c->ctx->backend->has_memory;
     memset(&a, 0, sizeof a);
-    const char *bad = !kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, memory, &a.q)      ? "q"
-                      : !kvli_tensor_fill(k, c->geo.n_kv_heads, c->geo.k_dim, memory, &a.k)   ? "k"
-                      : !kvli_tensor_fill(v, c->geo.n_kv_heads, c->geo.v_dim, memory, &a.v)   ? "v"
+    const char *bad = !kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, memory, &a.q)       ? "q"
+                      : !kvli_tensor_fill(k, c->geo.n_kv_heads, c->geo.k_dim, memory, &a.k)    ? "k"
+                      : !kvli_tensor_fill(v, c->geo.n_kv_heads, c->geo.v_dim, memory, &a.v)    ? "v"
                       : !kvli_tensor_fill(out, c->geo.n_q_heads, c->geo.v_dim, memory, &a.out) ? "out"
                                                                                                : NULL;
-    if (bad) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensor %s is null or of an unknown dtype", bad);
+    if (bad)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensor %s is null or of an unknown dtype", bad);
     a.geo = &c->geo;
     a.layer = &c->geo.layers[layer];
     a.spans = &c->step.attend[(size_t)a.layer->group * c->max_spans];
@@ -7090,10 +7612,11 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
     return KVL_OK;
 }
 
-/* ==== >>validate: every invariant ======================================================================================== */
-#define KVLI_MUST(condition, ...)                                                                                                          \
-    do {                                                                                                                                   \
-        if (!(condition)) return KVLI_ERROR(c, KVL_CORRUPT, __VA_ARGS__);                                                                  \
+/* ==== >>validate: every invariant
+ * ======================================================================================== */
+#define KVLI_MUST(condition, ...)                                         \
+    do {                                                                  \
+        if (!(condition)) return KVLI_ERROR(c, KVL_CORRUPT, __VA_ARGS__); \
     } while (0)
 
 static kvl_result kvli_check_slabs(kvl_cache *c) {
@@ -7102,33 +7625,45 @@ static kvl_result kvli_check_slabs(kvl_cache *c) {
         const kvli_slab *slab = &c->slabs[s];
         uint32_t taken = 0;
         mapped += slab->address != 0;
-        if (slab->klass == KVL_NONE) { free_slabs += slab->address != 0; continue; }
+        if (slab->klass == KVL_NONE) {
+            free_slabs += slab->address != 0;
+            continue;
+        }
         KVLI_MUST(slab->address, "slab %u is in use and not mapped", s);
-        KVLI_MUST(slab->klass < c->geo.n_groups * 2 && c->classes[slab->klass].bytes, "slab %u has class %u", s, slab->klass);
+        KVLI_MUST(slab->klass < c->geo.n_groups * 2 && c->classes[slab->klass].bytes, "slab %u has class %u",
+                  s, slab->klass);
         uint32_t per = c->classes[slab->klass].per_slab;
         for (uint32_t slot = 0; slot < per; slot++) {
             uint32_t id = c->slot_block[(size_t)s * c->max_per_slab + slot];
             if (id == KVL_NONE) continue;
             taken++;
-            KVLI_MUST(id < c->max_blocks && c->blocks[id].slab == s && c->blocks[id].slot == slot, "slab %u slot %u: block %u stands elsewhere", s, slot, id);
+            KVLI_MUST(id < c->max_blocks && c->blocks[id].slab == s && c->blocks[id].slot == slot,
+                      "slab %u slot %u: block %u stands elsewhere", s, slot, id);
             KVLI_MUST(c->blocks[id].klass == slab->klass, "block %u: class differs from its slab's", id);
-            KVLI_MUST(c->address[id] == slab->address + (uint64_t)slot * c->classes[slab->klass].bytes, "block %u: address is wrong", id);
+            KVLI_MUST(c->address[id] == slab->address + (uint64_t)slot * c->classes[slab->klass].bytes,
+                      "block %u: address is wrong", id);
         }
-        KVLI_MUST(taken && taken == slab->live && slab->n_free == per - taken, "slab %u: %u live, %u free, %u found", s, slab->live, slab->n_free, taken);
+        KVLI_MUST(taken && taken == slab->live && slab->n_free == per - taken,
+                  "slab %u: %u live, %u free, %u found", s, slab->live, slab->n_free, taken);
         live[slab->klass] += taken;
         slabs[slab->klass]++;
     }
-    KVLI_MUST(mapped == c->n_slabs && free_slabs == c->n_free_slabs, "%u slabs mapped, %u free: counted %u, %u", c->n_slabs, c->n_free_slabs, mapped, free_slabs);
+    KVLI_MUST(mapped == c->n_slabs && free_slabs == c->n_free_slabs,
+              "%u slabs mapped, %u free: counted %u, %u", c->n_slabs, c->n_free_slabs, mapped, free_slabs);
     uint32_t all = 0;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
         uint32_t with_room = 0, linked = 0;
-        KVLI_MUST(live[k] == c->classes[k].live && slabs[k] == c->classes[k].slabs, "class %u: counts are off", k);
+        KVLI_MUST(live[k] == c->classes[k].live && slabs[k] == c->classes[k].slabs,
+                  "class %u: counts are off", k);
         for (uint32_t s = 0; s < c->max_slabs; s++) with_room += c->slabs[s].klass == k && c->slabs[s].n_free;
-        for (uint32_t s = c->classes[k].partial; s != KVL_NONE && linked <= c->max_slabs; s = c->slabs[s].next) linked++;
+        for (uint32_t s = c->classes[k].partial; s != KVL_NONE && linked <= c->max_slabs;
+             s = c->slabs[s].next)
+            linked++;
         KVLI_MUST(with_room == linked, "class %u: partial list has %u of %u slabs", k, linked, with_room);
         all += live[k];
     }
-    KVLI_MUST(all + c->n_free_ids == c->max_blocks, "%u blocks live and %u ids free of %u", all, c->n_free_ids, c->max_blocks);
+    KVLI_MUST(all + c->n_free_ids == c->max_blocks, "%u blocks live and %u ids free of %u", all,
+              c->n_free_ids, c->max_blocks);
     return KVL_OK;
 }
 
@@ -7141,19 +7676,26 @@ static kvl_result kvli_count_refs(kvl_cache *c) {
         if (!seq->open) continue;
         bool in_step = st->open && seq->step_span != KVL_NONE;
         for (uint32_t g = 0; g < c->geo.n_groups; g++) {
-            uint32_t n = in_step ? st->attend[(size_t)g * c->max_spans + seq->step_span].blocks.n_blocks : seq->n_blocks;
+            uint32_t n = in_step ? st->attend[(size_t)g * c->max_spans + seq->step_span].blocks.n_blocks
+                                 : seq->n_blocks;
             for (uint32_t j = 0; j < n; j++) {
                 uint32_t entry = kvli_table(c, i, g)[j];
                 if (entry == KVL_NONE) continue;
-                KVLI_MUST((entry & KVL_ENTRY_ID) < c->max_blocks && c->blocks[entry & KVL_ENTRY_ID].slab != KVL_NONE, "sequence %u block %u: entry %08x is not live", i, j, entry);
-                KVLI_MUST(kvli_entry(c, entry & KVL_ENTRY_ID) == entry, "sequence %u block %u: entry %08x has the wrong class", i, j, entry);
-                KVLI_MUST(c->blocks[entry & KVL_ENTRY_ID].klass / 2u == g, "sequence %u block %u: block of another group", i, j);
+                KVLI_MUST((entry & KVL_ENTRY_ID) < c->max_blocks &&
+                              c->blocks[entry & KVL_ENTRY_ID].slab != KVL_NONE,
+                          "sequence %u block %u: entry %08x is not live", i, j, entry);
+                KVLI_MUST(kvli_entry(c, entry & KVL_ENTRY_ID) == entry,
+                          "sequence %u block %u: entry %08x has the wrong class", i, j, entry);
+                KVLI_MUST(c->blocks[entry & KVL_ENTRY_ID].klass / 2u == g,
+                          "sequence %u block %u: block of another group", i, j);
                 c->check[entry & KVL_ENTRY_ID]++;
             }
         }
         for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
             uint32_t n = 0;
-            for (uint32_t id = kvli_reserve_of(c, i, k)->head; id != KVL_NONE && n <= c->max_blocks; id = c->blocks[id].next, n++) c->check[id]++;
+            for (uint32_t id = kvli_reserve_of(c, i, k)->head; id != KVL_NONE && n <= c->max_blocks;
+                 id = c->blocks[id].next, n++)
+                c->check[id]++;
             KVLI_MUST(n == kvli_reserve_of(c, i, k)->count, "sequence %u: reserve of class %u", i, k);
         }
     }
@@ -7165,16 +7707,21 @@ static kvl_result kvli_count_refs(kvl_cache *c) {
 }
 
 static kvl_result kvli_check_blocks(kvl_cache *c) {
-    uint32_t cached[KVLI_MAX_CLASSES] = {0}, pinned[KVLI_MAX_CLASSES] = {0}, shared[KVLI_MAX_CLASSES] = {0}, listed = 0, in_lists = 0;
+    uint32_t cached[KVLI_MAX_CLASSES] = {0}, pinned[KVLI_MAX_CLASSES] = {0}, shared[KVLI_MAX_CLASSES] = {0},
+             listed = 0, in_lists = 0;
     kvl_result r = kvli_count_refs(c);
     if (r != KVL_OK) return r;
     for (uint32_t id = 0; id < c->max_blocks; id++) {
         const kvli_block *b = &c->blocks[id];
-        if (b->slab == KVL_NONE) { KVLI_MUST(!c->check[id], "block %u is free and referenced", id); continue; }
+        if (b->slab == KVL_NONE) {
+            KVLI_MUST(!c->check[id], "block %u is free and referenced", id);
+            continue;
+        }
         KVLI_MUST(b->refs == c->check[id], "block %u: %u references, %u found", id, b->refs, c->check[id]);
         KVLI_MUST(b->refs || b->node != KVL_NONE, "block %u is leaked", id);
         if (b->node != KVL_NONE)
-            KVLI_MUST(c->nodes[b->node].used && kvli_slots(c, b->node)[b->klass / 2u] == kvli_entry(c, id), "block %u: its node does not hold it", id);
+            KVLI_MUST(c->nodes[b->node].used && kvli_slots(c, b->node)[b->klass / 2u] == kvli_entry(c, id),
+                      "block %u: its node does not hold it", id);
         bool alone = !b->refs, pin = b->node != KVL_NONE && c->nodes[b->node].pins;
         KVLI_MUST((b->lru != KVLI_NO_LRU) == (alone && !pin), "block %u: evictable or not, wrongly", id);
         cached[b->klass] += alone && !pin;
@@ -7183,11 +7730,13 @@ static kvl_result kvli_check_blocks(kvl_cache *c) {
         in_lists += b->lru != KVLI_NO_LRU;
     }
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++)
-        KVLI_MUST(cached[k] == c->classes[k].cached && pinned[k] == c->classes[k].pinned && shared[k] == c->classes[k].shared,
-                  "class %u: cached %u, pinned %u, shared %u; counted %u, %u, %u", k, c->classes[k].cached, c->classes[k].pinned, c->classes[k].shared,
-                  cached[k], pinned[k], shared[k]);
+        KVLI_MUST(cached[k] == c->classes[k].cached && pinned[k] == c->classes[k].pinned &&
+                      shared[k] == c->classes[k].shared,
+                  "class %u: cached %u, pinned %u, shared %u; counted %u, %u, %u", k, c->classes[k].cached,
+                  c->classes[k].pinned, c->classes[k].shared, cached[k], pinned[k], shared[k]);
     for (uint32_t p = 0; p < KVLI_PRIORITIES; p++)
-        for (uint32_t id = c->lru_head[p], prev = KVL_NONE; id != KVL_NONE && listed <= c->max_blocks; prev = id, id = c->blocks[id].next) {
+        for (uint32_t id = c->lru_head[p], prev = KVL_NONE; id != KVL_NONE && listed <= c->max_blocks;
+             prev = id, id = c->blocks[id].next) {
             KVLI_MUST(c->blocks[id].lru == p && c->blocks[id].prev == prev, "block %u: LRU links", id);
             listed++;
         }
@@ -7202,20 +7751,29 @@ static kvl_result kvli_check_node(kvl_cache *c, uint32_t n) {
         uint32_t entry = kvli_slots(c, n)[g];
         if (entry == KVL_NONE) continue;
         slots++;
-        KVLI_MUST(c->blocks[entry & KVL_ENTRY_ID].slab != KVL_NONE && c->blocks[entry & KVL_ENTRY_ID].node == n, "node %u: its block does not know it", n);
+        KVLI_MUST(c->blocks[entry & KVL_ENTRY_ID].slab != KVL_NONE &&
+                      c->blocks[entry & KVL_ENTRY_ID].node == n,
+                  "node %u: its block does not know it", n);
         if (!c->groups[g].window && node->parent != KVL_NONE && c->nodes[node->parent].parent != KVL_NONE)
-            KVLI_MUST(kvli_slots(c, node->parent)[g] != KVL_NONE, "node %u: full-attention slot under an empty one", n);
+            KVLI_MUST(kvli_slots(c, node->parent)[g] != KVL_NONE,
+                      "node %u: full-attention slot under an empty one", n);
     }
     for (uint32_t i = 0; i < c->max_seqs; i++) seqs += c->seqs[i].open && c->seqs[i].node == n;
-    KVLI_MUST(slots == node->n_slots && seqs == node->seqs, "node %u: %u slots, %u sequences; counted %u, %u", n, node->n_slots, node->seqs, slots, seqs);
+    KVLI_MUST(slots == node->n_slots && seqs == node->seqs, "node %u: %u slots, %u sequences; counted %u, %u",
+              n, node->n_slots, node->seqs, slots, seqs);
     for (int list = 0; list < 2; list++)
-        for (uint32_t k = list ? node->first_partial : node->first_child; k != KVL_NONE; k = c->nodes[k].next) {
-            KVLI_MUST(c->nodes[k].used && c->nodes[k].parent == n && (c->nodes[k].n_tokens == T) == !list && ++children <= c->max_nodes, "node %u: child %u", n, k);
-            KVLI_MUST(c->nodes[k].pins <= node->pins && c->nodes[k].priority <= node->priority, "node %u: child %u is pinned or ranked higher", n, k);
+        for (uint32_t k = list ? node->first_partial : node->first_child; k != KVL_NONE;
+             k = c->nodes[k].next) {
+            KVLI_MUST(c->nodes[k].used && c->nodes[k].parent == n && (c->nodes[k].n_tokens == T) == !list &&
+                          ++children <= c->max_nodes,
+                      "node %u: child %u", n, k);
+            KVLI_MUST(c->nodes[k].pins <= node->pins && c->nodes[k].priority <= node->priority,
+                      "node %u: child %u is pinned or ranked higher", n, k);
         }
     KVLI_MUST(slots || seqs || children || node->pins, "node %u holds and leads to nothing", n);
     if (node->n_tokens < T) return KVL_OK;
-    KVLI_MUST(kvli_child(c, node->parent, kvli_node_toks(c, n)) == n, "node %u is not found by its tokens", n);
+    KVLI_MUST(kvli_child(c, node->parent, kvli_node_toks(c, n)) == n, "node %u is not found by its tokens",
+              n);
     KVLI_MUST(node->depth == c->nodes[node->parent].depth + 1, "node %u: depth", n);
     return KVL_OK;
 }
@@ -7238,22 +7796,28 @@ static kvl_result kvli_check_seqs(kvl_cache *c) {
         const kvli_seq *seq = &c->seqs[i];
         if (!seq->open) continue;
         open++;
-        KVLI_MUST(seq->length <= c->desc.max_seq_tokens && seq->n_blocks == kvli_div_up(seq->length, T), "sequence %u: %u tokens in %u blocks", i, seq->length, seq->n_blocks);
+        KVLI_MUST(seq->length <= c->desc.max_seq_tokens && seq->n_blocks == kvli_div_up(seq->length, T),
+                  "sequence %u: %u tokens in %u blocks", i, seq->length, seq->n_blocks);
         KVLI_MUST(kvli_node_depth(c, seq->node) <= seq->length / T, "sequence %u: its node is too deep", i);
-        KVLI_MUST(!seq->attached || (seq->node != KVL_NONE && kvli_node_depth(c, seq->node) == seq->length / T), "sequence %u: attached to the wrong depth", i);
+        KVLI_MUST(!seq->attached ||
+                      (seq->node != KVL_NONE && kvli_node_depth(c, seq->node) == seq->length / T),
+                  "sequence %u: attached to the wrong depth", i);
         for (uint32_t g = 0; g < c->geo.n_groups; g++) {
             uint32_t window = c->groups[g].window, sinks = kvli_div_up(c->groups[g].sink_tokens, T);
             uint32_t from = window && seq->length + 1 > window ? (seq->length + 1 - window) / T : 0;
             for (uint32_t j = 0; j < seq->n_blocks; j++) {
                 uint32_t entry = kvli_table(c, i, g)[j];
-                KVLI_MUST(entry != KVL_NONE || (j >= sinks && j < from), "sequence %u lacks block %u of group %u", i, j, g);
+                KVLI_MUST(entry != KVL_NONE || (j >= sinks && j < from),
+                          "sequence %u lacks block %u of group %u", i, j, g);
                 if (entry == KVL_NONE || (c->step.open && seq->step_span != KVL_NONE)) continue;
                 bool exact = kvli_stays_exact(c, g, j) || (j + 1) * T > seq->length;
-                KVLI_MUST(exact == ((entry & KVL_ENTRY_EXACT) != 0), "sequence %u block %u: wrong class", i, j);
+                KVLI_MUST(exact == ((entry & KVL_ENTRY_EXACT) != 0), "sequence %u block %u: wrong class", i,
+                          j);
             }
         }
     }
-    KVLI_MUST(open == c->stats.sequences && open + c->n_free_seqs == c->max_seqs, "%u sequences open, %u free", open, c->n_free_seqs);
+    KVLI_MUST(open == c->stats.sequences && open + c->n_free_seqs == c->max_seqs,
+              "%u sequences open, %u free", open, c->n_free_seqs);
     return KVL_OK;
 }
 
@@ -7265,8 +7829,10 @@ static kvl_result kvli_check_step(kvl_cache *c) {
             const kvl_span_blocks *b = &st->attend[(size_t)g * c->max_spans + s].blocks;
             for (uint32_t i = 0; i < b->n_own; i++) {
                 uint32_t own = b->own[i], entry = b->table[b->first_own + i];
-                KVLI_MUST(own & KVL_ENTRY_SCRATCH || kvli_is_private(c, own), "step: span %u writes block %08x, which is shared", s, own);
-                KVLI_MUST(entry != KVL_NONE && kvli_is_private(c, entry), "step: span %u seals into block %08x, which is shared", s, entry);
+                KVLI_MUST(own & KVL_ENTRY_SCRATCH || kvli_is_private(c, own),
+                          "step: span %u writes block %08x, which is shared", s, own);
+                KVLI_MUST(entry != KVL_NONE && kvli_is_private(c, entry),
+                          "step: span %u seals into block %08x, which is shared", s, entry);
             }
         }
     return KVL_OK;
@@ -7280,7 +7846,10 @@ static kvl_result kvli_check_sched(kvl_cache *c) { /* under the lock */
     for (uint32_t r = 0; r < s->max_reqs; r++) {
         const kvli_req *q = &s->reqs[r];
         bytes += q->tokens ? (uint64_t)q->capacity * sizeof *q->tokens : 0;
-        if (!q->used || q->finished) { KVLI_MUST(!q->used || q->seq == KVL_NONE, "request %u has ended and holds a sequence", r); continue; }
+        if (!q->used || q->finished) {
+            KVLI_MUST(!q->used || q->seq == KVL_NONE, "request %u has ended and holds a sequence", r);
+            continue;
+        }
         active++;
         running += q->seq != KVL_NONE;
         forks += q->parent != KVL_NONE;
@@ -7288,19 +7857,30 @@ static kvl_result kvli_check_sched(kvl_cache *c) { /* under the lock */
         streams += q->decode && q->klass == KVL_INTERACTIVE;
         if (q->seq == KVL_NONE) continue;
         KVLI_MUST(c->seqs[q->seq].open && c->seqs[q->seq].length < q->n_tokens, "request %u: sequence", r);
-        KVLI_MUST(!q->decode || c->seqs[q->seq].length + 1 == q->n_tokens, "request %u: decodes with %u of %u tokens", r, c->seqs[q->seq].length, q->n_tokens);
+        KVLI_MUST(!q->decode || c->seqs[q->seq].length + 1 == q->n_tokens,
+                  "request %u: decodes with %u of %u tokens", r, c->seqs[q->seq].length, q->n_tokens);
     }
     for (uint32_t l = 0; l < KVLI_WAIT_LISTS; l++)
-        for (uint32_t r = s->waiting[l].head, prev = KVL_NONE; r != KVL_NONE && waiting <= s->max_reqs; prev = r, r = s->reqs[r].next, waiting++) {
-            KVLI_MUST(s->reqs[r].prev == prev && (prev == KVL_NONE || s->reqs[prev].arrival < s->reqs[r].arrival), "waiting list %u at request %u", l, r);
-            KVLI_MUST(s->reqs[r].used && !s->reqs[r].finished && s->reqs[r].seq == KVL_NONE, "waiting list %u: request %u does not wait", l, r);
+        for (uint32_t r = s->waiting[l].head, prev = KVL_NONE; r != KVL_NONE && waiting <= s->max_reqs;
+             prev = r, r = s->reqs[r].next, waiting++) {
+            KVLI_MUST(s->reqs[r].prev == prev &&
+                          (prev == KVL_NONE || s->reqs[prev].arrival < s->reqs[r].arrival),
+                      "waiting list %u at request %u", l, r);
+            KVLI_MUST(s->reqs[r].used && !s->reqs[r].finished && s->reqs[r].seq == KVL_NONE,
+                      "waiting list %u: request %u does not wait", l, r);
         }
     for (uint32_t r = s->inbox.head; r != KVL_NONE && queued <= s->max_reqs; r = s->reqs[r].next) queued++;
-    KVLI_MUST(active == s->n_active && running == s->n_running && streams == s->n_streams, "scheduler: %u active, %u running, %u streams; counted %u, %u, %u",
-              s->n_active, s->n_running, s->n_streams, active, running, streams);
-    KVLI_MUST(waiting == s->n_waiting && waiting + running + forks + queued == active && joining == s->n_joining, "scheduler: %u waiting, %u queued, %u forks, %u joining", waiting, queued, forks, joining);
-    KVLI_MUST(bytes == s->token_bytes, "scheduler: token bytes %llu, counted %llu", (unsigned long long)s->token_bytes, (unsigned long long)bytes);
-    for (uint32_t i = 0; i + 1 < s->n_running; i++) KVLI_MUST(kvli_outranks(s, s->running[i], s->running[i + 1]), "scheduler: running out of rank at %u", i);
+    KVLI_MUST(active == s->n_active && running == s->n_running && streams == s->n_streams,
+              "scheduler: %u active, %u running, %u streams; counted %u, %u, %u", s->n_active, s->n_running,
+              s->n_streams, active, running, streams);
+    KVLI_MUST(waiting == s->n_waiting && waiting + running + forks + queued == active &&
+                  joining == s->n_joining,
+              "scheduler: %u waiting, %u queued, %u forks, %u joining", waiting, queued, forks, joining);
+    KVLI_MUST(bytes == s->token_bytes, "scheduler: token bytes %llu, counted %llu",
+              (unsigned long long)s->token_bytes, (unsigned long long)bytes);
+    for (uint32_t i = 0; i + 1 < s->n_running; i++)
+        KVLI_MUST(kvli_outranks(s, s->running[i], s->running[i + 1]), "scheduler: running out of rank at %u",
+                  i);
     return KVL_OK;
 }
 
@@ -7312,8 +7892,10 @@ KVL_API kvl_result kvl_validate(kvl_cache *c) {
     if (r == KVL_OK) r = kvli_check_seqs(c);
     if (r == KVL_OK) r = kvli_check_step(c);
     if (r != KVL_OK) return r;
-    uint64_t device = (uint64_t)c->n_slabs * c->slab_bytes + (c->scratch ? c->scratch_bytes : 0) + (c->workspace ? c->workspace_bytes : 0);
-    KVLI_MUST(device <= c->stats.device_budget || !c->n_slabs, "ledger: %llu bytes above the budget", (unsigned long long)device);
+    uint64_t device = (uint64_t)c->n_slabs * c->slab_bytes + (c->scratch ? c->scratch_bytes : 0) +
+                      (c->workspace ? c->workspace_bytes : 0);
+    KVLI_MUST(device <= c->stats.device_budget || !c->n_slabs, "ledger: %llu bytes above the budget",
+              (unsigned long long)device);
     kvli_lock(&c->lock);
     r = kvli_check_sched(c);
     kvli_unlock(&c->lock);

@@ -17,7 +17,8 @@ static const uint64_t default_budget = (uint64_t)64 << 20;
 static const char usage[] =
     "usage: demo [options]\n"
     "\n"
-    "Holds eight conversations at once inside a fixed KV budget: on a terminal as a live view, else as plain lines.\n"
+    "Holds eight conversations at once inside a fixed KV budget: on a terminal as a live view, else as plain "
+    "lines.\n"
     "Then it measures, and ends with a table.\n"
     "\n"
     "%s"
@@ -27,14 +28,17 @@ static const char usage[] =
     "  --json           the figures as one object on stdout, lines on stderr\n"
     "  -h, --help       this text\n"
     "\n"
-    "By default: -m build/models/SmolLM2-135M-Instruct.Q4_1.gguf (`make model` fetches it), --kv-bytes 64M, --kv int8,\n"
+    "By default: -m build/models/SmolLM2-135M-Instruct.Q4_1.gguf (`make model` fetches it), --kv-bytes 64M, "
+    "--kv int8,\n"
     "greedy answers; --seed N alone sets --temp 0.7 --top-p 0.9.\n"
     "\n"
     "The object has: model, backend, threads, kv, seed, quick, seconds;\n"
-    "  live: seconds, conversations, turns, prompt_tokens, reused_tokens, generated_tokens, steps, preemptions,\n"
+    "  live: seconds, conversations, turns, prompt_tokens, reused_tokens, generated_tokens, steps, "
+    "preemptions,\n"
     "        evicted_blocks, max_gap_ms (asked for), gap_ms and first_token_ms: {p50, p99, max};\n"
     "  chats: for each: name, turns, tokens, prompt_tokens, reused_tokens, answers;\n"
-    "  memory: budget_bytes, peak_bytes, context_tokens, reserved_bytes (f16, contiguous, every conversation at\n"
+    "  memory: budget_bytes, peak_bytes, context_tokens, reserved_bytes (f16, contiguous, every conversation "
+    "at\n"
     "        context_tokens), final_bytes (the same at the tokens each had in the end);\n"
     "  rates: streams, together_tokens_per_s, one_at_a_time_tokens_per_s, same_answers;\n"
     "  gap: streams, prompt_tokens, chunked_ms, whole_ms;  next_token: tokens, cached_ms, recomputed_ms.\n";
@@ -67,7 +71,10 @@ typedef struct program {
     engine e;
     view v;
     double start, drawn, live_s;
-    struct { double t; uint64_t written, read; } past[16]; /* for the rates on the screen */
+    struct {
+        double t;
+        uint64_t written, read;
+    } past[16]; /* for the rates on the screen */
     unsigned n_past;
     kvl_stats stats; /* of the live run */
     uint64_t n_generated, kv_peak;
@@ -77,11 +84,14 @@ typedef struct program {
 /* ---- the command line ---- */
 
 static bool parse_own(program *p, args *a, char *err, size_t n) {
-    static const struct { const char *name; size_t at; } flags[] = {{"--quick", offsetof(program, quick)},
-                                                                    {"--plain", offsetof(program, plain)},
-                                                                    {"--json", offsetof(program, json)},
-                                                                    {"--help", offsetof(program, help)},
-                                                                    {"-h", offsetof(program, help)}};
+    static const struct {
+        const char *name;
+        size_t at;
+    } flags[] = {{"--quick", offsetof(program, quick)},
+                 {"--plain", offsetof(program, plain)},
+                 {"--json", offsetof(program, json)},
+                 {"--help", offsetof(program, help)},
+                 {"-h", offsetof(program, help)}};
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
         if (!args_is(a, flags[i].name)) continue;
         *(bool *)((char *)p + flags[i].at) = true;
@@ -134,8 +144,10 @@ static const char *kv_name(const program *p, char *out, size_t n) { /* as on the
     const kvl_preset *preset = kvl_preset_find(c->preset ? c->preset : "int8");
     kvl_format k = c->k_format || !preset ? c->k_format : preset->k;
     kvl_format v = c->v_format || !preset ? c->v_format : preset->v;
-    if (!c->k_format && !c->v_format && preset) snprintf(out, n, "%s", preset->name);
-    else snprintf(out, n, "%s/%s", kvl_format_name(k), kvl_format_name(v));
+    if (!c->k_format && !c->v_format && preset)
+        snprintf(out, n, "%s", preset->name);
+    else
+        snprintf(out, n, "%s/%s", kvl_format_name(k), kvl_format_name(v));
     return out;
 }
 
@@ -159,7 +171,8 @@ static bool append_question(program *p, chat *c, const demo_turn *t, token_list 
         user.content = both;
     }
     bool ok = (t != c->script->turns || chat_append_message(&p->chatml, &system, out, err, n)) &&
-              chat_append_message(&p->chatml, &user, out, err, n) && chat_open_answer(&p->chatml, out, err, n);
+              chat_append_message(&p->chatml, &user, out, err, n) &&
+              chat_open_answer(&p->chatml, out, err, n);
     free(both);
     return ok;
 }
@@ -196,7 +209,8 @@ static bool prepare(program *p, char *err, size_t n) {
         c->n_turns = p->quick ? 2 : DEMO_TURNS;
         c->due = c->script->turns[0].pause_s * (p->quick ? 0.1 : 1);
         for (unsigned t = 0; t < c->n_turns; t++) {
-            if (!append_question(p, c, &c->script->turns[t], &all, err, n)) return token_list_free(&all), false;
+            if (!append_question(p, c, &c->script->turns[t], &all, err, n))
+                return token_list_free(&all), false;
             answers += longest_answer(p, &c->script->turns[t]) + 4; /* and the marks that close it */
         }
         if (all.n + answers > least) least = all.n + answers;
@@ -204,8 +218,8 @@ static bool prepare(program *p, char *err, size_t n) {
     }
     p->context = p->rt.config->n_ctx < CONTEXT ? p->rt.config->n_ctx : CONTEXT;
     if (least > p->context)
-        return llm_fail(err, n, "the longest conversation has up to %zu tokens, the model's context only %u", least,
-                        p->context);
+        return llm_fail(err, n, "the longest conversation has up to %zu tokens, the model's context only %u",
+                        least, p->context);
     p->o.cache.seq_tokens = p->context;
     p->o.cache.least_tokens = (uint32_t)least;
     return true;
@@ -262,7 +276,8 @@ static void say(program *p, const char *fmt, ...) {
 static bool chat_ask(program *p, unsigned i, char *err, size_t n) {
     chat *c = &p->chats[i];
     const demo_turn *t = &c->script->turns[c->turn];
-    if (!append_question(p, c, t, &c->tokens, err, n) || !copy_tokens(&c->prompts[c->turn], &c->tokens, err, n))
+    if (!append_question(p, c, t, &c->tokens, err, n) ||
+        !copy_tokens(&c->prompts[c->turn], &c->tokens, err, n))
         return false;
     kvl_request r = {.tokens = c->tokens.ids,
                      .n_tokens = (uint32_t)c->tokens.n,
@@ -274,8 +289,8 @@ static bool chat_ask(program *p, unsigned i, char *err, size_t n) {
     c->text_len = c->n_shown = 0;
     c->text[0] = 0;
     c->utf8 = (utf8_stream){0};
-    say(p, "%-7s asks %u/%u: %s%s", c->script->name, c->turn + 1, c->n_turns, t->with_text ? "(a long text) " : "",
-        t->question);
+    say(p, "%-7s asks %u/%u: %s%s", c->script->name, c->turn + 1, c->n_turns,
+        t->with_text ? "(a long text) " : "", t->question);
     return true;
 }
 
@@ -286,12 +301,12 @@ static bool chat_answered(program *p, unsigned i, char *err, size_t n) {
     c->asked = false;
     c->n_prompt += q->n_prompt;
     c->n_reused += q->reuse.matched < q->n_prompt ? q->reuse.matched : q->n_prompt;
-    if (!copy_tokens(&c->answers[c->turn], &s->answer, err, n) || !copy_tokens(&c->tokens, &s->answer, err, n) ||
-        !chat_close_answer(&p->chatml, &c->tokens, err, n))
+    if (!copy_tokens(&c->answers[c->turn], &s->answer, err, n) ||
+        !copy_tokens(&c->tokens, &s->answer, err, n) || !chat_close_answer(&p->chatml, &c->tokens, err, n))
         return false;
     say(p, "%-7s has the answer %u/%u: %zu tokens, the first after %.0f ms; reused %u of %u prompt tokens",
-        c->script->name, c->turn + 1, c->n_turns, s->answer.n, (double)(q->first_token_ns - q->submit_ns) / 1e6,
-        q->reuse.matched, q->n_prompt);
+        c->script->name, c->turn + 1, c->n_turns, s->answer.n,
+        (double)(q->first_token_ns - q->submit_ns) / 1e6, q->reuse.matched, q->n_prompt);
     if (++c->turn < c->n_turns)
         c->due = runtime_now() - p->start + c->script->turns[c->turn].pause_s * (p->quick ? 0.1 : 1);
     return true;
@@ -308,7 +323,8 @@ static void fill_stream(program *p, unsigned i, view_stream *out) {
     bool begun = c->asked || c->turn, read = s->info.state >= KVL_REQ_DECODE;
     unsigned turn = c->asked || !c->turn ? c->turn : c->turn - 1;
     show_tokens(p, c, &s->answer);
-    *out = (view_stream){.name = c->script->name, .question = c->script->turns[turn].question, .text = c->text};
+    *out =
+        (view_stream){.name = c->script->name, .question = c->script->turns[turn].question, .text = c->text};
     out->turn = turn + 1;
     out->n_turns = c->n_turns;
     out->n_prompt = s->info.n_prompt;
@@ -316,9 +332,12 @@ static void fill_stream(program *p, unsigned i, view_stream *out) {
     out->n_read = s->info.n_computed;
     out->n_written = (unsigned)s->answer.n;
     out->pasted = c->script->turns[turn].with_text;
-    if (!begun) out->state = VIEW_ABSENT;
-    else if (c->asked) out->state = read ? VIEW_WRITING : s->info.state == KVL_REQ_PREFILL ? VIEW_READING : VIEW_WAITING;
-    else out->state = c->turn < c->n_turns ? VIEW_PAUSE : VIEW_DONE;
+    if (!begun)
+        out->state = VIEW_ABSENT;
+    else if (c->asked)
+        out->state = read ? VIEW_WRITING : s->info.state == KVL_REQ_PREFILL ? VIEW_READING : VIEW_WAITING;
+    else
+        out->state = c->turn < c->n_turns ? VIEW_PAUSE : VIEW_DONE;
 }
 
 /* Tokens a second over the last moments. */
@@ -397,7 +416,8 @@ static bool converse(program *p, char *err, size_t n) {
         draw(p);
         double now = runtime_now();
         if (ran || !engine_busy(&p->e)) idle_since = now;
-        if (now - idle_since > 10) return llm_fail(err, n, "the KV budget does not let the conversations go on");
+        if (now - idle_since > 10)
+            return llm_fail(err, n, "the KV budget does not let the conversations go on");
         if (!ran) rest(next - (now - p->start));
     }
     p->live_s = runtime_now() - p->start;
@@ -524,7 +544,8 @@ static void print_rows(const program *p, const totals *t) {
     table_row("", "", without, (double)t->final / (double)p->kv_peak);
     snprintf(with, sizeof with, "%" PRIu64, t->prompt - t->reused);
     snprintf(without, sizeof without, "%" PRIu64, t->prompt);
-    table_row("prompt tokens computed (3)", with, without, (double)t->prompt / (double)(t->prompt - t->reused));
+    table_row("prompt tokens computed (3)", with, without,
+              (double)t->prompt / (double)(t->prompt - t->reused));
     snprintf(with, sizeof with, "%.0f ms", f->chunked_gap_ms);
     snprintf(without, sizeof without, "%.0f ms", f->whole_gap_ms);
     table_row("longest wait, one token (4)", with, without, f->whole_gap_ms / f->chunked_gap_ms);
@@ -538,7 +559,8 @@ static void print_table(const program *p, double seconds) {
     totals t = sum_up(p);
     const figures *f = &p->f;
     char kv[64];
-    printf("%d conversations, %" PRIu64 " turns, %" PRIu64 " tokens written in %.0f s (people's pauses included)\n",
+    printf("%d conversations, %" PRIu64 " turns, %" PRIu64
+           " tokens written in %.0f s (people's pauses included)\n",
            DEMO_CHATS, t.turns, p->n_generated, p->live_s);
     printf("%s on %s, %u threads, KV in %s\n\n", model_name(p), kvl_context_backend(p->rt.context),
            pool_threads(p->rt.threads), kv_name(p, kv, sizeof kv));
@@ -563,9 +585,12 @@ static void print_table(const program *p, double seconds) {
 static void json_text(const char *s, size_t n) {
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)s[i];
-        if (c == '"' || c == '\\') printf("\\%c", c);
-        else if (c < 0x20 || c == 0x7f) printf("\\u%04x", c);
-        else putchar(c);
+        if (c == '"' || c == '\\')
+            printf("\\%c", c);
+        else if (c < 0x20 || c == 0x7f)
+            printf("\\u%04x", c);
+        else
+            putchar(c);
     }
 }
 
@@ -596,8 +621,8 @@ static void json_chats(const program *p) {
     printf("\"chats\":[");
     for (unsigned i = 0; i < DEMO_CHATS; i++) {
         const chat *c = &p->chats[i];
-        printf("%s{\"name\":\"%s\",\"turns\":%u,\"tokens\":%zu,\"prompt_tokens\":%" PRIu64 ",\"reused_tokens\":%" PRIu64
-               ",\"answers\":[",
+        printf("%s{\"name\":\"%s\",\"turns\":%u,\"tokens\":%zu,\"prompt_tokens\":%" PRIu64
+               ",\"reused_tokens\":%" PRIu64 ",\"answers\":[",
                i ? "," : "", c->script->name, c->n_turns, c->tokens.n, c->n_prompt, c->n_reused);
         for (unsigned t = 0; t < c->n_turns; t++) {
             if (t) putchar(',');
@@ -617,26 +642,28 @@ static void print_json(const program *p, double seconds) {
     json_string(p->o.runtime.path);
     printf(",\"backend\":");
     json_string(kvl_context_backend(p->rt.context));
-    printf(",\"threads\":%u,\"kv\":\"%s\",\"seed\":%" PRIu64 ",\"quick\":%s,\"seconds\":%.3f,", pool_threads(p->rt.threads),
-           kv_name(p, kv, sizeof kv), p->o.sampling.seed, p->quick ? "true" : "false", seconds);
+    printf(",\"threads\":%u,\"kv\":\"%s\",\"seed\":%" PRIu64 ",\"quick\":%s,\"seconds\":%.3f,",
+           pool_threads(p->rt.threads), kv_name(p, kv, sizeof kv), p->o.sampling.seed,
+           p->quick ? "true" : "false", seconds);
     printf("\"live\":{\"seconds\":%.3f,\"conversations\":%d,\"turns\":%" PRIu64 ",\"prompt_tokens\":%" PRIu64
            ",\"reused_tokens\":%" PRIu64 ",\"generated_tokens\":%" PRIu64 ",\"steps\":%" PRIu64
            ",\"preemptions\":%" PRIu64 ",\"evicted_blocks\":%" PRIu64 ",\"max_gap_ms\":%g,",
-           p->live_s, DEMO_CHATS, t.turns, t.prompt, t.reused, p->n_generated, p->stats.steps, p->stats.preemptions,
-           p->stats.evicted_blocks, p->max_gap_ms);
+           p->live_s, DEMO_CHATS, t.turns, t.prompt, t.reused, p->n_generated, p->stats.steps,
+           p->stats.preemptions, p->stats.evicted_blocks, p->max_gap_ms);
     printf("\"gap_ms\":{\"p50\":%.3f,\"p99\":%.3f,\"max\":%.3f},", g->p50, g->p99, g->max);
-    printf("\"first_token_ms\":{\"p50\":%.3f,\"p99\":%.3f,\"max\":%.3f}},", first->p50, first->p99, first->max);
+    printf("\"first_token_ms\":{\"p50\":%.3f,\"p99\":%.3f,\"max\":%.3f}},", first->p50, first->p99,
+           first->max);
     json_chats(p);
-    printf(",\"memory\":{\"budget_bytes\":%" PRIu64 ",\"peak_bytes\":%" PRIu64 ",\"context_tokens\":%u,\"reserved_bytes\":%"
-           PRIu64 ",\"final_bytes\":%" PRIu64 "},",
+    printf(",\"memory\":{\"budget_bytes\":%" PRIu64 ",\"peak_bytes\":%" PRIu64
+           ",\"context_tokens\":%u,\"reserved_bytes\":%" PRIu64 ",\"final_bytes\":%" PRIu64 "},",
            p->o.cache.device_bytes, p->kv_peak, p->context, t.reserved, t.final);
     printf("\"rates\":{\"streams\":%d,\"together_tokens_per_s\":%.3f,\"one_at_a_time_tokens_per_s\":%.3f,"
            "\"same_answers\":%u},",
            DEMO_CHATS, f->together_rate, f->alone_rate, f->n_same);
-    printf("\"gap\":{\"streams\":%u,\"prompt_tokens\":%u,\"chunked_ms\":%.3f,\"whole_ms\":%.3f},", f->gap_streams,
-           f->gap_prompt, f->chunked_gap_ms, f->whole_gap_ms);
-    printf("\"next_token\":{\"tokens\":%u,\"cached_ms\":%.3f,\"recomputed_ms\":%.3f}}\n", f->at_tokens, f->cached_ms,
-           f->recomputed_ms);
+    printf("\"gap\":{\"streams\":%u,\"prompt_tokens\":%u,\"chunked_ms\":%.3f,\"whole_ms\":%.3f},",
+           f->gap_streams, f->gap_prompt, f->chunked_gap_ms, f->whole_gap_ms);
+    printf("\"next_token\":{\"tokens\":%u,\"cached_ms\":%.3f,\"recomputed_ms\":%.3f}}\n", f->at_tokens,
+           f->cached_ms, f->recomputed_ms);
 }
 
 /* ---- the program ---- */
@@ -650,8 +677,8 @@ static bool load(program *p, char *err, size_t n) {
         return false;
     }
     if (!chat_template_load(p->rt.file, p->rt.tok, &p->chatml, err, n) || !prepare(p, err, n)) return false;
-    fprintf(p->log, "demo: loaded in %.1f s; %d conversations of up to %u tokens in %.0f MiB of KV\n", p->rt.load_s,
-            DEMO_CHATS, p->context, VIEW_MIB(p->o.cache.device_bytes));
+    fprintf(p->log, "demo: loaded in %.1f s; %d conversations of up to %u tokens in %.0f MiB of KV\n",
+            p->rt.load_s, DEMO_CHATS, p->context, VIEW_MIB(p->o.cache.device_bytes));
     fflush(p->log);
     return true;
 }
@@ -685,9 +712,12 @@ int main(int argc, char **argv) {
     p.log = p.json ? stderr : stdout;
     p.live_view = !p.json && !p.plain && view_possible();
     bool ok = load(&p, err, sizeof err) && live(&p, err, sizeof err) && measure(&p, err, sizeof err);
-    if (ok && p.json) print_json(&p, runtime_now() - start);
-    else if (ok) print_table(&p, runtime_now() - start);
-    if (ok && (fflush(stdout) != 0 || ferror(stdout))) ok = llm_fail(err, sizeof err, "stdout could not be written");
+    if (ok && p.json)
+        print_json(&p, runtime_now() - start);
+    else if (ok)
+        print_table(&p, runtime_now() - start);
+    if (ok && (fflush(stdout) != 0 || ferror(stdout)))
+        ok = llm_fail(err, sizeof err, "stdout could not be written");
     if (!ok) fprintf(stderr, "demo: %s\n", err);
     release(&p);
     return ok ? 0 : EXIT_FAILED;

@@ -27,8 +27,8 @@ typedef struct engine {
     kvl_sched *sched;
     stream *streams;
     uint32_t n_streams;
-    kvl_stats stats;      /* as of the last step */
-    uint64_t kv_peak;     /* bytes of blocks that hold KV, and scratch */
+    kvl_stats stats;              /* as of the last step */
+    uint64_t kv_peak;             /* bytes of blocks that hold KV, and scratch */
     uint64_t n_generated, n_read; /* tokens written; rows of prompts computed */
 } engine;
 
@@ -49,7 +49,8 @@ static void engine_close(engine *e) {
     *e = (engine){0};
 }
 
-static bool engine_open(engine *e, runtime *rt, const engine_desc *d, uint32_t n_streams, char *err, size_t n) {
+static bool engine_open(engine *e, runtime *rt, const engine_desc *d, uint32_t n_streams, char *err,
+                        size_t n) {
     *e = (engine){.rt = rt};
     e->streams = calloc(n_streams, sizeof *e->streams);
     if (!e->streams) return llm_fail(err, n, "no memory for %u streams", n_streams);
@@ -68,8 +69,8 @@ static bool engine_open(engine *e, runtime *rt, const engine_desc *d, uint32_t n
 }
 
 /* Queues stream i's next request. Without `stops` it writes max_new tokens whatever they are. */
-static bool engine_submit(engine *e, uint32_t i, const kvl_request *what, const sampler_desc *sampling, bool stops,
-                          char *err, size_t n) {
+static bool engine_submit(engine *e, uint32_t i, const kvl_request *what, const sampler_desc *sampling,
+                          bool stops, char *err, size_t n) {
     stream *s = &e->streams[i];
     int32_t stop[8];
     kvl_request request = *what;
@@ -82,9 +83,8 @@ static bool engine_submit(engine *e, uint32_t i, const kvl_request *what, const 
     request.n_stop_tokens = stops ? runtime_stop_tokens(e->rt, stop) : 0;
     kvl_result r = kvl_sched_submit_ex(e->sched, &request, &s->req, &refusal);
     if (r == KVL_NEVER_FITS)
-        return llm_fail(err, n, "a KV budget of %llu bytes does not hold %u tokens: they take %llu",
-                        (unsigned long long)refusal.budget_bytes, refusal.n_tokens,
-                        (unsigned long long)refusal.need_bytes);
+        return llm_fail(err, n, "%u tokens (%llu bytes) are more than the %u that a sequence can have",
+                        refusal.n_tokens, (unsigned long long)refusal.need_bytes, refusal.max_tokens);
     if (r != KVL_OK) return llm_fail(err, n, "%s: %s", kvl_result_name(r), kvl_result_text(r));
     s->running = true;
     s->failed = false;
@@ -114,7 +114,8 @@ static bool engine_step(engine *e, bool *ran, char *err, size_t n) {
     *ran = r == KVL_OK;
     if (r < 0) return false;
     kvl_get_stats(e->cache, &e->stats);
-    uint64_t bytes = e->stats.bytes_used + e->stats.bytes_cached + e->stats.bytes_scratch + e->stats.bytes_workspace;
+    uint64_t bytes =
+        e->stats.bytes_used + e->stats.bytes_cached + e->stats.bytes_scratch + e->stats.bytes_workspace;
     if (bytes > e->kv_peak) e->kv_peak = bytes;
     e->n_read = e->stats.prefill_tokens;
     for (uint32_t i = 0; i < e->n_streams; i++) {
@@ -194,8 +195,8 @@ static bool answer_all(runtime *rt, const engine_desc *d, const question *q, uin
     return ok;
 }
 
-static bool measure_rates(runtime *rt, const engine_desc *d, const question *q, uint32_t n_q, figures *f, char *err,
-                          size_t n) {
+static bool measure_rates(runtime *rt, const engine_desc *d, const question *q, uint32_t n_q, figures *f,
+                          char *err, size_t n) {
     bool same[RUN_STREAMS];
     for (uint32_t i = 0; i < RUN_STREAMS; i++) same[i] = true;
     if (!answer_all(rt, d, q, n_q, true, &f->together_rate, same, err, n) ||
@@ -207,14 +208,15 @@ static bool measure_rates(runtime *rt, const engine_desc *d, const question *q, 
     return true;
 }
 
-/* Streams write; then a long prompt comes. The longest wait of a stream from there to the first token of it. */
-static bool measure_gap(runtime *rt, const engine_desc *d, const question *q, uint32_t n_q, const question *intruder,
-                        double *gap_ms, char *err, size_t n) {
-    enum { BEFORE = 8, MANY = 1024 };
+/* Streams write, as long as a sequence can be; then a long prompt comes. The longest wait of a stream from there to the first token of it. */
+static bool measure_gap(runtime *rt, const engine_desc *d, const question *q, uint32_t n_q,
+                        const question *intruder, double *gap_ms, char *err, size_t n) {
+    enum { BEFORE = 8 }; /* tokens of each stream before it comes */
     engine e;
     bool ok = engine_open(&e, rt, d, n_q + 1, err, n);
     if (!ok) return false;
-    for (uint32_t i = 0; i < n_q && ok; i++) ok = ask(&e, i, &q[i], MANY, false, err, n);
+    for (uint32_t i = 0; i < n_q && ok; i++)
+        ok = ask(&e, i, &q[i], d->cache.seq_tokens - q[i].n_tokens, false, err, n);
     while (ok && e.n_generated < BEFORE * n_q) ok = engine_must_step(&e, err, n);
     for (uint32_t i = 0; i < n_q; i++) e.streams[i].gap_s = 0;
     ok = ok && ask(&e, n_q, intruder, 2, false, err, n);
@@ -251,7 +253,11 @@ static bool measure_token(runtime *rt, const engine_desc *d, const question *q, 
     }
     ok = ok && engine_drain(&e, err, n);
     for (uint32_t i = 0; i < repeats && i < MOST && ok; i++) {
-        kvl_request r = {.tokens = q->tokens, .n_tokens = q->n_tokens, .max_new_tokens = 1, .no_match = true, .no_keep = true};
+        kvl_request r = {.tokens = q->tokens,
+                         .n_tokens = q->n_tokens,
+                         .max_new_tokens = 1,
+                         .no_match = true,
+                         .no_keep = true};
         double start = runtime_now();
         ok = engine_submit(&e, 0, &r, &q->sampling, false, err, n) && engine_drain(&e, err, n);
         again[i] = (runtime_now() - start) * 1e3;

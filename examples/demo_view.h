@@ -19,10 +19,29 @@
 
 #define VIEW_MIB(bytes) ((double)(bytes) / 1048576.0)
 
-enum { VIEW_STREAMS = 8, VIEW_HEAD_ROWS = 8, VIEW_MIN_COLS = 60, VIEW_MIN_ROWS = VIEW_HEAD_ROWS + VIEW_STREAMS };
+enum {
+    VIEW_STREAMS = 8,
+    VIEW_HEAD_ROWS = 8,
+    VIEW_MIN_COLS = 60,
+    VIEW_MIN_ROWS = VIEW_HEAD_ROWS + VIEW_STREAMS
+};
 
-typedef enum view_kind { VIEW_SHARED, VIEW_PACKED, VIEW_EXACT, VIEW_CACHED, VIEW_SCRATCH, VIEW_KINDS } view_kind;
-typedef enum view_state { VIEW_ABSENT, VIEW_WAITING, VIEW_READING, VIEW_WRITING, VIEW_PAUSE, VIEW_DONE } view_state;
+typedef enum view_kind {
+    VIEW_SHARED,
+    VIEW_PACKED,
+    VIEW_EXACT,
+    VIEW_CACHED,
+    VIEW_SCRATCH,
+    VIEW_KINDS
+} view_kind;
+typedef enum view_state {
+    VIEW_ABSENT,
+    VIEW_WAITING,
+    VIEW_READING,
+    VIEW_WRITING,
+    VIEW_PAUSE,
+    VIEW_DONE
+} view_state;
 
 typedef struct view_stream {
     const char *name, *question, *text; /* text: the answer so far */
@@ -189,7 +208,8 @@ static void view_write(view *v, const char *colour, const char *s, size_t n) {
     if (*colour) view_bytes(v, "\x1b[0m", 4);
 }
 
-__attribute__((format(printf, 3, 4))) static void view_text(view *v, const char *colour, const char *fmt, ...) {
+__attribute__((format(printf, 3, 4))) static void view_text(view *v, const char *colour, const char *fmt,
+                                                            ...) {
     char s[512];
     va_list args;
     va_start(args, fmt);
@@ -350,8 +370,10 @@ static void view_stream_rows(view *v, const view_stream *s, int n_rows) {
     } else {
         view_text(v, "", "%u/%u ", s->turn, s->n_turns);
         view_text(v, colour[s->state], "%s", word[s->state]);
-        if (s->state == VIEW_READING) view_text(v, "36", " %u of %u", s->n_read, s->n_prompt);
-        else if (s->n_written) view_text(v, "", " %u", s->n_written);
+        if (s->state == VIEW_READING)
+            view_text(v, "36", " %u of %u", s->n_read, s->n_prompt);
+        else if (s->n_written)
+            view_text(v, "", " %u", s->n_written);
         view_column(v, 31);
         if (s->state != VIEW_WAITING) view_text(v, "", "reused %u of %u", s->n_reused, s->n_prompt);
         view_column(v, 51);
@@ -385,7 +407,8 @@ static void view_draw(view *v, const view_frame *f) {
         view_head(v, f);
         for (int i = 0; i < VIEW_STREAMS; i++) view_stream_rows(v, &f->streams[i], n_rows < 5 ? n_rows : 5);
     }
-    if (v->len >= 2 && memcmp(v->buf + v->len - 2, "\r\n", 2) == 0) v->len -= 2; /* the last row does not scroll */
+    if (v->len >= 2 && memcmp(v->buf + v->len - 2, "\r\n", 2) == 0)
+        v->len -= 2; /* the last row does not scroll */
     view_bytes(v, "\x1b[J\x1b[?2026l", 11);
     view_put(v->buf, v->len);
 }

@@ -111,8 +111,7 @@ static kvl_cache_desc cache_desc(const runtime *rt, const runtime_cache_desc *d,
                                          .fingerprint = rt->fingerprint},
                             .device_bytes = d->device_bytes,
                             .max_seq_tokens = seq_tokens,
-                            .max_step_tokens = rt->step_tokens,
-                            .no_prefix_cache = d->no_prefix_cache};
+                            .max_step_tokens = rt->step_tokens};
 }
 
 /* Does a budget hold n sequences of so many tokens? NO_BLOCKS and NEVER_FITS: it does not. */

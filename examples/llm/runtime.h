@@ -58,7 +58,6 @@ typedef struct runtime_cache_desc {
     uint32_t n_sequences;  /* 0 = 1 */
     uint32_t seq_tokens;   /* longest sequence; 0 or too many: the model's context length */
     uint32_t least_tokens; /* a given budget must hold one sequence of so many; 0: seq_tokens */
-    bool no_prefix_cache;
 } runtime_cache_desc;
 
 /* A cache for this model. Where a given budget does not hold a sequence of least_tokens, the error says how

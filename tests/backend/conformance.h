@@ -834,7 +834,8 @@ static kvl_cache_desc conf_cache_desc(const conf_backend *b, const ref_geometry 
     d.context_desc.n_threads = b->n_threads;
     d.max_sequences = CONF_MAX_STREAMS;
     d.max_seq_tokens = long_tokens ? CONF_MAX_TOKENS : 1024;
-    d.device_bytes = (16u << 20) + token_bytes * (long_tokens + 2048); /* little, for it is all filled with NaN */
+    d.device_bytes =
+        (16u << 20) + token_bytes * (long_tokens + 2048); /* little, for it is all filled with NaN */
     d.poison = true;
     return d;
 }

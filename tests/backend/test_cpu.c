@@ -117,11 +117,12 @@ static size_t tile_payload(kvl_format f, uint32_t tokens, uint32_t dim) {
 }
 
 /* The rows of one head and block, rounded to the exact format, as kvl_tile_encode takes them. */
-static void exact_rows(float *rows, char what, kvl_format exact, uint32_t block, uint32_t layer, uint32_t head, uint32_t tokens,
-                       uint32_t dim) {
+static void exact_rows(float *rows, char what, kvl_format exact, uint32_t block, uint32_t layer,
+                       uint32_t head, uint32_t tokens, uint32_t dim) {
     for (uint32_t t = 0; t < tokens; t++) {
         conf_row(rows + (size_t)t * dim, what, block * tokens + t, layer, head, dim);
-        for (uint32_t e = 0; e < dim; e++) rows[(size_t)t * dim + e] = (float)ref_round(exact, rows[(size_t)t * dim + e]);
+        for (uint32_t e = 0; e < dim; e++)
+            rows[(size_t)t * dim + e] = (float)ref_round(exact, rows[(size_t)t * dim + e]);
     }
 }
 
@@ -136,8 +137,10 @@ static bool tile_is(const void *tile, kvl_format f, uint32_t tokens, uint32_t di
 enum { SEAL_HEADS = 2, SEAL_LAYERS = 2, SEAL_BLOCKS = 4 };
 
 /* Fills SEAL_BLOCKS blocks and one row of a sequence, and compares the tiles that the block table points to. */
-static void seal_and_compare(const conf_backend *b, kvl_format k, kvl_format v, kvl_format exact, uint32_t T, uint32_t dim, uint32_t chunk) {
-    static float q[65 * 256 * SEAL_HEADS], kr[65 * 256 * SEAL_HEADS], vr[65 * 256 * SEAL_HEADS], out[65 * 256 * SEAL_HEADS], rows[64 * 256];
+static void seal_and_compare(const conf_backend *b, kvl_format k, kvl_format v, kvl_format exact, uint32_t T,
+                             uint32_t dim, uint32_t chunk) {
+    static float q[65 * 256 * SEAL_HEADS], kr[65 * 256 * SEAL_HEADS], vr[65 * 256 * SEAL_HEADS],
+        out[65 * 256 * SEAL_HEADS], rows[64 * 256];
     kvl_tensor tq = {.data = q}, tk = {.data = kr}, tv = {.data = vr}, to = {.data = out};
     kvl_cache_desc d = {.device_bytes = 24u << 20, .max_seq_tokens = 512, .poison = true};
     kvl_seq_desc open = {.no_match = true};
@@ -147,7 +150,8 @@ static void seal_and_compare(const conf_backend *b, kvl_format k, kvl_format v, 
     const kvl_step *step = NULL;
     uint32_t length = 0, total = SEAL_BLOCKS * T + 1;
     d.context_desc = (kvl_context_desc){.backend = b->kind, .simd = b->simd, .n_threads = b->n_threads};
-    d.geometry = (kvl_geometry){.n_layers = SEAL_LAYERS, .n_q_heads = SEAL_HEADS, .n_kv_heads = SEAL_HEADS, .k_dim = dim};
+    d.geometry = (kvl_geometry){
+        .n_layers = SEAL_LAYERS, .n_q_heads = SEAL_HEADS, .n_kv_heads = SEAL_HEADS, .k_dim = dim};
     d.geometry.block_tokens = T;
     d.geometry.k_format = k;
     d.geometry.v_format = v;
@@ -182,8 +186,8 @@ static void seal_and_compare(const conf_backend *b, kvl_format k, kvl_format v, 
                 const uint8_t *tile = block + at.layer_offset + h * at.head_stride;
                 exact_rows(rows, 'k', exact, j, l, h, T, dim);
                 if (!tile_is(tile, at.k_format, T, dim, rows)) {
-                    fail_msg("%s: keys %s, T %u, dim %u, block %u, layer %u, head %u: other bytes", b->name, kvl_format_name(at.k_format),
-                             T, dim, j, l, h);
+                    fail_msg("%s: keys %s, T %u, dim %u, block %u, layer %u, head %u: other bytes", b->name,
+                             kvl_format_name(at.k_format), T, dim, j, l, h);
                 }
                 exact_rows(rows, 'v', exact, j, l, h, T, dim);
                 if (!tile_is(tile + at.v_offset, at.v_format, T, dim, rows)) {
@@ -206,7 +210,8 @@ static void test_sealed_bytes(void **state) {
     for (uint32_t k = 0; k < conf_factors[F_K].n; k++) {
         for (uint32_t dim = 0; dim < conf_factors[F_K_DIM].n; dim++, n++) {
             uint32_t T = conf_is_channel(conf_k[k]) ? 32u << n % 2 : conf_block[(k + dim) % 4];
-            seal_and_compare(b, conf_k[k], conf_v[(k + dim) % conf_factors[F_V].n], exact[n % 3], T, conf_dim[dim], chunk[(n / 3) % 3]);
+            seal_and_compare(b, conf_k[k], conf_v[(k + dim) % conf_factors[F_V].n], exact[n % 3], T,
+                             conf_dim[dim], chunk[(n / 3) % 3]);
         }
     }
 }
@@ -219,13 +224,17 @@ int main(int argc, char **argv) {
     conf_backend avx512 = {"cpu avx512", KVL_BACKEND_CPU, KVL_SIMD_AVX512, 1, false, full, 0},
                  avx512_2 = avx512;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reference_by_hand),   cmocka_unit_test(test_reference_seals_by_hand),
-        cmocka_unit_test(test_table_covers),        {"scalar: sealed bytes", test_sealed_bytes, NULL, NULL, &scalar},
+        cmocka_unit_test(test_reference_by_hand),
+        cmocka_unit_test(test_reference_seals_by_hand),
+        cmocka_unit_test(test_table_covers),
+        {"scalar: sealed bytes", test_sealed_bytes, NULL, NULL, &scalar},
         {"avx2: sealed bytes", test_sealed_bytes, NULL, NULL, &avx2},
         {"avx512, 2 threads: sealed bytes", test_sealed_bytes, NULL, NULL, &avx512_2},
         CONF_TESTS("scalar, 1 thread", &scalar),
-        CONF_TESTS("scalar, 2 threads", &scalar2),  CONF_TESTS("avx2, 1 thread", &avx2),
-        CONF_TESTS("avx2, 2 threads", &avx2_2),     CONF_TESTS("avx512, 1 thread", &avx512),
+        CONF_TESTS("scalar, 2 threads", &scalar2),
+        CONF_TESTS("avx2, 1 thread", &avx2),
+        CONF_TESTS("avx2, 2 threads", &avx2_2),
+        CONF_TESTS("avx512, 1 thread", &avx512),
         CONF_TESTS("avx512, 2 threads", &avx512_2),
     };
     scalar2.n_threads = avx2_2.n_threads = avx512_2.n_threads = 2;

@@ -352,7 +352,7 @@ static void test_resize(void **state) { each_preset(*state, resize); }
 
 /* ---- the scheduler level: a small model, its tokens and every row's bits ---- */
 
-enum { WIDTH = 32, VOCAB = 96, PROMPT_MAX = 150, NEW = 24, ROWS_MAX = PROMPT_MAX + NEW + 1 };
+enum { WIDTH = 32, VOCAB = 96, PROMPT_MAX = 150, NEW = 40, ROWS_MAX = PROMPT_MAX + NEW + 1 };
 
 static float embed[VOCAB][WIDTH], wq[LAYERS][Q_HEADS * K_DIM][WIDTH], wk[LAYERS][KV_HEADS * K_DIM][WIDTH],
     wv[LAYERS][KV_HEADS * V_DIM][WIDTH], wo[LAYERS][WIDTH][Q_HEADS * V_DIM];
@@ -446,7 +446,7 @@ static int32_t best_token(const float *x) {
 typedef struct variant {
     const char *name;
     uint32_t threads, step_tokens;
-    bool alone, match, aborts, forks, resizes, tiny, priority;
+    bool alone, match, aborts, forks, resizes, tiny, classes;
 } variant;
 
 typedef struct totals {
@@ -496,7 +496,9 @@ static uint32_t submit(kvl_sched *sched, job *jobs, uint32_t n, stream *s, const
                      .no_match = !v->match,
                      .user = s};
     kvl_result r;
-    q.priority = v->priority ? (uint32_t)(s - streams) % 3 : 0;
+    q.priority = v->classes ? (uint32_t)(s - streams) % 3 : 0;
+    q.klass =
+        v->classes && (s - streams) % 2 == 0 ? KVL_BACKGROUND : KVL_INTERACTIVE; /* gives way: preemption */
     r = kvl_sched_submit(sched, &q, &jobs[n].req);
     if (r != KVL_OK) fail_msg("submit: %s: %s", kvl_result_name(r), kvl_sched_last_error(sched));
     jobs[n].s = s;
@@ -507,7 +509,7 @@ static uint32_t submit(kvl_sched *sched, job *jobs, uint32_t n, stream *s, const
 static void play(kvl_cache *cache, const char *preset, const variant *v, uint32_t first, uint32_t count,
                  bool record, totals *t) {
     kvl_sched_desc d = {.step_tokens = v->step_tokens,
-                        .policy = v->priority ? KVL_POLICY_PRIORITY : KVL_POLICY_FCFS};
+                        .policy = v->classes ? KVL_POLICY_PRIORITY : KVL_POLICY_FCFS};
     kvl_sched *sched;
     job jobs[4 * STREAMS];
     uint32_t n_jobs = 0, arrived = 0, steps = 0;
@@ -542,7 +544,7 @@ static void play(kvl_cache *cache, const char *preset, const variant *v, uint32_
         for (uint32_t i = 0; i < step->n_logits; i++) run.next[i] = best_token(run.x[step->logit_rows[i]]);
         need(cache, "commit", kvl_sched_commit(sched, step, run.next), KVL_OK);
         if (steps % 16 == 0) need(cache, "validate", kvl_validate(cache), KVL_OK);
-        if (v->forks && n_jobs < 3 * STREAMS && pick(&rng, 5) == 0) {
+        if (v->forks && n_jobs < 3 * STREAMS && pick(&rng, 3) == 0) {
             job *j = &jobs[pick(&rng, n_jobs)];
             if (kvl_sched_fork(sched, j->req, j->s, &jobs[n_jobs].req) == KVL_OK) {
                 jobs[n_jobs++].s = j->s;
@@ -559,14 +561,14 @@ static void play(kvl_cache *cache, const char *preset, const variant *v, uint32_
     need(cache, "validate", kvl_validate(cache), KVL_OK);
 }
 
-/* The least budget, in eighths more each time, that takes any one of the streams: all eight at once do not fit. */
+/* About the least budget that takes two of the longest stream: eight at once do not fit. */
 static kvl_cache *make_tiny_cache(const char *preset, kvl_simd simd) {
     for (uint64_t bytes = 64 << 10;; bytes += bytes / 8) {
         kvl_cache *cache = make_cache(preset, simd, 1, bytes);
         kvl_fit fit;
         assert_true(bytes < PLENTY);
         if (!cache) continue;
-        if (kvl_can_fit(cache, 1, ROWS_MAX, &fit) == KVL_OK) return cache;
+        if (kvl_can_fit(cache, 2, ROWS_MAX, &fit) == KVL_OK) return cache;
         kvl_cache_destroy(cache);
     }
 }
@@ -597,19 +599,31 @@ static void scheduler(const char *preset, kvl_simd simd) {
         {.name = "forks", .threads = 1, .step_tokens = 48, .match = true, .forks = true},
         {.name = "forks and aborts", .threads = 2, .step_tokens = 20, .forks = true, .aborts = true},
         {.name = "resizes", .threads = 1, .step_tokens = 50, .match = true, .resizes = true},
-        {.name = "tiny budget", .threads = 1, .step_tokens = 64, .tiny = true},
+        {.name = "tiny budget, two classes",
+         .threads = 1,
+         .step_tokens = 40,
+         .match = true,
+         .tiny = true,
+         .classes = true},
         {.name = "tiny budget, hits and aborts",
          .threads = 1,
          .step_tokens = 33,
          .match = true,
          .tiny = true,
          .aborts = true},
-        {.name = "tiny budget, priorities",
+        {.name = "tiny budget, two classes, aborts",
          .threads = 1,
-         .step_tokens = 40,
+         .step_tokens = 64,
+         .tiny = true,
+         .classes = true,
+         .aborts = true},
+        {.name = "tiny budget, two classes, forks",
+         .threads = 1,
+         .step_tokens = 70,
          .match = true,
          .tiny = true,
-         .priority = true},
+         .classes = true,
+         .forks = true},
     };
     static uint32_t turn; /* every other variant, the others on the next path: 9 presets are an odd number */
     totals none = {0}, sum = {0};

@@ -33,7 +33,7 @@ class ReferenceModel:
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.weights[name + ".weight"]
 
     def rope(self, x):
-        """x [rows, heads, dim]: rotates the pairs (0, 1), (2, 3) ..., the order that GGUF files of llama models have."""
+        """x [rows, heads, dim]: rotates the pairs (0, 1), (2, 3) ..., which is the order in GGUF files."""
         angles = np.arange(len(x))[:, None, None] * self.rope_frequencies
         turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
         return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)

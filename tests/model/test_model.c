@@ -483,7 +483,10 @@ static void trace_collect(sched_case *k) {
         case KVL_FINISH_STOP: KT_CHECK(a->stream.tokens[a->stream.n - 1] % 2, "%s", "not a stop token"); break;
         case KVL_FINISH_APP: KT_CHECK(a->finish_at, "%s", "the app did not end it"); break;
         case KVL_FINISH_CANCELLED: KT_CHECK(a->cancelled, "%s", "nobody cancelled it"); break;
-        case KVL_FINISH_REFUSED: KT_CHECK(k->w.sdesc.refuse_over_gap, "%s", "refused though it may queue"); break;
+        case KVL_FINISH_REFUSED:
+            KT_CHECK(k->w.sdesc.refuse_over_gap, "%s", "refused though it may queue");
+            KT_CHECK(!a->first_step, "%s", "refused in the middle of its answer");
+            break;
         default: KT_CHECK(false, "finished for reason %d", (int)info.finish);
         }
         if (!a->cancelled) kt_world_answer_is(&k->w, a, info.finish, info.n_generated);
@@ -651,7 +654,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_random_operations),
         cmocka_unit_test(test_random_traces),
     };
-    for (int i = 1; i < argc; i++) {
+    for (int i = 1; i < argc; i += 2) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (value && !strcmp(argv[i], "-n")) option_operations = strtoull(value, NULL, 0);
         else if (value && !strcmp(argv[i], "-s")) option_seed = strtoull(value, NULL, 0);
@@ -660,7 +663,6 @@ int main(int argc, char **argv) {
             fprintf(stderr, "usage: %s [-n OPERATIONS] [-s SEED] [-c CASE]\n", argv[0]);
             return 2;
         }
-        i++;
     }
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -377,6 +377,50 @@ static void test_host_ledger(void **state) {
     kt_env_check(&env);
 }
 
+/* Tiles of the layers of a group lie one after another in its block, in the formats asked for. */
+static void test_layouts(void **state) {
+    enum { N = 5, KV = 3 };
+    kvl_layer layers[N];
+    kvl_cache_desc desc = kt_desc(NULL, N, 32, "int4");
+    kvl_cache *cache;
+    (void)state;
+    memset(layers, 0, sizeof layers);
+    layers[1].window = layers[3].window = 64;
+    layers[2].k_format = KVL_INT8;
+    layers[3].v_format = KVL_FP8_E4M3;
+    layers[4].window = 64;
+    layers[4].sink_tokens = 4; /* a group of its own */
+    desc.geometry.layers = layers;
+    desc.geometry.n_kv_heads = KV;
+    desc.geometry.n_q_heads = 2 * KV;
+    desc.geometry.k_dim = 64;
+    desc.geometry.v_dim = 32;
+    desc.device_bytes = 16u << 20;
+    KT_OK(NULL, kvl_cache_create(&desc, &cache));
+    for (int exact = 0; exact < 2; exact++) {
+        kvl_block_layout at[N];
+        for (uint32_t l = 0; l < N; l++) {
+            kvl_format k = exact ? KVL_F16 : l == 2 ? KVL_INT8 : KVL_INT4_CHANNEL;
+            kvl_format v = exact ? KVL_F16 : l == 3 ? KVL_FP8_E4M3 : KVL_INT4 | KVL_ROTATED;
+            KT_OK(cache, kvl_cache_layout(cache, l, exact != 0, &at[l]));
+            assert_int_equal(at[l].k_format, k);
+            assert_int_equal(at[l].v_format, v);
+            assert_true(at[l].v_offset >= kvl_tile_bytes(k, 32, 64));
+            assert_true(at[l].head_stride >= at[l].v_offset + kvl_tile_bytes(v, 32, 32));
+            assert_true(at[l].layer_offset + KV * at[l].head_stride <= at[l].block_bytes);
+            assert_int_equal((at[l].layer_offset | at[l].head_stride | at[l].v_offset) % 128, 0);
+            for (uint32_t m = 0; m < l; m++) {
+                bool together = layers[l].window == layers[m].window && layers[l].sink_tokens == layers[m].sink_tokens;
+                assert_int_equal(at[l].group == at[m].group, together);
+                if (!together) continue;
+                assert_int_equal(at[l].block_bytes, at[m].block_bytes);
+                assert_true(at[m].layer_offset + KV * at[m].head_stride <= at[l].layer_offset);
+            }
+        }
+    }
+    kvl_cache_destroy(cache);
+}
+
 static void test_contexts(void **state) {
     kvl_context_desc desc = kt_context(NULL, KVL_BACKEND_AUTO);
     kvl_context *context = NULL;
@@ -825,6 +869,7 @@ int main(void) {
         cmocka_unit_test(test_create_overflow),
         cmocka_unit_test(test_create_budgets),
         cmocka_unit_test(test_host_ledger),
+        cmocka_unit_test(test_layouts),
         cmocka_unit_test(test_contexts),
         cmocka_unit_test_setup_teardown(test_stale_handles, setup, teardown),
         cmocka_unit_test_setup_teardown(test_null_arguments, setup, teardown),

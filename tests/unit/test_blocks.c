@@ -808,6 +808,40 @@ static void test_addresses_are_disjoint(void **state) {
     for (int i = 0; i < 4; i++) kt_close(f->cache, &q[i]);
 }
 
+/* Equal graph keys mean equal shapes with memory where it was; a move of memory changes the key. */
+static void test_graph_key(void **state) {
+    fixture *f = (fixture *)*state;
+    kvl_cache_desc desc = kt_desc(&f->env, LAYERS, 16, NULL);
+    const kvl_step *step;
+    uint64_t keys[4];
+    kvl_span spans[2];
+    kt_seq q[2];
+    make(f, desc);
+    memset(spans, 0, sizeof spans);
+    for (int i = 0; i < 2; i++) {
+        q[i] = start(f, 1000 * i, 60);
+        feed(f, &q[i], 30);
+        spans[i].seq = q[i].seq;
+        spans[i].tokens = q[i].stream.tokens + 30;
+        spans[i].n_tokens = 1;
+    }
+    for (int i = 0; i < 4; i++) { /* two sequences; one; one with 2 rows; two, after a resize */
+        if (i == 2) spans[0].n_tokens = 2;
+        if (i == 3) {
+            spans[0].n_tokens = 1;
+            KT_OK(f->cache, kvl_cache_resize(f->cache, desc.device_bytes / 2, NULL));
+        }
+        KT_OK(f->cache, kvl_step_begin(f->cache, spans, i % 3 ? 1 : 2, &step));
+        keys[i] = step->graph_key;
+        KT_OK(f->cache, kvl_step_abort(f->cache, step));
+        KT_OK(f->cache, kvl_step_begin(f->cache, spans, i % 3 ? 1 : 2, &step));
+        assert_int_equal(step->graph_key, keys[i]);
+        KT_OK(f->cache, kvl_step_abort(f->cache, step));
+        for (int k = 0; k < i; k++) assert_int_not_equal(keys[i], keys[k]);
+    }
+    for (int i = 0; i < 2; i++) kt_close(f->cache, &q[i]);
+}
+
 /* ---------------------------------------------------------------- abort */
 
 /* Any step can be aborted at any point, any number of times, without a trace. */
@@ -880,6 +914,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_compaction, setup, teardown),
         cmocka_unit_test_setup_teardown(test_slabs_change_class, setup, teardown),
         cmocka_unit_test_setup_teardown(test_addresses_are_disjoint, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_graph_key, setup, teardown),
         cmocka_unit_test_setup_teardown(test_abort_leaves_no_trace, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -692,6 +692,22 @@ static void test_fork_outlives_its_parent(void **state) {
     kt_world_answer_is(w, g, KVL_FINISH_LENGTH, 10);
 }
 
+/* More answers to one prompt than sequences, and than a step has logits rows: the rest run later. */
+static void test_more_forks_than_sequences(void **state) {
+    kt_world *w = (kt_world *)*state;
+    kvl_cache_desc desc = small(w, NULL);
+    kt_answer *a, *forks[60];
+    desc.max_sequences = 6;
+    desc.max_step_tokens = 16;
+    kt_world_open(w, desc, NULL);
+    a = kt_world_submit(w, 0, 50, 5, NULL);
+    for (uint64_t i = 0; i < 60; i++) forks[i] = kt_world_fork(w, a, i);
+    KT_VALID(w->cache);
+    assert_int_equal(kt_world_run(w, 1000), KVL_IDLE);
+    kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 5);
+    for (int i = 0; i < 60; i++) kt_world_answer_is(w, forks[i], KVL_FINISH_LENGTH, 5);
+}
+
 static void test_fork_under_pressure(void **state) {
     kt_world *w = (kt_world *)*state;
     kt_answer *a, *forks[4];
@@ -1290,6 +1306,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_fork_of_a_prompt, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fork_in_each_state, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fork_outlives_its_parent, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_more_forks_than_sequences, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fork_under_pressure, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cancel_in_each_state, setup, teardown),
         cmocka_unit_test_setup_teardown(test_abort_restores, setup, teardown),
