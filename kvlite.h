@@ -3967,15 +3967,17 @@ static kvl_seq_desc kvli_req_desc(const kvli_req *q) {
     return d;
 }
 
-/* Is a running prefill about to compute the very block that this request would need next? Then wait for it.
- */
-static bool kvli_in_flight(const kvl_sched *s, const kvli_req *q, const kvli_match *m) {
+/* Is a running prefill of better rank about to compute the very block that this request would need next? Then
+   wait for it. */
+static bool kvli_in_flight(const kvl_sched *s, uint32_t r, const kvli_match *m) {
     const kvl_cache *c = s->cache;
+    const kvli_req *q = &s->reqs[r];
     uint32_t T = c->geo.block_tokens, done = m->depth * T;
     if (q->no_match || done + T > q->n_tokens - 1 || m->length < done) return false;
     for (uint32_t i = 0; i < s->n_running; i++) {
         const kvli_req *o = &s->reqs[s->running[i]];
         const kvli_seq *seq = &c->seqs[o->seq];
+        if (!kvli_outranks(s, s->running[i], r)) break; /* they run in order of rank */
         if (!seq->attached || o->n_tokens < done + T || seq->length < done || seq->length >= done + T)
             continue;
         bool same =
@@ -4011,7 +4013,7 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     kvli_req *q = &s->reqs[r];
     kvl_seq_desc d = kvli_req_desc(q);
     kvli_match m = kvli_match_find(c, &d);
-    if (kvli_in_flight(s, q, &m)) return KVLI_SKIP;
+    if (kvli_in_flight(s, r, &m)) return KVLI_SKIP;
     if (!kvli_admissible(s, q, &m)) return KVLI_STOP;
     uint32_t n = kvli_chunk(s, m.length, q->n_tokens - m.length);
     if (!n) return KVLI_STOP;
@@ -4073,8 +4075,7 @@ static void kvli_make_room(kvl_sched *s) {
     kvl_seq_desc d = kvli_req_desc(&s->reqs[r]);
     while (s->n_running && s->reqs[s->running[s->n_running - 1]].klass == KVL_BACKGROUND) {
         kvli_match m = kvli_match_find(s->cache, &d);
-        if (kvli_in_flight(s, &s->reqs[r], &m) || (kvli_has_slot(s) && kvli_admissible(s, &s->reqs[r], &m)))
-            return;
+        if (kvli_in_flight(s, r, &m) || (kvli_has_slot(s) && kvli_admissible(s, &s->reqs[r], &m))) return;
         kvli_preempt(s, s->running[s->n_running - 1]);
     }
 }
@@ -4974,7 +4975,7 @@ KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uin
         *v1 = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
         if (f == KVL_NVFP4) {
             __m128i two = _mm_loadl_epi64((const __m128i *)(const void *)(side + 2 * j));
-            __m512 scale = _mm512_permutexvar_ps(halves, _mm512_broadcast_f32x2(_mm_castsi128_ps(two)));
+            __m512 scale = _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(_mm_castsi128_ps(two)));
             *v0 = _mm512_mul_ps(*v0, scale);
             *v1 = _mm512_mul_ps(*v1, scale);
         }
@@ -5064,7 +5065,7 @@ KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, __m512 
 /* Four numbers, one a row, to the lanes of their rows. */
 KVLI_Z __m512 kvli_z_spread(const float *at) {
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(at)));
+    return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(at)));
 }
 
 /* Floats of scales for four rows of keys. */
@@ -5131,7 +5132,7 @@ KVLI_Z void kvli_z_score_out(const __m512 *a, const int step, const float *zero,
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     __m512 x[4] = {a[0], a[step], a[2 * step], a[3 * step]}, y[4] = {a[1], a[step + 1], a[2 * step + 1], a[3 * step + 1]}, low, high;
-    __m512 z = _mm512_broadcast_f32x4(_mm_loadu_ps(zero)), by = _mm512_broadcast_f32x8(_mm256_loadu_ps(token));
+    __m512 z = _mm512_castps128_ps512(_mm_loadu_ps(zero)), by = _mm512_broadcast_f32x8(_mm256_loadu_ps(token));
     x[0] = kvli_z_sum4(x);
     y[0] = kvli_z_sum4(y);
     low = _mm512_permutex2var_ps(x[0], turn, y[0]);
@@ -5183,19 +5184,17 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
     }
 }
 
-/* Calls CALL with each format of keys as a constant. */
+/* Formats of keys that kernels decode in registers; the rest (F32, INT4) always comes through memory. */
 #define KVLI_Z_KEY_FORMATS(f, CALL)                                                                                    \
     switch (f) {                                                                                                       \
-    case KVLI_Z_QUADS: CALL(KVLI_Z_QUADS); break;                                                                      \
-    case KVL_F32: CALL(KVL_F32); break;                                                                                \
     case KVL_F16: CALL(KVL_F16); break;                                                                                \
     case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
     case KVL_INT8: CALL(KVL_INT8); break;                                                                              \
+    case KVL_INT8_CHANNEL: CALL(KVL_INT8_CHANNEL); break;                                                              \
     case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;                                                                      \
     case KVL_NVFP4: CALL(KVL_NVFP4); break;                                                                            \
-    case KVL_INT4: CALL(KVL_INT4); break;                                                                              \
     case KVL_INT4_CHANNEL: CALL(KVL_INT4_CHANNEL); break;                                                              \
-    default: CALL(KVL_INT8_CHANNEL); break;                                                                            \
+    default: CALL(KVLI_Z_QUADS); break;                                                                                \
     }
 
 static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
@@ -5231,7 +5230,12 @@ KVLI_Z void kvli_z_decode_keys_as(kvl_format f, const kvli_z_rows *r, uint32_t t
 
 static KVLI_TARGET_AVX512 void kvli_z_decode_keys(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
 #define KVLI_CALL(F) kvli_z_decode_keys_as(F, r, t0, n, out)
-    KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
+    if (f == KVL_F32)
+        KVLI_CALL(KVL_F32);
+    else if (f == KVL_INT4)
+        KVLI_CALL(KVL_INT4);
+    else
+        KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
 
@@ -5392,7 +5396,7 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
     uint32_t D = b->side->dim, T = b->side->tokens, step = b->n;
     kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(b->scratch_dim));
     kvli_z_rows rows = kvli_z_open(b, true, &z), part = rows;
-    bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL, direct = b->n_q <= KVLI_CPU_DIRECT_Q;
+    bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL, direct = b->n_q <= KVLI_CPU_DIRECT_Q && f != KVL_F32 && f != KVL_INT4;
     const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
     if (direct && kvli_z_spreads(f)) kvli_z_spread_q(b, z.rows);
     if (!direct) b->spread->n_q = 0;
@@ -5435,13 +5439,15 @@ KVLI_Z __m512 kvli_z_exp2v(__m512 x) {
 
 static KVLI_TARGET_AVX512 float kvli_z_exp2(float x) { return _mm512_cvtss_f32(kvli_z_exp2v(_mm512_set1_ps(x))); }
 
-/* cap * tanh(x), by tanh |x| = (1 - e) / (1 + e), e = exp(-2 |x|). */
-KVLI_Z __m512 kvli_z_softcap(__m512 x, float cap) {
+/* A row of scores becomes cap * tanh(x), by tanh |x| = (1 - e) / (1 + e), e = exp(-2 |x|). */
+static KVLI_TARGET_AVX512 void kvli_z_softcap(float *s, float cap) {
     const __m512 one = _mm512_set1_ps(1.0f);
-    __m512 e = kvli_z_exp2v(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f * KVLI_LOG2E)));
-    __m512 t = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), _mm512_set1_ps(cap));
-    __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    return _mm512_mask_sub_ps(t, negative, _mm512_setzero_ps(), t);
+    for (uint32_t i = 0; i < KVLI_CPU_TILE; i += 16) {
+        __m512 x = _mm512_loadu_ps(s + i), e = kvli_z_exp2v(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f * KVLI_LOG2E)));
+        __m512 t = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), _mm512_set1_ps(cap));
+        __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+        _mm512_storeu_ps(s + i, _mm512_mask_sub_ps(t, negative, _mm512_setzero_ps(), t));
+    }
 }
 
 KVLI_Z __m512 kvli_z_max(__m512 a) { /* to all lanes */
@@ -5452,7 +5458,7 @@ KVLI_Z __m512 kvli_z_max(__m512 a) { /* to all lanes */
 }
 
 /* R rows, so that one's chain of operations hides another's; whole: they see all tokens. */
-KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvli_cpu_run *run, float cap, kvli_cpu_stat *st, float *by) {
+KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvli_cpu_run *run, kvli_cpu_stat *st, float *by) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i lo = _mm512_set1_epi32((int)run->lo), hi = _mm512_set1_epi32((int)run->hi), sink = _mm512_set1_epi32((int)run->sink);
     __m512 x[2][8], m[2];
@@ -5461,7 +5467,6 @@ KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvl
         KVLI_UNROLL for (int i = 0; i < 8; i++) {
             __m512i t = _mm512_add_epi32(lane, _mm512_set1_epi32(16 * i));
             x[r][i] = _mm512_loadu_ps(s + r * KVLI_CPU_STRIDE + 16 * i);
-            if (cap != 0) x[r][i] = kvli_z_softcap(x[r][i], cap);
             if (whole) continue;
             seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) | _mm512_cmplt_epi32_mask(t, sink));
             x[r][i] = _mm512_mask_mov_ps(_mm512_set1_ps(KVLI_LOW), seen[i], x[r][i]);
@@ -5488,15 +5493,15 @@ KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvl
 
 static KVLI_TARGET_AVX512 uint32_t kvli_z_softmax(float *s, const kvli_cpu_run *runs, uint32_t n, float cap, kvli_cpu_stat *st, float *by) {
     bool whole = runs[0].lo == 0 && runs[0].hi == KVLI_CPU_TILE;
-    if (whole && n > 1 && runs[1].lo == 0 && runs[1].hi == KVLI_CPU_TILE) {
-        kvli_z_softmax_as(2, true, s, runs, cap, st, by);
-        return 2;
-    }
-    if (whole)
-        kvli_z_softmax_as(1, true, s, runs, cap, st, by);
+    uint32_t rows = whole && n > 1 && runs[1].lo == 0 && runs[1].hi == KVLI_CPU_TILE ? 2 : 1;
+    for (uint32_t r = 0; r < rows && cap != 0; r++) kvli_z_softcap(s + r * KVLI_CPU_STRIDE, cap);
+    if (rows == 2)
+        kvli_z_softmax_as(2, true, s, runs, st, by);
+    else if (whole)
+        kvli_z_softmax_as(1, true, s, runs, st, by);
     else
-        kvli_z_softmax_as(1, false, s, runs, cap, st, by);
-    return 1;
+        kvli_z_softmax_as(1, false, s, runs, st, by);
+    return rows;
 }
 
 /* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and NP pairs from pair j on. */
@@ -5548,31 +5553,27 @@ static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t
     if (n_q == 3) last = w->spare;
     while (j < w->j1) {
         uint32_t left = w->j1 - j;
-        if (n_q >= 3 && left >= 2) {
+        if (left == 1) { /* such rows always come through memory */
+            if (n_q >= 3)
+                kvli_z_values_as(KVL_F32, 4, 1, &w->rows, t0, t1, p, j, acc, stride, last);
+            else
+                kvli_z_values_as(KVL_F32, 1, 1, &w->rows, t0, t1, p, j, acc, stride, last);
+            j += 1;
+        } else if (n_q >= 3) {
 #define KVLI_CALL(F) kvli_z_values_as(F, 4, 2, &w->rows, t0, t1, p, j, acc, stride, last)
             KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
 #undef KVLI_CALL
             j += 2;
-        } else if (n_q >= 3) {
-#define KVLI_CALL(F) kvli_z_values_as(F, 4, 1, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 1;
         } else if (left >= 4) {
 #define KVLI_CALL(F) kvli_z_values_as(F, 1, 4, &w->rows, t0, t1, p, j, acc, stride, last)
             KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
 #undef KVLI_CALL
             j += 4;
-        } else if (left >= 2) {
+        } else {
 #define KVLI_CALL(F) kvli_z_values_as(F, 1, 2, &w->rows, t0, t1, p, j, acc, stride, last)
             KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
 #undef KVLI_CALL
             j += 2;
-        } else {
-#define KVLI_CALL(F) kvli_z_values_as(F, 1, 1, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 1;
         }
     }
 }
@@ -5635,7 +5636,7 @@ static KVLI_TARGET_AVX512 void kvli_z_values(const kvli_cpu_block *b) {
         for (uint32_t i = 0; i < b->n_q; i++) kvli_z_scale_tokens(b->s + (size_t)i * KVLI_CPU_STRIDE, z.token, b->n);
     w.format = f;
     w.rows = rows;
-    if (b->n_q <= KVLI_CPU_DIRECT_Q && D % 32 == 0) {
+    if (b->n_q <= KVLI_CPU_DIRECT_Q && D % 64 == 0) {
         kvli_z_values_chunk(b, &w, &z, 0, b->n);
         return;
     }

@@ -2,11 +2,11 @@
  *
  * Eight people come one after another with questions under one system prompt; each asks three times. One of them
  * pastes a long text in the middle. Then single things are measured on caches of their own. See `demo --help`. */
+#include "demo_report.h"
 #include "demo_run.h"
 #include "demo_script.h"
 #include "demo_view.h"
 
-#include <inttypes.h>
 #include <time.h>
 
 enum { EXIT_FAILED = 1, EXIT_USAGE = 2, TEXT_ROOM = 4096, CONTEXT = 4096, AT_TOKENS = 1000, GAP_STREAMS = 4 };
@@ -58,27 +58,23 @@ typedef struct chat {
 
 typedef struct program {
     options o;
-    double max_gap_ms;
-    bool quick, plain, json, help, live_view, told_progress;
+    bool plain, json, help, live_view;
     FILE *log;
     runtime rt;
     chat_template chatml;
     chat chats[DEMO_CHATS];
-    uint32_t context; /* tokens a conversation may grow to */
-    char *text;       /* the long one */
-    size_t text_len;  /* how much of it people paste */
+    char *text;      /* the long one */
+    size_t text_len; /* how much of it people paste */
     token_list text_tokens;
     engine e;
     view v;
-    double start, drawn, live_s;
+    double start, drawn;
     struct {
         double t;
         uint64_t written, read;
     } past[16]; /* for the rates on the screen */
     unsigned n_past;
-    kvl_stats stats; /* of the live run */
-    uint64_t n_generated, kv_peak;
-    figures f;
+    report r;
 } program;
 
 /* ---- the command line ---- */
@@ -87,7 +83,7 @@ static bool parse_own(program *p, args *a, char *err, size_t n) {
     static const struct {
         const char *name;
         size_t at;
-    } flags[] = {{"--quick", offsetof(program, quick)},
+    } flags[] = {{"--quick", offsetof(program, r.quick)},
                  {"--plain", offsetof(program, plain)},
                  {"--json", offsetof(program, json)},
                  {"--help", offsetof(program, help)},
@@ -100,15 +96,32 @@ static bool parse_own(program *p, args *a, char *err, size_t n) {
     if (args_is(a, "--max-gap-ms")) {
         float ms;
         if (!args_float(a, 0, 1e6f, &ms, err, n)) return false;
-        p->max_gap_ms = ms;
+        p->r.max_gap_ms = ms;
         return true;
     }
     return llm_fail(err, n, "option '%s' is unknown", a->name);
 }
 
+static void describe(program *p) { /* for the screen and the report */
+    const runtime_cache_desc *c = &p->o.cache;
+    const kvl_preset *preset = kvl_preset_find(c->preset ? c->preset : "int8");
+    const char *slash = strrchr(p->o.runtime.path, '/');
+    report *r = &p->r;
+    r->rt = &p->rt;
+    r->path = p->o.runtime.path;
+    r->model = slash ? slash + 1 : r->path;
+    r->seed = p->o.sampling.seed;
+    r->budget = c->device_bytes;
+    if (!c->k_format && !c->v_format)
+        snprintf(r->kv, sizeof r->kv, "%s", preset->name);
+    else
+        snprintf(r->kv, sizeof r->kv, "%s/%s", kvl_format_name(c->k_format ? c->k_format : preset->k),
+                 kvl_format_name(c->v_format ? c->v_format : preset->v));
+}
+
 static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
     args a = {.argc = argc, .argv = argv, .i = 1};
-    p->max_gap_ms = 100;
+    p->r.max_gap_ms = 100;
     p->o.runtime.path = default_model;
     p->o.cache.device_bytes = default_budget;
     while (!p->help && args_next(&a, err, n)) {
@@ -124,6 +137,7 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
         p->o.sampling.top_p = 0.9f;
     }
     p->o.runtime.step_tokens = RUN_WHOLE_STEP;
+    describe(p);
     return true;
 }
 
@@ -134,26 +148,7 @@ static sampler_desc sampling_of(const program *p, unsigned chat_index, unsigned 
 }
 
 static unsigned longest_answer(const program *p, const demo_turn *t) {
-    return p->quick && t->answer > 16 ? 16 : t->answer;
-}
-
-/* ---- names ---- */
-
-static const char *kv_name(const program *p, char *out, size_t n) { /* as on the command line */
-    const runtime_cache_desc *c = &p->o.cache;
-    const kvl_preset *preset = kvl_preset_find(c->preset ? c->preset : "int8");
-    kvl_format k = c->k_format || !preset ? c->k_format : preset->k;
-    kvl_format v = c->v_format || !preset ? c->v_format : preset->v;
-    if (!c->k_format && !c->v_format && preset)
-        snprintf(out, n, "%s", preset->name);
-    else
-        snprintf(out, n, "%s/%s", kvl_format_name(k), kvl_format_name(v));
-    return out;
-}
-
-static const char *model_name(const program *p) {
-    const char *slash = strrchr(p->o.runtime.path, '/');
-    return slash ? slash + 1 : p->o.runtime.path;
+    return p->r.quick && t->answer > 16 ? 16 : t->answer;
 }
 
 /* ---- conversations ---- */
@@ -192,7 +187,7 @@ static bool join_text(program *p, char *err, size_t n) {
     if (!p->text) return llm_fail(err, n, "no memory for the long text");
     for (unsigned i = 0; i < PARAGRAPHS; i++) {
         at += (size_t)snprintf(p->text + at, all + 1 - at, "%s\n\n", demo_text[i]);
-        if (!p->quick || i < PASTED) p->text_len = at;
+        if (!p->r.quick || i < PASTED) p->text_len = at;
     }
     return tokenizer_encode(p->rt.tok, p->text, all, TOKENIZE_PLAIN, &p->text_tokens, err, n);
 }
@@ -206,8 +201,8 @@ static bool prepare(program *p, char *err, size_t n) {
         token_list all = {0};
         size_t answers = 0;
         c->script = &demo_chats[i];
-        c->n_turns = p->quick ? 2 : DEMO_TURNS;
-        c->due = c->script->turns[0].pause_s * (p->quick ? 0.1 : 1);
+        c->n_turns = p->r.quick ? 2 : DEMO_TURNS;
+        c->due = c->script->turns[0].pause_s * (p->r.quick ? 0.1 : 1);
         for (unsigned t = 0; t < c->n_turns; t++) {
             if (!append_question(p, c, &c->script->turns[t], &all, err, n))
                 return token_list_free(&all), false;
@@ -216,11 +211,11 @@ static bool prepare(program *p, char *err, size_t n) {
         if (all.n + answers > least) least = all.n + answers;
         token_list_free(&all);
     }
-    p->context = p->rt.config->n_ctx < CONTEXT ? p->rt.config->n_ctx : CONTEXT;
-    if (least > p->context)
+    p->r.context = p->rt.config->n_ctx < CONTEXT ? p->rt.config->n_ctx : CONTEXT;
+    if (least > p->r.context)
         return llm_fail(err, n, "the longest conversation has up to %zu tokens, the model's context only %u",
-                        least, p->context);
-    p->o.cache.seq_tokens = p->context;
+                        least, p->r.context);
+    p->o.cache.seq_tokens = p->r.context;
     p->o.cache.least_tokens = (uint32_t)least;
     return true;
 }
@@ -308,7 +303,7 @@ static bool chat_answered(program *p, unsigned i, char *err, size_t n) {
         c->script->name, c->turn + 1, c->n_turns, s->answer.n,
         (double)(q->first_token_ns - q->submit_ns) / 1e6, q->reuse.matched, q->n_prompt);
     if (++c->turn < c->n_turns)
-        c->due = runtime_now() - p->start + c->script->turns[c->turn].pause_s * (p->quick ? 0.1 : 1);
+        c->due = runtime_now() - p->start + c->script->turns[c->turn].pause_s * (p->r.quick ? 0.1 : 1);
     return true;
 }
 
@@ -355,13 +350,13 @@ static void fill_rates(program *p, view_frame *f) {
 
 static void draw(program *p) {
     const kvl_stats *s = &p->e.stats;
-    char setup[128], kv[64];
-    view_frame f = {.model = model_name(p), .setup = setup};
+    char setup[128];
+    view_frame f = {.model = p->r.model, .setup = setup};
     if (!p->live_view || runtime_now() - p->drawn < 0.08) return;
     p->drawn = runtime_now();
     f.seconds = p->drawn - p->start;
-    snprintf(setup, sizeof setup, "%s, %u threads, KV %s", kvl_context_backend(p->rt.context),
-             pool_threads(p->rt.threads), kv_name(p, kv, sizeof kv));
+    snprintf(setup, sizeof setup, "%s, %u thread%s, KV %s", kvl_context_backend(p->rt.context),
+             pool_threads(p->rt.threads), pool_threads(p->rt.threads) > 1 ? "s" : "", p->r.kv);
     uint64_t packed = block_bytes(p, false), exact = block_bytes(p, true);
     f.budget = s->device_budget;
     f.bytes[VIEW_SHARED] = s->blocks_shared[0] * packed + s->blocks_shared[1] * exact;
@@ -372,7 +367,7 @@ static void draw(program *p) {
     fill_rates(p, &f);
     f.gap_ms = s->gap_ms.max;
     f.usual_gap_ms = s->gap_ms.p50;
-    f.asked_gap_ms = p->max_gap_ms;
+    f.asked_gap_ms = p->r.max_gap_ms;
     f.n_prompt = s->open_tokens;
     f.n_reused = s->hit_tokens;
     f.n_evicted = s->evicted_blocks;
@@ -420,35 +415,31 @@ static bool converse(program *p, char *err, size_t n) {
             return llm_fail(err, n, "the KV budget does not let the conversations go on");
         if (!ran) rest(next - (now - p->start));
     }
-    p->live_s = runtime_now() - p->start;
+    p->r.live_s = runtime_now() - p->start;
     p->drawn = 0;
     draw(p);
-    p->stats = p->e.stats;
-    p->n_generated = p->e.n_generated;
-    p->kv_peak = p->e.kv_peak;
-    return true;
-}
-
-static void print_chats(const program *p) {
+    p->r.stats = p->e.stats;
+    p->r.n_generated = p->e.n_generated;
+    p->r.kv_peak = p->e.kv_peak;
     for (unsigned i = 0; i < DEMO_CHATS; i++) {
         const chat *c = &p->chats[i];
-        printf(" %-8s %u turns, %4zu tokens in the end, %4" PRIu64 " of %4" PRIu64 " prompt tokens reused\n",
-               c->script->name, c->n_turns, c->tokens.n, c->n_reused, c->n_prompt);
+        p->r.chats[i] =
+            (report_chat){c->script->name, c->n_turns, c->tokens.n, c->n_prompt, c->n_reused, c->answers};
     }
-    putchar('\n');
+    return true;
 }
 
 static bool live(program *p, char *err, size_t n) {
     engine_desc d = {
-        .cache = p->o.cache, .step_tokens = RUN_CHUNKED_STEP, .sched = {.max_gap_ms = p->max_gap_ms}};
+        .cache = p->o.cache, .step_tokens = RUN_CHUNKED_STEP, .sched = {.max_gap_ms = p->r.max_gap_ms}};
     if (!engine_open(&p->e, &p->rt, &d, DEMO_CHATS, err, n)) return false;
     if (p->live_view) view_open(&p->v);
     bool ok = converse(p, err, n);
     if (p->live_view) {
-        if (ok) rest(p->quick ? 0.2 : 1.5);
+        if (ok) rest(p->r.quick ? 0.2 : 1.5);
         view_close(&p->v);
         p->live_view = false;
-        if (ok) print_chats(p);
+        if (ok) report_chats(&p->r);
     }
     engine_close(&p->e);
     return ok;
@@ -483,7 +474,7 @@ static bool measure(program *p, char *err, size_t n) {
             if (p->chats[i].script->turns[t].with_text) intruder = question_of(p, i, t);
     }
     progress(p, "the first questions all at once, then one after another");
-    if (!measure_rates(&p->rt, &d, first, DEMO_CHATS, &p->f, err, n)) return false;
+    if (!measure_rates(&p->rt, &d, first, DEMO_CHATS, &p->r.f, err, n)) return false;
 
     progress(p, "a long prompt among streams, in chunks and in one piece");
     engine_desc chunked = d;
@@ -491,179 +482,20 @@ static bool measure(program *p, char *err, size_t n) {
     chunked.cache.n_sequences = GAP_STREAMS + 1;
     chunked.cache.seq_tokens = p->o.cache.least_tokens;
     engine_desc whole = chunked;
-    chunked.sched = (kvl_sched_desc){.max_gap_ms = p->max_gap_ms, .cost = p->stats.cost};
+    chunked.sched = (kvl_sched_desc){.max_gap_ms = p->r.max_gap_ms, .cost = p->r.stats.cost};
     whole.step_tokens = RUN_WHOLE_STEP;
-    p->f.gap_streams = GAP_STREAMS;
-    p->f.gap_prompt = intruder.n_tokens;
-    if (!measure_gap(&p->rt, &chunked, first, GAP_STREAMS, &intruder, &p->f.chunked_gap_ms, err, n) ||
-        !measure_gap(&p->rt, &whole, first, GAP_STREAMS, &intruder, &p->f.whole_gap_ms, err, n))
+    p->r.f.gap_streams = GAP_STREAMS;
+    p->r.f.gap_prompt = intruder.n_tokens;
+    if (!measure_gap(&p->rt, &chunked, first, GAP_STREAMS, &intruder, &p->r.f.chunked_gap_ms, err, n) ||
+        !measure_gap(&p->rt, &whole, first, GAP_STREAMS, &intruder, &p->r.f.whole_gap_ms, err, n))
         return false;
 
     progress(p, "the next token of a long text, with the cache and by recomputation");
     question next = {.tokens = p->text_tokens.ids, .n_tokens = AT_TOKENS};
     if (p->text_tokens.n < AT_TOKENS) next.n_tokens = (uint32_t)p->text_tokens.n;
-    bool ok = measure_token(&p->rt, &d, &next, p->quick ? 1 : 3, &p->f, err, n);
+    bool ok = measure_token(&p->rt, &d, &next, p->r.quick ? 1 : 3, &p->r.f, err, n);
     progress(p, "");
     return ok;
-}
-
-/* ---- what came out ---- */
-
-typedef struct totals {
-    uint64_t prompt, reused, turns, reserved, final;
-} totals;
-
-static totals sum_up(const program *p) {
-    totals t = {.reserved = DEMO_CHATS * runtime_contiguous_bytes(&p->rt, p->context)};
-    for (unsigned i = 0; i < DEMO_CHATS; i++) {
-        t.turns += p->chats[i].n_turns;
-        t.prompt += p->chats[i].n_prompt;
-        t.reused += p->chats[i].n_reused;
-        t.final += runtime_contiguous_bytes(&p->rt, p->chats[i].tokens.n);
-    }
-    return t;
-}
-
-static void table_row(const char *what, const char *with, const char *without, double times) {
-    printf(" %-27s %-15s %-25s", what, with, without);
-    if (times > 0) printf(" %.*fx", times < 10 ? 1 : 0, times);
-    putchar('\n');
-}
-
-static void print_rows(const program *p, const totals *t) {
-    const figures *f = &p->f;
-    char what[64], with[64], without[64];
-    table_row("", "kvlite", "without", 0);
-    snprintf(with, sizeof with, "%.0f together", f->together_rate);
-    snprintf(without, sizeof without, "%.0f one at a time", f->alone_rate);
-    table_row("tokens/s, 8 streams (1)", with, without, f->together_rate / f->alone_rate);
-    snprintf(with, sizeof with, "%.1f MiB", VIEW_MIB(p->kv_peak));
-    snprintf(without, sizeof without, "%.1f MiB reserved", VIEW_MIB(t->reserved));
-    table_row("KV memory, peak (2)", with, without, (double)t->reserved / (double)p->kv_peak);
-    snprintf(without, sizeof without, "%.1f MiB at final size", VIEW_MIB(t->final));
-    table_row("", "", without, (double)t->final / (double)p->kv_peak);
-    snprintf(with, sizeof with, "%" PRIu64, t->prompt - t->reused);
-    snprintf(without, sizeof without, "%" PRIu64, t->prompt);
-    table_row("prompt tokens computed (3)", with, without,
-              (double)t->prompt / (double)(t->prompt - t->reused));
-    snprintf(with, sizeof with, "%.0f ms", f->chunked_gap_ms);
-    snprintf(without, sizeof without, "%.0f ms", f->whole_gap_ms);
-    table_row("longest wait, one token (4)", with, without, f->whole_gap_ms / f->chunked_gap_ms);
-    snprintf(what, sizeof what, "a token after %u (5)", f->at_tokens);
-    snprintf(with, sizeof with, "%.1f ms", f->cached_ms);
-    snprintf(without, sizeof without, "%.0f ms recomputed", f->recomputed_ms);
-    table_row(what, with, without, f->recomputed_ms / f->cached_ms);
-}
-
-static void print_table(const program *p, double seconds) {
-    totals t = sum_up(p);
-    const figures *f = &p->f;
-    char kv[64];
-    printf("%d conversations, %" PRIu64 " turns, %" PRIu64
-           " tokens written in %.0f s (people's pauses included)\n",
-           DEMO_CHATS, t.turns, p->n_generated, p->live_s);
-    printf("%s on %s, %u threads, KV in %s\n\n", model_name(p), kvl_context_backend(p->rt.context),
-           pool_threads(p->rt.threads), kv_name(p, kv, sizeof kv));
-    print_rows(p, &t);
-    printf("\n (1) The 8 first questions, all at once and one after another: tokens written a\n"
-           "     second. Live, together, alone: %u of %u answers are equal, token for token.\n",
-           f->n_same, f->n_compared);
-    printf(" (2) Blocks in use or kept for reuse, and scratch, in a budget of %.0f MiB; against\n"
-           "     contiguous f16 buffers, reserved for %u tokens a conversation, and then\n"
-           "     for only the tokens that each had in the end.\n",
-           VIEW_MIB(p->o.cache.device_bytes), p->context);
-    printf(" (3) In the live run %.0f%% of the prompt tokens were in memory already.\n",
-           100.0 * (double)t.reused / (double)t.prompt);
-    printf(" (4) A prompt of %u tokens comes in while %u streams write: in chunks (asked: at\n"
-           "     most %.0f ms) and in one piece. Live: %.0f ms at most, %.0f ms in the median.\n",
-           f->gap_prompt, f->gap_streams, p->max_gap_ms, p->stats.gap_ms.max, p->stats.gap_ms.p50);
-    printf(" (5) With the cache, and by computing all %u tokens again.\n", f->at_tokens);
-    printf("\nAll of it was measured on this machine just now, in %.0f s.\n", seconds);
-}
-
-/* s is any bytes; what is not printable ASCII or UTF-8 is escaped by utf8_stream before. */
-static void json_text(const char *s, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)s[i];
-        if (c == '"' || c == '\\')
-            printf("\\%c", c);
-        else if (c < 0x20 || c == 0x7f)
-            printf("\\u%04x", c);
-        else
-            putchar(c);
-    }
-}
-
-static void json_string(const char *s) { /* may hold invalid UTF-8 */
-    char out[UTF8_STREAM_ROOM(1)];
-    utf8_stream u = {0};
-    putchar('"');
-    for (; *s; s++) json_text(out, utf8_stream_push(&u, s, 1, out));
-    json_text(out, utf8_stream_flush(&u, out));
-    putchar('"');
-}
-
-static void json_answer(const program *p, const token_list *answer) {
-    char out[UTF8_STREAM_ROOM(256)];
-    utf8_stream u = {0};
-    putchar('"');
-    for (size_t i = 0; i < answer->n; i++) {
-        size_t len;
-        const char *piece = tokenizer_piece(p->rt.tok, answer->ids[i], &len);
-        if (tokenizer_is_control(p->rt.tok, answer->ids[i])) continue;
-        json_text(out, utf8_stream_push(&u, piece, len < 256 ? len : 256, out));
-    }
-    json_text(out, utf8_stream_flush(&u, out));
-    putchar('"');
-}
-
-static void json_chats(const program *p) {
-    printf("\"chats\":[");
-    for (unsigned i = 0; i < DEMO_CHATS; i++) {
-        const chat *c = &p->chats[i];
-        printf("%s{\"name\":\"%s\",\"turns\":%u,\"tokens\":%zu,\"prompt_tokens\":%" PRIu64
-               ",\"reused_tokens\":%" PRIu64 ",\"answers\":[",
-               i ? "," : "", c->script->name, c->n_turns, c->tokens.n, c->n_prompt, c->n_reused);
-        for (unsigned t = 0; t < c->n_turns; t++) {
-            if (t) putchar(',');
-            json_answer(p, &c->answers[t]);
-        }
-        printf("]}");
-    }
-    printf("]");
-}
-
-static void print_json(const program *p, double seconds) {
-    totals t = sum_up(p);
-    const figures *f = &p->f;
-    const kvl_percentiles *g = &p->stats.gap_ms, *first = &p->stats.ttft_ms;
-    char kv[64];
-    printf("{\"model\":");
-    json_string(p->o.runtime.path);
-    printf(",\"backend\":");
-    json_string(kvl_context_backend(p->rt.context));
-    printf(",\"threads\":%u,\"kv\":\"%s\",\"seed\":%" PRIu64 ",\"quick\":%s,\"seconds\":%.3f,",
-           pool_threads(p->rt.threads), kv_name(p, kv, sizeof kv), p->o.sampling.seed,
-           p->quick ? "true" : "false", seconds);
-    printf("\"live\":{\"seconds\":%.3f,\"conversations\":%d,\"turns\":%" PRIu64 ",\"prompt_tokens\":%" PRIu64
-           ",\"reused_tokens\":%" PRIu64 ",\"generated_tokens\":%" PRIu64 ",\"steps\":%" PRIu64
-           ",\"preemptions\":%" PRIu64 ",\"evicted_blocks\":%" PRIu64 ",\"max_gap_ms\":%g,",
-           p->live_s, DEMO_CHATS, t.turns, t.prompt, t.reused, p->n_generated, p->stats.steps,
-           p->stats.preemptions, p->stats.evicted_blocks, p->max_gap_ms);
-    printf("\"gap_ms\":{\"p50\":%.3f,\"p99\":%.3f,\"max\":%.3f},", g->p50, g->p99, g->max);
-    printf("\"first_token_ms\":{\"p50\":%.3f,\"p99\":%.3f,\"max\":%.3f}},", first->p50, first->p99,
-           first->max);
-    json_chats(p);
-    printf(",\"memory\":{\"budget_bytes\":%" PRIu64 ",\"peak_bytes\":%" PRIu64
-           ",\"context_tokens\":%u,\"reserved_bytes\":%" PRIu64 ",\"final_bytes\":%" PRIu64 "},",
-           p->o.cache.device_bytes, p->kv_peak, p->context, t.reserved, t.final);
-    printf("\"rates\":{\"streams\":%d,\"together_tokens_per_s\":%.3f,\"one_at_a_time_tokens_per_s\":%.3f,"
-           "\"same_answers\":%u},",
-           DEMO_CHATS, f->together_rate, f->alone_rate, f->n_same);
-    printf("\"gap\":{\"streams\":%u,\"prompt_tokens\":%u,\"chunked_ms\":%.3f,\"whole_ms\":%.3f},",
-           f->gap_streams, f->gap_prompt, f->chunked_gap_ms, f->whole_gap_ms);
-    printf("\"next_token\":{\"tokens\":%u,\"cached_ms\":%.3f,\"recomputed_ms\":%.3f}}\n", f->at_tokens,
-           f->cached_ms, f->recomputed_ms);
 }
 
 /* ---- the program ---- */
@@ -678,7 +510,7 @@ static bool load(program *p, char *err, size_t n) {
     }
     if (!chat_template_load(p->rt.file, p->rt.tok, &p->chatml, err, n) || !prepare(p, err, n)) return false;
     fprintf(p->log, "demo: loaded in %.1f s; %d conversations of up to %u tokens in %.0f MiB of KV\n",
-            p->rt.load_s, DEMO_CHATS, p->context, VIEW_MIB(p->o.cache.device_bytes));
+            p->rt.load_s, DEMO_CHATS, p->r.context, VIEW_MIB(p->o.cache.device_bytes));
     fflush(p->log);
     return true;
 }
@@ -712,10 +544,11 @@ int main(int argc, char **argv) {
     p.log = p.json ? stderr : stdout;
     p.live_view = !p.json && !p.plain && view_possible();
     bool ok = load(&p, err, sizeof err) && live(&p, err, sizeof err) && measure(&p, err, sizeof err);
+    p.r.seconds = runtime_now() - start;
     if (ok && p.json)
-        print_json(&p, runtime_now() - start);
+        report_json(&p.r);
     else if (ok)
-        print_table(&p, runtime_now() - start);
+        report_table(&p.r);
     if (ok && (fflush(stdout) != 0 || ferror(stdout)))
         ok = llm_fail(err, sizeof err, "stdout could not be written");
     if (!ok) fprintf(stderr, "demo: %s\n", err);

@@ -197,7 +197,8 @@ static size_t view_char(const char *s, int *cols) {
 /* Writes s in a colour ("32", an SGR number) as far as there are columns. */
 static void view_write(view *v, const char *colour, const char *s, size_t n) {
     char sgr[16];
-    if (*colour) view_bytes(v, sgr, (size_t)snprintf(sgr, sizeof sgr, "\x1b[%sm", colour));
+    int sgr_len = snprintf(sgr, sizeof sgr, "\x1b[%sm", colour);
+    if (*colour) view_bytes(v, sgr, (size_t)sgr_len);
     for (size_t i = 0, bytes; i < n; i += bytes) {
         int cols;
         bytes = view_char(s + i, &cols);

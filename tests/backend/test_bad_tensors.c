@@ -150,14 +150,14 @@ static void test_wrong_arguments(void **state) {
     bad = out;
     bad.dtype = (kvl_dtype)-1;
     expect(cache, kvl_attend(cache, step, 0, &q, &k, &v, &bad), KVL_INVALID_ARG, "out");
-    expect(cache, kvl_step_end(cache, step), KVL_MISMATCH, "layer"); /* nothing has run */
+    expect(cache, kvl_step_end(cache, step), KVL_MISMATCH, "layers"); /* nothing has run */
     assert_int_equal(kvl_validate(cache), KVL_OK);
 
     /* and nothing has changed: the step still runs, and gives what it would have given */
     assert_int_equal(kvl_attend(cache, step, 1, &q, &k, &v, &out), KVL_OK);
     expect(cache, kvl_attend(cache, step, 1, &q, &k, &v, &out), KVL_MISMATCH, "layer"); /* twice */
     assert_memory_equal(r.out[0], want.out[1], sizeof want.out[1]);
-    expect(cache, kvl_step_end(cache, step), KVL_MISMATCH, "layer"); /* layer 0 is missing */
+    expect(cache, kvl_step_end(cache, step), KVL_MISMATCH, "layers"); /* layer 0 is missing */
     assert_int_equal(kvl_attend(cache, step, 0, &q, &k, &v, &out), KVL_OK);
     assert_memory_equal(r.out[0], want.out[0], sizeof want.out[0]);
     assert_int_equal(kvl_step_end(cache, step), KVL_OK);

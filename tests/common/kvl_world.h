@@ -13,6 +13,7 @@ typedef struct kt_answer { /* one request; its address is the request's user poi
     uint64_t seed;
     uint32_t finish_at;    /* the app ends it after so many tokens; 0 = never */
     bool cancelled;
+    bool stops;            /* has stop tokens (what they are is the test's affair) */
     uint32_t first_step, last_step; /* number of the steps that gave its first and its last token */
     uint32_t rows;         /* rows it ran, recomputed ones included */
 } kt_answer;

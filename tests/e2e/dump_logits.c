@@ -37,7 +37,8 @@ typedef struct job {
 /* ---- what to do ---- */
 
 static bool take_what(job *j, args *a, char *err, size_t n) {
-    static const char *const names[] = {[WRITE_IDS] = "ids", [WRITE_LOGITS] = "logits", [WRITE_GREEDY] = "greedy"};
+    static const char *const names[] = {
+        [WRITE_IDS] = "ids", [WRITE_LOGITS] = "logits", [WRITE_GREEDY] = "greedy"};
     const char *value;
     if (!args_value(a, &value, err, n)) return false;
     for (int w = WRITE_IDS; w <= WRITE_GREEDY; w++)
@@ -92,7 +93,8 @@ static bool read_ids(job *j, char *err, size_t n) {
     char *data;
     size_t size;
     bool ok = read_file(j->text ? j->text : j->tokens, &data, &size, err, n);
-    if (ok && j->text) ok = tokenizer_encode(j->rt.tok, data, size, TOKENIZE_SPECIAL | TOKENIZE_BOS, &j->ids, err, n);
+    if (ok && j->text)
+        ok = tokenizer_encode(j->rt.tok, data, size, TOKENIZE_SPECIAL | TOKENIZE_BOS, &j->ids, err, n);
     for (size_t at = 0; ok && j->tokens && at + sizeof(int32_t) <= size; at += sizeof(int32_t)) {
         int32_t id;
         memcpy(&id, data + at, sizeof id);
@@ -152,7 +154,7 @@ static bool run_sequence(job *j, uint32_t n_tokens, uint32_t from, uint32_t *mat
 }
 
 static bool write_logits(job *j, char *err, size_t n) {
-    uint32_t matched;
+    uint32_t matched = 0;
     if (j->n_reuse && !run_sequence(j, (uint32_t)j->n_reuse, UINT32_MAX, &matched, err, n)) return false;
     if (!run_sequence(j, (uint32_t)j->ids.n, (uint32_t)j->from, &matched, err, n)) return false;
     return !j->n_reuse || matched > 0 || llm_fail(err, n, "--reuse: nothing was reused");
@@ -172,7 +174,8 @@ static bool run_request(job *j, kvl_sched *sched, uint32_t n_tokens, uint32_t n_
     kvl_request request = {.tokens = j->ids.ids, .n_tokens = n_tokens, .max_new_tokens = n_new};
     kvl_result r = kvl_sched_submit(sched, &request, req);
     if (r != KVL_OK) return llm_fail(err, n, "%s: %s", kvl_result_name(r), kvl_result_text(r));
-    while ((r = runtime_step(&j->rt, j->cache, sched, likeliest, j, err, n)) == KVL_OK) {}
+    while ((r = runtime_step(&j->rt, j->cache, sched, likeliest, j, err, n)) == KVL_OK) {
+    }
     return r >= 0;
 }
 
@@ -185,7 +188,8 @@ static bool generate(job *j, kvl_sched *sched, char *err, size_t n) {
     if (kvl_sched_info(sched, req, &info) != KVL_OK || (j->n_reuse && !info.reuse.matched))
         return llm_fail(err, n, "--reuse: nothing was reused");
     int32_t *tokens = calloc(j->n_new, sizeof *tokens);
-    bool ok = tokens && kvl_sched_tokens(sched, req, tokens, (uint32_t)j->n_new, &got) == KVL_OK && got == j->n_new;
+    bool ok =
+        tokens && kvl_sched_tokens(sched, req, tokens, (uint32_t)j->n_new, &got) == KVL_OK && got == j->n_new;
     ok = ok ? put(tokens, sizeof *tokens, got, err, n) : llm_fail(err, n, "the continuation is not whole");
     free(tokens);
     return ok;

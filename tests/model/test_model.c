@@ -417,8 +417,10 @@ typedef struct sched_case {
     uint64_t submitted, finished, cancelled, forks, aborts, preemptions;
 } sched_case;
 
+static const int32_t trace_stops[2] = {3, 5};
+static bool is_stop(int32_t token) { return token == 3 || token == 5; }
+
 static void trace_submit(sched_case *k) {
-    static const int32_t stops[2] = {3, 5};
     kt_answer *a;
     kvl_request extra;
     kvl_result r;
@@ -435,8 +437,9 @@ static void trace_submit(sched_case *k) {
     extra.no_match = kt_chance(&k->rng, 3);
     extra.no_keep = kt_chance(&k->rng, 5);
     if (kt_chance(&k->rng, 20)) {
-        extra.stop_tokens = stops;
+        extra.stop_tokens = trace_stops;
         extra.n_stop_tokens = 2;
+        a->stops = true;
     }
     if (kt_chance(&k->rng, 10)) a->finish_at = kt_between(&k->rng, 1, 20);
     a->seed = kt_random(&k->rng);
@@ -456,7 +459,8 @@ static void trace_fork(sched_case *k) {
     if (parent->cancelled || k->n_active + 1 > k->w.sdesc.max_waiting || k->n_active >= 500) return;
     if (k->w.n_answers + 1 >= KT_MAX_ANSWERS) return;
     k->active[k->n_active] = kt_world_fork(&k->w, parent, kt_random(&k->rng));
-    k->active[k->n_active++]->finish_at = parent->finish_at;
+    k->active[k->n_active]->finish_at = parent->finish_at;
+    k->active[k->n_active++]->stops = parent->stops;
     k->forks++;
 }
 
@@ -480,7 +484,9 @@ static void trace_collect(sched_case *k) {
         case KVL_FINISH_LENGTH:
             KT_CHECK(info.n_generated == a->max_new, "%u tokens of %u", info.n_generated, a->max_new);
             break;
-        case KVL_FINISH_STOP: KT_CHECK(a->stream.tokens[a->stream.n - 1] % 2, "%s", "not a stop token"); break;
+        case KVL_FINISH_STOP:
+            KT_CHECK(a->stops && is_stop(a->stream.tokens[a->stream.n - 1]), "%s", "not a stop token");
+            break;
         case KVL_FINISH_APP: KT_CHECK(a->finish_at, "%s", "the app did not end it"); break;
         case KVL_FINISH_CANCELLED: KT_CHECK(a->cancelled, "%s", "nobody cancelled it"); break;
         case KVL_FINISH_REFUSED:
@@ -488,6 +494,11 @@ static void trace_collect(sched_case *k) {
             KT_CHECK(!a->first_step, "%s", "refused in the middle of its answer");
             break;
         default: KT_CHECK(false, "finished for reason %d", (int)info.finish);
+        }
+        for (uint32_t p = a->n_prompt; a->stops && !a->cancelled && p < a->stream.n; p++) {
+            bool last = p + 1 == a->stream.n;
+            KT_CHECK(!is_stop(a->stream.tokens[p]) || (last && info.finish == KVL_FINISH_STOP), "%s",
+                     "it went on past a stop token");
         }
         if (!a->cancelled) kt_world_answer_is(&k->w, a, info.finish, info.n_generated);
         kt_stream_free(&a->stream);

@@ -87,24 +87,27 @@ static void test_info_and_times(void **state) {
 static void test_stop_tokens(void **state) {
     kt_world *w = (kt_world *)*state;
     kvl_request extra;
-    int32_t stops[8];
     kt_answer *a, *b;
     kt_world_open(w, small(w, NULL), NULL);
     a = kt_world_submit(w, 0, 30, 20, NULL);
     assert_int_equal(kt_world_run(w, 50), KVL_IDLE);
     kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 20);
-    for (int i = 0; i < 8; i++) stops[i] = -5 - i;
-    stops[7] = a->stream.tokens[30 + 6];
-    memset(&extra, 0, sizeof extra);
-    extra.stop_tokens = stops;
-    extra.n_stop_tokens = 8;
-    b = kt_world_submit(w, 0, 30, 20, &extra);
-    b->seed = a->seed; /* the same answer, up to the stop token */
-    memset(stops, 0, sizeof stops); /* they were copied */
-    assert_int_equal(kt_world_run(w, 50), KVL_IDLE);
-    assert_int_equal(kt_info(w, b).finish, KVL_FINISH_STOP);
-    kt_world_answer_is(w, b, KVL_FINISH_STOP, 7);
-    assert_memory_equal(a->stream.tokens, b->stream.tokens, 37 * sizeof(int32_t));
+    for (uint32_t n = 1; n <= 8; n++) {
+        for (uint32_t at = 0; at < n; at++) { /* n stop tokens, of which one comes as the seventh of the answer */
+            int32_t stops[8];
+            for (int i = 0; i < 8; i++) stops[i] = -5 - i;
+            stops[at] = a->stream.tokens[30 + 6];
+            memset(&extra, 0, sizeof extra);
+            extra.stop_tokens = stops;
+            extra.n_stop_tokens = n;
+            b = kt_world_submit(w, 0, 30, 20, &extra);
+            b->seed = a->seed;              /* the same answer, up to the stop token */
+            memset(stops, 0, sizeof stops); /* they were copied */
+            assert_int_equal(kt_world_run(w, 50), KVL_IDLE);
+            kt_world_answer_is(w, b, KVL_FINISH_STOP, 7);
+            assert_memory_equal(a->stream.tokens, b->stream.tokens, 37 * sizeof(int32_t));
+        }
+    }
 }
 
 static void test_app_finishes(void **state) {
@@ -591,6 +594,29 @@ static void test_namespaces_do_not_wait(void **state) {
         assert_int_equal(kt_info(w, w->answers[i]).reuse.matched, 0);
         kt_world_answer_is(w, w->answers[i], KVL_FINISH_LENGTH, 5);
     }
+}
+
+/* But not for background work that itself gets no rows because younger interactive prompts keep coming. */
+static void test_does_not_wait_for_worse(void **state) {
+    kt_world *w = (kt_world *)*state;
+    kvl_request extra;
+    kt_answer *back, *front;
+    uint32_t at;
+    memset(&extra, 0, sizeof extra);
+    extra.klass = KVL_BACKGROUND;
+    kt_world_open(w, small(w, NULL), NULL);
+    back = kt_world_submit(w, 0, 700, 2, &extra);
+    KT_OK(w->cache, kt_world_step(w));
+    front = kt_world_submit(w, 0, 700, 2, NULL);
+    at = w->steps;
+    for (int i = 0; i < 40 && !front->first_step; i++) { /* each younger prompt would fill a step */
+        if (kt_stats(w->cache).waiting + kt_stats(w->cache).running < 10) kt_world_submit(w, 1000 * (i + 1), 128, 1, NULL);
+        KT_OK(w->cache, kt_world_step(w));
+    }
+    KT_CHECK(front->first_step && front->first_step <= at + 8, "no answer after %u steps", w->steps - at);
+    assert_int_equal(kt_world_run(w, 200), KVL_IDLE);
+    kt_world_answer_is(w, back, KVL_FINISH_LENGTH, 2);
+    kt_world_answer_is(w, front, KVL_FINISH_LENGTH, 2);
 }
 
 /* If the one that others wait for is cancelled, they go on by themselves. */
@@ -1302,6 +1328,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_identical_prompts_wait, setup, teardown),
         cmocka_unit_test_setup_teardown(test_shared_system_prompt, setup, teardown),
         cmocka_unit_test_setup_teardown(test_namespaces_do_not_wait, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_does_not_wait_for_worse, setup, teardown),
         cmocka_unit_test_setup_teardown(test_waiting_for_one_that_is_cancelled, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fork_of_a_prompt, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fork_in_each_state, setup, teardown),
