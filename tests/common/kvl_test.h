@@ -288,7 +288,7 @@ typedef struct kt_shadow {
     const kvl_geometry *geometry; /* with layers; n_layers and block_tokens set */
     uint32_t tokens;              /* of a block */
     uint32_t sink_blocks;
-    bool two_classes;             /* packed and exact differ */
+    bool two_classes[16];         /* [group] packed and exact differ; known from the first step on */
     uint64_t *rows;               /* [block id][tokens] chain value, 0 = nothing */
     uint64_t *written;            /* [block id] number of the step that wrote it last */
     uint32_t *writer;             /* [block id] its span in that step */
@@ -300,12 +300,18 @@ typedef struct kt_shadow {
 } kt_shadow;
 
 static KT_UNUSED void kt_shadow_init(kt_shadow *sh, const kvl_geometry *geometry) {
-    const char *preset = geometry->preset ? geometry->preset : "int8";
     memset(sh, 0, sizeof *sh);
     sh->geometry = geometry;
     sh->tokens = geometry->block_tokens ? geometry->block_tokens : 32;
     sh->sink_blocks = geometry->sink_blocks == KVL_NONE ? 0 : geometry->sink_blocks ? geometry->sink_blocks : 1;
-    sh->two_classes = strcmp(preset, "f32") && strcmp(preset, "f16") && strcmp(preset, "bf16");
+}
+
+/* Does a layer pack anything? A group has two classes as soon as one of its layers does. */
+static KT_UNUSED bool kt_packs(const kvl_geometry *g, uint32_t l) {
+    const kvl_preset *preset = kvl_preset_find(g->preset ? g->preset : "int8");
+    kvl_format k = g->layers && g->layers[l].k_format ? g->layers[l].k_format : preset->k;
+    kvl_format v = g->layers && g->layers[l].v_format ? g->layers[l].v_format : preset->v;
+    return k != preset->exact || v != preset->exact;
 }
 
 static KT_UNUSED void kt_shadow_free(kt_shadow *sh) {
@@ -468,7 +474,7 @@ static KT_UNUSED void kt_shadow_read(kt_shadow *sh, const kvl_step *step, uint32
         }
         KT_CHECK(b->table[j] != KVL_NONE, "span %u group %u: block %u is missing", s, g, j);
         if (!own || complete) {
-            bool exact = !sh->two_classes || j < sh->sink_blocks;
+            bool exact = !sh->two_classes[g] || j < sh->sink_blocks;
             kt_shadow_compare(sh, s, g, b->table[j], j, n, stream);
             KT_CHECK(((b->table[j] & KVL_ENTRY_EXACT) != 0) == exact, "span %u group %u: block %u is %s", s, g, j,
                      exact ? "packed" : "exact");
@@ -489,13 +495,21 @@ static KT_UNUSED void kt_shadow_step(kt_shadow *sh, const kvl_step *step, kt_str
         const kvl_layer *layer = NULL;
         for (uint32_t l = 0; l < sh->geometry->n_layers; l++) {
             const kvl_layer *one = sh->geometry->layers ? &sh->geometry->layers[l] : NULL;
-            if (step->layer_group[l] != g || !one) continue;
+            if (step->layer_group[l] != g) continue;
+            if (kt_packs(sh->geometry, l)) sh->two_classes[g] = true;
+            if (!one) continue;
             KT_CHECK(!layer || (layer->window == one->window && layer->sink_tokens == one->sink_tokens),
                      "group %u mixes windows %u and %u", g, layer->window, one->window);
             layer = one;
         }
         for (uint32_t s = 0; s < step->n_spans; s++) kt_shadow_read(sh, step, s, g, layer, streams[s]);
     }
+}
+
+/* What position p of a stream stores in K (side 0) or V (1) of a layer and head: within ±0.5, and exact in F16. */
+static KT_UNUSED float kt_value(const kt_stream *s, uint32_t p, uint32_t layer, uint32_t head, uint32_t side, uint32_t d) {
+    uint64_t h = kt_mix(s->chain[p] ^ kt_mix(layer * 65536 + head * 1024 + side * 512 + d));
+    return (float)(int32_t)(h & 0xff) / 256.0f - 0.5f;
 }
 
 /* kvl_attend for every layer, with tensors that have no data: for the null backend. */

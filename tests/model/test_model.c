@@ -3,7 +3,7 @@
 
      test_model [-n OPERATIONS] [-s SEED] [-c CASE]
 
-   -n: in all, 1000000 if not given; -c: only this case of each half (with the SEED that a failure printed). */
+   -n: in all, 1000000 if not given; -c: only this case of each test (with the SEED that a failure printed). */
 #define KVL_IMPLEMENTATION
 #include "../common/kvl_world.h"
 
@@ -42,7 +42,12 @@ static void random_shape(kt_rng *rng, kt_env *env, shape *s) {
         s->layers[l].sink_tokens = sinks[which - 1];
         s->windows = true;
     }
-    if (s->windows || kt_chance(rng, 50)) s->desc.geometry.layers = s->layers;
+    for (uint32_t l = 0; l < n_layers; l++) { /* some groups packed, some not */
+        if (kt_chance(rng, 10)) s->layers[l].k_format = KVL_INT8;
+        if (kt_chance(rng, 10)) s->layers[l].v_format = KVL_FP8_E4M3;
+        if (kt_chance(rng, 10)) s->layers[l].k_format = s->layers[l].v_format = KVL_F16;
+    }
+    s->desc.geometry.layers = s->layers;
     s->desc.geometry.sink_blocks = kt_chance(rng, 70) ? 0 : kt_chance(rng, 50) ? KVL_NONE : kt_between(rng, 1, 3);
     s->desc.max_sequences = kt_between(rng, 3, 10);
     s->desc.max_step_tokens = kt_between(rng, 8, 160);
@@ -69,7 +74,13 @@ typedef struct live_seq {
     uint32_t reserved; /* steps up to this length cannot fail */
 } live_seq;
 
+enum { REAL_ROWS = 160 };
+typedef struct real_tensors { /* of one layer, for cases on the CPU backend: 2 query heads, 1 KV head, dim 16 */
+    float q[REAL_ROWS * 32], k[REAL_ROWS * 16], v[REAL_ROWS * 16], out[REAL_ROWS * 32];
+} real_tensors;
+
 typedef struct cache_case {
+    real_tensors *real; /* null on the null backend */
     kt_env env;
     shape shape;
     kvl_cache *cache;
@@ -120,6 +131,74 @@ static void op_open(cache_case *k) {
     k->n_live++;
 }
 
+/* The rows of one tile in memory are those of block j of a stream. */
+static void check_tile(const kt_stream *s, uint32_t l, uint32_t j, uint32_t n, uint32_t side, const kvl_block_layout *at,
+                       uint64_t base, uint32_t T) {
+    float rows[64 * 16];
+    kvl_format f = side ? at->v_format : at->k_format;
+    float slack = f == KVL_F16 || f == KVL_F32 || f == KVL_BF16 ? 0.0f : f == KVL_INT8 ? 0.005f : 0.05f;
+    const char *tile = (const char *)(uintptr_t)(base + at->layer_offset + (side ? at->v_offset : 0));
+    assert_int_equal(kvl_tile_decode(f, T, 16, 0, tile, true, rows), KVL_OK);
+    for (uint32_t i = 0; i < n * 16; i++) {
+        float want = kt_value(s, j * T + i / 16, l, 0, side, i % 16);
+        KT_CHECK(fabsf(rows[i] - want) <= slack, "layer %u side %u position %u: memory holds %g, not %g", l, side,
+                 j * T + i / 16, (double)rows[i], (double)want);
+    }
+}
+
+/* Before the step writes: whatever its tables lead to in memory is what the sequence wrote there once. */
+static void check_memory(cache_case *k, const kvl_step *step, kt_stream *const *streams) {
+    uint32_t T = k->shape.tokens;
+    for (uint32_t l = 0; l < k->shape.desc.geometry.n_layers; l++) {
+        uint32_t g = step->layer_group[l], window = k->shape.layers[l].window;
+        for (uint32_t s = 0; s < step->n_spans; s++) {
+            const kvl_span_blocks *b = &step->blocks[(size_t)g * step->n_spans + s];
+            uint32_t position = step->spans[s].position;
+            for (uint32_t j = 0; j * T < position; j++) {
+                uint32_t entry = j < b->first_own ? b->table[j] : b->own[0], n = position - j * T;
+                kvl_block_layout at;
+                if (entry == KVL_NONE) continue; /* the shadow has checked that nobody needs it */
+                if (window && (j + 1) * T + window <= position && j * T >= k->shape.layers[l].sink_tokens) continue;
+                KT_OK(k->cache, kvl_cache_layout(k->cache, l, (entry & KVL_ENTRY_EXACT) != 0, &at));
+                for (uint32_t side = 0; side < 2; side++) {
+                    check_tile(streams[s], l, j, n < T ? n : T, side, &at, step->block_address[entry & KVL_ENTRY_ID], T);
+                }
+            }
+        }
+    }
+}
+
+/* kvl_attend for n_layers layers. With real tensors: every answer is a mean of values, so within ±0.5 and a number,
+   though fresh and freed memory is full of NaN (desc.poison). */
+static void attend_layers(cache_case *k, const kvl_step *step, kt_stream *const *streams, uint32_t n_layers) {
+    real_tensors *t = k->real;
+    kvl_tensor tq, tk, tv, to;
+    if (!t) {
+        kt_attend(k->cache, step, n_layers);
+        return;
+    }
+    memset(&tq, 0, sizeof tq);
+    tk = tv = to = tq;
+    tq.data = t->q;
+    tk.data = t->k;
+    tv.data = t->v;
+    to.data = t->out;
+    for (uint32_t l = 0; l < n_layers; l++) {
+        for (uint32_t r = 0; r < step->n_tokens; r++) {
+            const kt_stream *s = streams[step->row_span[r]];
+            for (uint32_t d = 0; d < 16; d++) {
+                t->k[r * 16 + d] = kt_value(s, step->positions[r], l, 0, 0, d);
+                t->v[r * 16 + d] = kt_value(s, step->positions[r], l, 0, 1, d);
+                t->q[r * 32 + d] = t->q[r * 32 + 16 + d] = 1.0f - (float)d / 8;
+            }
+        }
+        KT_OK(k->cache, kvl_attend(k->cache, step, l, &tq, &tk, &tv, &to));
+        for (uint32_t i = 0; i < step->n_tokens * 32; i++) {
+            KT_CHECK(fabsf(t->out[i]) <= 0.56f, "layer %u row %u: %g", l, i / 32, (double)t->out[i]);
+        }
+    }
+}
+
 static void op_step(cache_case *k) {
     kvl_span spans[MAX_LIVE];
     kt_stream *streams[MAX_LIVE];
@@ -167,13 +246,14 @@ static void op_step(cache_case *k) {
                  "span %u is not what was asked for", i);
     }
     kt_shadow_step(&k->shadow, step, streams);
+    if (k->real) check_memory(k, step, streams);
     if (kt_chance(&k->rng, 20)) KT_VALID(k->cache);
     if (kt_chance(&k->rng, 15)) {
-        kt_attend(k->cache, step, kt_below(&k->rng, k->shape.desc.geometry.n_layers + 1));
+        attend_layers(k, step, streams, kt_below(&k->rng, k->shape.desc.geometry.n_layers + 1));
         KT_OK(k->cache, kvl_step_abort(k->cache, step));
         return;
     }
-    kt_attend(k->cache, step, k->shape.desc.geometry.n_layers);
+    attend_layers(k, step, streams, k->shape.desc.geometry.n_layers);
     KT_OK(k->cache, kvl_step_end(k->cache, step));
     for (uint32_t i = 0; i < n; i++) who[i]->q.length += spans[i].n_tokens;
 }
@@ -204,7 +284,7 @@ static void op_trim(cache_case *k, live_seq *s) {
     KT_OK(k->cache, kvl_seq_trim(k->cache, s->q.seq, n, &reached));
     KT_CHECK(reached <= n, "trim to %u reached %u", n, reached);
     if (!k->shape.windows) {
-        uint32_t least = !k->shadow.two_classes || n == s->q.length ? n : n - n % T;
+        uint32_t least = !k->shadow.two_classes[0] || n == s->q.length ? n : n - n % T;
         KT_CHECK(reached >= least, "trim from %u to %u reached only %u", s->q.length, n, reached);
     }
     if (reached < s->q.length) s->q.stream.n = reached;
@@ -346,20 +426,27 @@ static void check_case(cache_case *k) {
     }
 }
 
-static void run_cache_case(uint64_t number, uint64_t operations, uint64_t *totals) {
+static void run_cache_case(uint64_t number, uint64_t operations, bool real, uint64_t *totals) {
     cache_case *k = (cache_case *)calloc(1, sizeof *k);
     kvl_cache_desc full;
     kvl_stats s;
-    k->rng.state = kt_mix(option_seed) + number * 1000003;
+    k->rng.state = kt_mix(option_seed + 1000 * real) + number * 1000003;
     kt_env_init(&k->env);
     random_shape(&k->rng, &k->env, &k->shape);
+    if (real) {
+        k->real = (real_tensors *)calloc(1, sizeof *k->real);
+        assert_non_null(k->real);
+        k->shape.desc.context_desc.backend = KVL_BACKEND_CPU;
+        k->shape.desc.device_bytes = kt_budget(&k->shape.desc, kt_between(&k->rng, 12, 70)); /* with its workspace */
+        k->shape.desc.poison = true;
+    }
     KT_OK(NULL, kvl_cache_defaults(&k->shape.desc, &full));
     k->max_seq_tokens = full.max_seq_tokens;
     KT_OK(NULL, kvl_cache_create(&k->shape.desc, &k->cache));
     kt_shadow_init(&k->shadow, &k->shape.desc.geometry);
     for (uint64_t op = 0; op < operations; op++) {
-        snprintf(kt_where, sizeof kt_where, "cache: -s %llu -c %llu, operation %llu", (unsigned long long)option_seed,
-                 (unsigned long long)number, (unsigned long long)op);
+        snprintf(kt_where, sizeof kt_where, "%s: -s %llu -c %llu, operation %llu", real ? "memory" : "cache",
+                 (unsigned long long)option_seed, (unsigned long long)number, (unsigned long long)op);
         random_operation(k);
         check_case(k);
     }
@@ -383,8 +470,20 @@ static void run_cache_case(uint64_t number, uint64_t operations, uint64_t *total
     kvl_cache_destroy(k->cache);
     kt_env_check(&k->env);
     kt_shadow_free(&k->shadow);
+    free(k->real);
     free(k);
     kt_where[0] = 0;
+}
+
+/* The same on the CPU backend: the bytes in memory, through copies, seals and compactions. */
+static void test_random_memory(void **state) {
+    uint64_t totals[9] = {0}, operations = option_operations / 40, cases = operations / 500 + 1;
+    (void)state;
+    for (uint64_t c = 0; c < cases; c++) {
+        if (option_case < 0 || (uint64_t)option_case == c) run_cache_case(c, 500, true, totals);
+    }
+    print_message("  steps: %llu, blocks copied: %llu, compactions: %llu\n", (unsigned long long)totals[0],
+                  (unsigned long long)totals[3], (unsigned long long)totals[7]);
 }
 
 static void test_random_operations(void **state) {
@@ -393,7 +492,7 @@ static void test_random_operations(void **state) {
     uint64_t totals[9] = {0}, operations = option_operations / 10 * 7, cases = operations / CASE_OPERATIONS + 1;
     (void)state;
     for (uint64_t c = 0; c < cases; c++) {
-        if (option_case < 0 || (uint64_t)option_case == c) run_cache_case(c, CASE_OPERATIONS, totals);
+        if (option_case < 0 || (uint64_t)option_case == c) run_cache_case(c, CASE_OPERATIONS, false, totals);
     }
     for (size_t i = 0; i < KT_COUNT(names); i++) {
         print_message("  %s: %llu\n", names[i], (unsigned long long)totals[i]);
@@ -663,6 +762,7 @@ static void test_random_traces(void **state) {
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random_operations),
+        cmocka_unit_test(test_random_memory),
         cmocka_unit_test(test_random_traces),
     };
     for (int i = 1; i < argc; i += 2) {

@@ -77,9 +77,11 @@ static void bench_plan(void) {
         commit[i] = kvli_clock_now() - t2;
         samples[i] = t1 - t0;
     }
-    printf("plan, 256 decoding            p50 %8.2f us  p99 %8.2f us   (target 10)\n", quantile(0.5) / 1e3, quantile(0.99) / 1e3);
+    printf("plan, 256 decoding            p50 %8.2f us  p99 %8.2f us   (target 10)\n", quantile(0.5) / 1e3,
+           quantile(0.99) / 1e3);
     memcpy(samples, commit, sizeof samples);
-    printf("commit, 256 decoding          p50 %8.2f us  p99 %8.2f us\n", quantile(0.5) / 1e3, quantile(0.99) / 1e3);
+    printf("commit, 256 decoding          p50 %8.2f us  p99 %8.2f us\n", quantile(0.5) / 1e3,
+           quantile(0.99) / 1e3);
     kvl_sched_destroy(s);
     kvl_cache_destroy(c);
 }
@@ -102,7 +104,9 @@ static void bench_alloc(void) {
         samples[i] = kvli_clock_now() - t0;
     }
     double heap = quantile(0.5) / 256;
-    printf("block alloc + free            p50 %8.1f ns                 (target 50; malloc + free %.1f ns, ratio %.2f)\n", block, heap, block / heap);
+    printf("block alloc + free            p50 %8.1f ns                 (target 50; malloc + free %.1f ns, "
+           "ratio %.2f)\n",
+           block, heap, block / heap);
     kvl_cache_destroy(c);
 }
 
@@ -119,7 +123,8 @@ static double map_lookup_ns(void) {
     for (int i = 0; i < REPEATS; i++) {
         uint64_t t0 = kvli_clock_now(), found = 0;
         for (uint64_t j = 0; j < 1024; j++) {
-            uint64_t k = ((found + j * 7919 + (uint64_t)i * 131) % MAP_SIZE + 1) * 0x9E3779B97F4A7C15ull, at = k >> 49;
+            uint64_t k = ((found + j * 7919 + (uint64_t)i * 131) % MAP_SIZE + 1) * 0x9E3779B97F4A7C15ull,
+                     at = k >> 49;
             while (keys[at] != k) at = (at + 1) % (MAP_SIZE * 2);
             found += at;
         }
@@ -177,11 +182,13 @@ static void bench_prefix(void) {
     double open = quantile(0.5) / N, map = map_lookup_ns();
     memcpy(samples, match, sizeof samples);
     double per_token = quantile(0.5) / N;
-    printf("prefix match                  p50 %8.2f ns a token         (target 5; %.1f ns a block, hash-map lookup %.1f ns, ratio %.2f)\n", per_token,
-           per_token * 32, map, per_token * 32 / map);
+    printf("prefix match                  p50 %8.2f ns a token         (target 5; %.1f ns a block, hash-map "
+           "lookup %.1f ns, ratio %.2f)\n",
+           per_token, per_token * 32, map, per_token * 32 / map);
     printf("open on 8,192 cached tokens   p50 %8.2f ns a token\n", open);
     memcpy(samples, fork, sizeof samples);
-    printf("fork of 8,192 tokens          p50 %8.2f us  p99 %8.2f us\n", quantile(0.5) / 1e3, quantile(0.99) / 1e3);
+    printf("fork of 8,192 tokens          p50 %8.2f us  p99 %8.2f us\n", quantile(0.5) / 1e3,
+           quantile(0.99) / 1e3);
     kvl_cache_destroy(c);
 }
 

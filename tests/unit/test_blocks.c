@@ -631,12 +631,6 @@ static void test_resize_sweep(void **state) {
 
 /* ---------------------------------------------------------------- slabs, compaction: real memory */
 
-/* What position p of a stream writes for K and V of a layer and head. */
-static float value_of(const kt_stream *s, uint32_t p, uint32_t layer, uint32_t head, uint32_t side, uint32_t d) {
-    uint64_t h = kt_mix(s->chain[p] ^ kt_mix(layer * 4096 + head * 512 + side * 256 + d));
-    return (float)(int32_t)(h & 0xff) / 256.0f - 0.5f; /* exact in f16 */
-}
-
 /* A step with data on the CPU backend. */
 static void run_real(fixture *f, kt_seq *q, uint32_t n) {
     enum { DIM = 16, QH = 2, KH = 1 };
@@ -658,8 +652,8 @@ static void run_real(fixture *f, kt_seq *q, uint32_t n) {
     for (uint32_t l = 0; l < LAYERS; l++) {
         for (uint32_t r = 0; r < n; r++) {
             for (uint32_t d = 0; d < DIM; d++) {
-                kd[r * DIM + d] = value_of(&q->stream, q->length + r, l, 0, 0, d);
-                vd[r * DIM + d] = value_of(&q->stream, q->length + r, l, 0, 1, d);
+                kd[r * DIM + d] = kt_value(&q->stream, q->length + r, l, 0, 0, d);
+                vd[r * DIM + d] = kt_value(&q->stream, q->length + r, l, 0, 1, d);
                 qd[(r * QH) * DIM + d] = qd[(r * QH + 1) * DIM + d] = 0.25f;
             }
         }
@@ -695,7 +689,7 @@ static void check_memory(fixture *f, kt_seq *q, uint32_t *entries) {
                 KT_OK(f->cache, kvl_tile_decode(side ? at.v_format : at.k_format, 16, 16, 0,
                                                 base + (side ? at.v_offset : 0), true, rows));
                 for (uint32_t i = 0; i < 16 * 16; i++) {
-                    float want = value_of(&q->stream, j * 16 + i / 16, l, 0, (uint32_t)side, i % 16);
+                    float want = kt_value(&q->stream, j * 16 + i / 16, l, 0, (uint32_t)side, i % 16);
                     KT_CHECK(fabsf(rows[i] - want) < 0.01f, "block %u layer %u side %d row %u: %g, not %g", j, l, side,
                              i / 16, (double)rows[i], (double)want);
                 }
