@@ -1,7 +1,8 @@
 /* demo: eight conversations with a real model inside a fixed KV budget, and what that costs, measured.
  *
- * Eight people come one after another with questions under one system prompt; each asks three times. One of them
- * pastes a long text in the middle. Then single things are measured on caches of their own. See `demo --help`. */
+ * Eight people come one after another with questions under one system prompt; each asks three times. One of
+ * them pastes a long text in the middle. Then single things are measured on caches of their own. See
+ * `demo --help`. */
 #include "demo_report.h"
 #include "demo_run.h"
 #include "demo_script.h"

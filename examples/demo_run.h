@@ -1,4 +1,5 @@
-/* demo_run.h - streams of tokens on one cache and scheduler, and the measurements that demo.c makes with them. */
+/* demo_run.h - streams of tokens on one cache and scheduler, and the measurements that demo.c makes with
+ * them. */
 #ifndef DEMO_RUN_H
 #define DEMO_RUN_H
 
@@ -208,7 +209,8 @@ static bool measure_rates(runtime *rt, const engine_desc *d, const question *q, 
     return true;
 }
 
-/* Streams write, as long as a sequence can be; then a long prompt comes. The longest wait of a stream from there to the first token of it. */
+/* Streams write, as long as a sequence can be; then a long prompt comes. Measures the longest wait of a
+ * stream from then until the long prompt has been answered with two tokens. */
 static bool measure_gap(runtime *rt, const engine_desc *d, const question *q, uint32_t n_q,
                         const question *intruder, double *gap_ms, char *err, size_t n) {
     enum { BEFORE = 8 }; /* tokens of each stream before it comes */

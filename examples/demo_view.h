@@ -1,6 +1,6 @@
-/* demo_view.h - the terminal side of demo.c: a screen that is drawn anew some ten times a second, in the terminal's
- * alternate screen and in whatever size the terminal has. However the program ends (return, Ctrl-C, Ctrl-Z, kill),
- * the terminal is given back as it was. */
+/* demo_view.h - the terminal side of demo.c: a screen that is drawn anew some ten times a second, in the
+ * terminal's alternate screen and in whatever size the terminal has. However the program ends (return,
+ * Ctrl-C, SIGTERM) or stops (Ctrl-Z), the terminal is given back as it was. */
 #ifndef DEMO_VIEW_H
 #define DEMO_VIEW_H
 
@@ -295,8 +295,8 @@ static void view_head(view *v, const view_frame *f) {
     view_end_row(v);
 }
 
-/* Cuts text into lines of at most `width` columns, at spaces where it can; keeps where the last `keep` begin and end.
-   Returns how many were kept. */
+/* Cuts text into lines of at most `width` columns, at spaces where it can; keeps where the last `keep` begin
+   and end. Returns how many were kept. */
 static int view_wrap(const char *text, int width, int keep, const char **from, const char **to) {
     int n = 0;
     while (*text) {

@@ -1,6 +1,7 @@
-/* bench_attend: decode attention on the CPU, one new token after a context, beside what the same run measures for reading memory and for
-   converting F16 and multiplying-adding. Contexts are laid down as blocks, not computed, so the library's attention is called
-   underneath its public API. Every figure is the best of several runs.
+/* bench_attend: decode attention on the CPU, one new token after a context, beside what the same run measures for
+   reading memory and for converting F16 and multiplying-adding. Contexts are laid down as blocks, not computed (that
+   would take hours), so the library's attention is called underneath its public API. Figures are the best of several
+   runs.
      bench_attend [--quick] [--simd avx512|avx2|scalar] */
 #define KVL_IMPLEMENTATION
 #include "../../kvlite.h"
@@ -15,7 +16,7 @@ static float noise(void) {
     return (float)(int32_t)x * (1.0f / 2147483648.0f);
 }
 
-/* ---------------------------------------------------------------- ceilings ---------------------------------------------------------------- */
+/* ---- ceilings ---- */
 typedef struct slice_job {
     const uint8_t *at;
     size_t bytes; /* of all slices */
@@ -29,7 +30,8 @@ typedef struct slice_job {
 static KVLI_TARGET_AVX512 float read512(const uint8_t *p, size_t n) {
     __m512 a[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (size_t i = 0; i + 256 <= n; i += 256) {
-        KVLI_UNROLL for (int k = 0; k < 4; k++) a[k] = _mm512_add_ps(a[k], _mm512_loadu_ps((const float *)(const void *)(p + i + 64 * k)));
+        KVLI_UNROLL for (int k = 0; k < 4; k++) a[k] =
+            _mm512_add_ps(a[k], _mm512_loadu_ps((const float *)(const void *)(p + i + 64 * k)));
     }
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a[0], a[1]), _mm512_add_ps(a[2], a[3])));
 }
@@ -37,7 +39,8 @@ static KVLI_TARGET_AVX512 float read512(const uint8_t *p, size_t n) {
 static KVLI_TARGET_AVX2 float read256(const uint8_t *p, size_t n) {
     __m256 a[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
     for (size_t i = 0; i + 128 <= n; i += 128) {
-        KVLI_UNROLL for (int k = 0; k < 4; k++) a[k] = _mm256_add_ps(a[k], _mm256_loadu_ps((const float *)(const void *)(p + i + 32 * k)));
+        KVLI_UNROLL for (int k = 0; k < 4; k++) a[k] =
+            _mm256_add_ps(a[k], _mm256_loadu_ps((const float *)(const void *)(p + i + 32 * k)));
     }
     a[0] = _mm256_add_ps(_mm256_add_ps(a[0], a[1]), _mm256_add_ps(a[2], a[3]));
     return _mm256_cvtss_f32(a[0]);
@@ -50,8 +53,8 @@ KVLI_INLINE KVLI_TARGET_AVX512 float convert512(const int G, const uint8_t *p, s
     for (size_t i = 0; i + 128 <= n; i += 128) {
         KVLI_UNROLL for (int k = 0; k < 4; k++) {
             __m512 v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p + i + 32 * k)));
-            KVLI_UNROLL for (int g = 0; g < G; g++)
-                a[(k * G + g) % 16] = _mm512_fmadd_ps(_mm512_loadu_ps(q + 16 * g), v, a[(k * G + g) % 16]);
+            KVLI_UNROLL for (int g = 0; g < G; g++) a[(k * G + g) % 16] =
+                _mm512_fmadd_ps(_mm512_loadu_ps(q + 16 * g), v, a[(k * G + g) % 16]);
         }
     }
     KVLI_UNROLL for (int i = 1; i < 16; i++) a[0] = _mm512_add_ps(a[0], a[i]);
@@ -64,8 +67,8 @@ KVLI_INLINE KVLI_TARGET_AVX2 float convert256(const int G, const uint8_t *p, siz
     for (size_t i = 0; i + 128 <= n; i += 128) {
         KVLI_UNROLL for (int k = 0; k < 8; k++) {
             __m256 v = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + i + 16 * k)));
-            KVLI_UNROLL for (int g = 0; g < G; g++)
-                a[(k * G + g) % 8] = _mm256_fmadd_ps(_mm256_loadu_ps(q + 8 * g), v, a[(k * G + g) % 8]);
+            KVLI_UNROLL for (int g = 0; g < G; g++) a[(k * G + g) % 8] =
+                _mm256_fmadd_ps(_mm256_loadu_ps(q + 8 * g), v, a[(k * G + g) % 8]);
         }
     }
     KVLI_UNROLL for (int i = 1; i < 8; i++) a[0] = _mm256_add_ps(a[0], a[i]);
@@ -131,7 +134,8 @@ static double ceiling(kvl_context *ctx, const uint8_t *at, size_t bytes, uint32_
     j.n_slices = kvli_threads(ctx);
     j.gqa = gqa;
     j.simd = kvli_simd(ctx);
-    j.repeats = bytes < (32u << 20) ? (uint32_t)((32u << 20) / bytes) : 1; /* long against the waking of threads */
+    j.repeats =
+        bytes < (32u << 20) ? (uint32_t)((32u << 20) / bytes) : 1; /* long against the waking of threads */
     for (int i = 0; i < 128; i++) j.q[i] = noise();
     for (int r = 0; r < 1000 && (r < 3 || spent < seconds); r++) {
         uint64_t t = kvli_clock_now();
@@ -143,7 +147,7 @@ static double ceiling(kvl_context *ctx, const uint8_t *at, size_t bytes, uint32_
     return best;
 }
 
-/* ---------------------------------------------------------------- one case ---------------------------------------------------------------- */
+/* ---- one case ---- */
 typedef struct setup {
     kvli_geometry geo;
     kvli_layer layer;
@@ -165,8 +169,9 @@ static kvli_side side_of(kvl_format f, uint32_t dim) {
     return s;
 }
 
-/* One layer's blocks for n tokens: the first and the last exact, the rest packed; a few different tiles over and over. */
-static void make_setup(setup *s, const kvl_preset *preset, uint32_t dim, uint32_t gqa, uint32_t n, kvl_simd simd) {
+/* One layer's blocks for n tokens: first and last exact, the rest packed; a few different tiles, repeated. */
+static void make_setup(setup *s, const kvl_preset *preset, uint32_t dim, uint32_t gqa, uint32_t n,
+                       kvl_simd simd) {
     enum { VARIANTS = 4, MOST = T * 256 * 4 };
     static uint8_t tiles[2][2][VARIANTS][MOST] KVLI_ALIGN(128);
     float rows[T * 256];
@@ -195,17 +200,20 @@ static void make_setup(setup *s, const kvl_preset *preset, uint32_t dim, uint32_
         for (int kv = 0; kv < 2; kv++) {
             const kvli_side *packed = kv ? &s->layer.v[KVLI_PACKED] : &s->layer.k[KVLI_PACKED];
             for (uint32_t i = 0; i < T * dim; i++) rows[i] = noise();
-            kvli_write_rows(preset->exact, dim, rows, KVL_DTYPE_F32, dim, T, tiles[KVLI_EXACT][kv][v], 0, simd);
+            kvli_write_rows(preset->exact, dim, rows, KVL_DTYPE_F32, dim, T, tiles[KVLI_EXACT][kv][v], 0,
+                            simd);
             if (packed->format == preset->exact)
                 memcpy(tiles[KVLI_PACKED][kv][v], tiles[KVLI_EXACT][kv][v], packed->tile_bytes);
             else
-                kvli_seal_tile(packed, preset->exact, tiles[KVLI_EXACT][kv][v], tiles[KVLI_PACKED][kv][v], simd);
+                kvli_seal_tile(packed, preset->exact, tiles[KVLI_EXACT][kv][v], tiles[KVLI_PACKED][kv][v],
+                               simd);
         }
     s->memory_bytes = (size_t)n_blocks * (block[0] > block[1] ? block[0] : block[1]);
     s->memory_bytes = (s->memory_bytes + 4095) & ~(size_t)4095;
     s->memory = (uint8_t *)aligned_alloc(4096, s->memory_bytes);
     if (!s->memory) {
-        fprintf(stderr, "bench_attend: no memory for a context of %u tokens: %zu bytes\n", n, s->memory_bytes);
+        fprintf(stderr, "bench_attend: no memory for a context of %u tokens: %zu bytes\n", n,
+                s->memory_bytes);
         exit(1);
     }
     for (uint32_t b = 0; b < n_blocks; b++) {
@@ -275,7 +283,7 @@ static double decode_time(setup *s, kvl_context *ctx, uint32_t n, double seconds
     return best;
 }
 
-/* ---------------------------------------------------------------- the table ---------------------------------------------------------------- */
+/* ---- the table ---- */
 typedef struct plan {
     const char *presets[8];
     uint32_t contexts[4], dims[2];
@@ -290,9 +298,11 @@ static void bench(kvl_context *ctx, const plan *p) {
     uint32_t threads = kvli_threads(ctx);
     double convert[3];
     for (int g = 0; g < 3; g++) convert[g] = ceiling(ctx, warm, sizeof warm, gqas[g], 0.05);
-    printf("\n%u thread%s: convert F16 and multiply-add for 1, 4, 8 query heads a KV head: %.1f, %.1f, %.1f GB/s of F16\n", threads,
-           threads > 1 ? "s" : "", convert[0], convert[1], convert[2]);
-    printf("%-9s %4s %4s %8s %10s %8s %8s %9s %7s\n", "preset", "D", "GQA", "context", "us", "GB/s", "read", "ceiling", "to f16");
+    printf("\n%u thread%s: convert F16 and multiply-add for 1, 4, 8 query heads a KV head: %.1f, %.1f, %.1f "
+           "GB/s of F16\n",
+           threads, threads > 1 ? "s" : "", convert[0], convert[1], convert[2]);
+    printf("%-9s %4s %4s %8s %10s %8s %8s %9s %7s\n", "preset", "D", "GQA", "context", "us", "GB/s", "read",
+           "ceiling", "to f16");
     for (uint32_t d = 0; d < p->n_dims; d++)
         for (uint32_t c = 0; c < p->n_contexts; c++)
             for (int g = 0; g < 3; g++) {
@@ -305,11 +315,11 @@ static void bench(kvl_context *ctx, const plan *p) {
                         f16 = us;
                         read = ceiling(ctx, s.memory, s.kv_bytes, 0, p->seconds / 2);
                         double limit = read < convert[g] ? read : convert[g];
-                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8.1f %8.0f%% %7s\n", p->presets[i], p->dims[d], gqas[g], p->contexts[c], us,
-                               rate, read, 100 * rate / limit, "");
+                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8.1f %8.0f%% %7s\n", p->presets[i], p->dims[d],
+                               gqas[g], p->contexts[c], us, rate, read, 100 * rate / limit, "");
                     } else {
-                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8s %9s %7.2f\n", p->presets[i], p->dims[d], gqas[g], p->contexts[c], us,
-                               rate, "", "", us / f16);
+                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8s %9s %7.2f\n", p->presets[i], p->dims[d],
+                               gqas[g], p->contexts[c], us, rate, "", "", us / f16);
                     }
                     fflush(stdout);
                     free(s.memory);
@@ -318,7 +328,13 @@ static void bench(kvl_context *ctx, const plan *p) {
 }
 
 int main(int argc, char **argv) {
-    static const plan whole = {{"f16", "int8", "int8+", "fp8", "nvfp4", "balanced", "int4"}, {1024, 8192, 65536}, {64, 128}, 7, 3, 2, 0.06};
+    static const plan whole = {{"f16", "int8", "int8+", "fp8", "nvfp4", "balanced", "int4"},
+                               {1024, 8192, 65536},
+                               {64, 128},
+                               7,
+                               3,
+                               2,
+                               0.06};
     static const plan quick = {{"f16", "int8", "int4"}, {1024, 16384}, {128}, 3, 2, 1, 0.04};
     const plan *p = &whole;
     kvl_simd simd = KVL_SIMD_AUTO;
@@ -327,14 +343,18 @@ int main(int argc, char **argv) {
             p = &quick;
         } else if (!strcmp(argv[i], "--simd") && i + 1 < argc) {
             i++;
-            simd = !strcmp(argv[i], "scalar") ? KVL_SIMD_SCALAR : !strcmp(argv[i], "avx2") ? KVL_SIMD_AVX2 : KVL_SIMD_AVX512;
+            simd = !strcmp(argv[i], "scalar") ? KVL_SIMD_SCALAR
+                   : !strcmp(argv[i], "avx2") ? KVL_SIMD_AVX2
+                                              : KVL_SIMD_AVX512;
         } else {
             fprintf(stderr, "usage: bench_attend [--quick] [--simd avx512|avx2|scalar]\n");
             return 2;
         }
     }
-    printf("Decode attention, one token, one layer, %d KV heads. read: the same blocks read once; ceiling: share of the lesser of\n"
-           "read and convert+multiply-add (target: f16 at 70%% or more); to f16: time over f16's (target: 1.0 or less, 1.2 at GQA 8).\n",
+    printf("Decode attention, one token, one layer, %d KV heads. read: the same blocks read once; ceiling: "
+           "share of the lesser of\n"
+           "read and convert+multiply-add (target: f16 at 70%% or more); to f16: time over f16's (target: "
+           "1.0 or less, 1.2 at GQA 8).\n",
            KV_HEADS);
     for (uint32_t threads = 1; threads <= 2; threads++) {
         kvl_context *ctx;

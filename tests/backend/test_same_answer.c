@@ -16,10 +16,6 @@ static const char *const presets[] = {"f32", "f16",   "bf16",     "int8", "int8+
 enum {
     PRESETS = sizeof presets / sizeof presets[0],
     LAYERS = 3,
-    Q_HEADS = 6,
-    KV_HEADS = 2,
-    K_DIM = 48,
-    V_DIM = 32,
     STREAMS = 8,
     TOKENS = 224, /* longest stream of the attention level: crosses blocks of 32 and segments of 64 */
     SHARED = 77   /* tokens that all streams begin with: two full blocks and part of a third */
@@ -75,9 +71,17 @@ static void skip_if_missing(const path *p) {
     if (r != KVL_OK) fail_msg("%s: %s", p->name, why);
 }
 
+/* Shapes take turns. The third has tiles of several steps of the softmax inside one segment. */
+typedef struct shape {
+    uint32_t q_heads, kv_heads, k_dim, v_dim, block_tokens, segment_tokens;
+} shape;
+static const shape shapes[] = {{6, 2, 48, 32, 32, 64}, {8, 1, 64, 64, 32, 128}, {2, 2, 80, 112, 64, 0}};
+enum { Q_MAX = 8 * 64, K_MAX = 2 * 80, V_MAX = 2 * 112, OUT_MAX = 8 * 64 };
+static shape geo;
+
 /* Full attention; a window with sinks of both kinds; a short window with softcap: three groups. */
 static kvl_cache *make_cache(const char *preset, kvl_simd simd, uint32_t threads, uint64_t bytes) {
-    static const float sinks[Q_HEADS] = {0.5f, -1, 2, 0, 1, -2};
+    static const float sinks[8] = {0.5f, -1, 2, 0, 1, -2, 0.25f, 3};
     kvl_layer layers[LAYERS] = {
         {0}, {.window = 70, .sink_tokens = 3, .sink_logits = sinks}, {.window = 9, .softcap = 8}};
     kvl_cache_desc d = {0};
@@ -87,14 +91,13 @@ static kvl_cache *make_cache(const char *preset, kvl_simd simd, uint32_t threads
     d.context_desc = (kvl_context_desc){.backend = KVL_BACKEND_CPU, .simd = simd, .n_threads = threads};
     d.context_desc.error = why;
     d.context_desc.error_size = sizeof why;
-    d.geometry = (kvl_geometry){.n_layers = LAYERS,
-                                .n_q_heads = Q_HEADS,
-                                .n_kv_heads = KV_HEADS,
-                                .k_dim = K_DIM,
-                                .v_dim = V_DIM,
-                                .preset = preset,
-                                .segment_tokens = 64,
-                                .layers = layers};
+    d.geometry = (kvl_geometry){.n_layers = LAYERS, .n_q_heads = geo.q_heads, .n_kv_heads = geo.kv_heads};
+    d.geometry.k_dim = geo.k_dim;
+    d.geometry.v_dim = geo.v_dim;
+    d.geometry.block_tokens = geo.block_tokens;
+    d.geometry.segment_tokens = geo.segment_tokens;
+    d.geometry.preset = preset;
+    d.geometry.layers = layers;
     d.device_bytes = bytes;
     d.max_sequences = 2 * STREAMS;
     d.max_seq_tokens = 512;
@@ -106,7 +109,7 @@ static kvl_cache *make_cache(const char *preset, kvl_simd simd, uint32_t threads
 
 /* ---- the attention level: outputs compared bit for bit ---- */
 
-typedef float layer_out[Q_HEADS * V_DIM];
+typedef float layer_out[OUT_MAX];
 static layer_out golden[STREAMS][LAYERS][TOKENS];
 static int32_t stream_tokens[STREAMS][TOKENS];
 
@@ -132,20 +135,22 @@ static void make_rows(float *out, char what, uint32_t layer, uint32_t stream, ui
 
 static void compare_rows(const player *p, uint32_t stream, uint32_t layer, uint32_t pos, const float *got) {
     float *want = golden[stream][layer][pos];
-    if (p->record) memcpy(want, got, sizeof(layer_out));
-    if (memcmp(want, got, sizeof(layer_out)) == 0) return;
-    for (uint32_t e = 0; e < Q_HEADS * V_DIM; e++) {
+    uint32_t n = geo.q_heads * geo.v_dim;
+    if (p->record) memcpy(want, got, n * sizeof(float));
+    if (memcmp(want, got, n * sizeof(float)) == 0) return;
+    for (uint32_t e = 0; e < n; e++) {
         if (memcmp(&want[e], &got[e], 4) != 0) {
             fail_msg("%s: stream %u layer %u position %u head %u element %u: %.9g, alone %.9g", p->preset,
-                     stream, layer, pos, e / V_DIM, e % V_DIM, (double)got[e], (double)want[e]);
+                     stream, layer, pos, e / geo.v_dim, e % geo.v_dim, (double)got[e], (double)want[e]);
         }
     }
 }
 
 /* One step: n[s] rows of each stream; only so many layers of it, then abort, where layers < LAYERS or abort_it. */
 static void feed(player *p, const uint32_t n[STREAMS], uint32_t layers, bool abort_it) {
-    static float q[512 * Q_HEADS * K_DIM], k[512 * KV_HEADS * K_DIM], v[512 * KV_HEADS * V_DIM],
-        out[512 * Q_HEADS * V_DIM];
+    static float q[512 * Q_MAX], k[512 * K_MAX], v[512 * V_MAX], out[512 * OUT_MAX];
+    uint32_t nq = geo.q_heads * geo.k_dim, nk = geo.kv_heads * geo.k_dim, nv = geo.kv_heads * geo.v_dim,
+             no = geo.q_heads * geo.v_dim;
     kvl_tensor tq = {.data = q}, tk = {.data = k}, tv = {.data = v}, to = {.data = out};
     kvl_span spans[STREAMS];
     uint32_t who[STREAMS], n_spans = 0;
@@ -163,16 +168,16 @@ static void feed(player *p, const uint32_t n[STREAMS], uint32_t layers, bool abo
         for (uint32_t i = 0; i < n_spans; i++) {
             for (uint32_t j = 0; j < n[who[i]]; j++, row++) {
                 uint32_t pos = p->length[who[i]] + j;
-                make_rows(q + row * Q_HEADS * K_DIM, 'q', l, who[i], pos, Q_HEADS * K_DIM);
-                make_rows(k + row * KV_HEADS * K_DIM, 'k', l, who[i], pos, KV_HEADS * K_DIM);
-                make_rows(v + row * KV_HEADS * V_DIM, 'v', l, who[i], pos, KV_HEADS * V_DIM);
+                make_rows(q + row * nq, 'q', l, who[i], pos, nq);
+                make_rows(k + row * nk, 'k', l, who[i], pos, nk);
+                make_rows(v + row * nv, 'v', l, who[i], pos, nv);
             }
         }
         need(p->cache, "attend", kvl_attend(p->cache, step, l, &tq, &tk, &tv, &to), KVL_OK);
         row = 0;
         for (uint32_t i = 0; i < n_spans; i++) {
             for (uint32_t j = 0; j < n[who[i]]; j++, row++) {
-                compare_rows(p, who[i], l, p->length[who[i]] + j, out + row * Q_HEADS * V_DIM);
+                compare_rows(p, who[i], l, p->length[who[i]] + j, out + row * no);
             }
         }
     }
@@ -233,7 +238,7 @@ static void end_player(player *p) {
     kvl_cache_destroy(p->cache);
 }
 
-enum { PLENTY = 16 << 20 };
+enum { PLENTY = 24 << 20 };
 
 /* Every stream alone, all of it in one chunk. */
 static void record_golden(const char *preset, kvl_simd simd) {
@@ -248,8 +253,10 @@ static void record_golden(const char *preset, kvl_simd simd) {
 }
 
 static void each_preset(const path *p, void (*scenario)(const char *preset, kvl_simd simd)) {
+    static uint32_t turn;
     skip_if_missing(p);
     for (uint32_t i = 0; i < PRESETS; i += PRESETS_STEP) {
+        geo = shapes[turn++ % 3];
         record_golden(presets[i], p->simd);
         scenario(presets[i], p->simd);
     }
@@ -361,8 +368,8 @@ static void test_resize(void **state) { each_preset(*state, resize); }
 
 enum { WIDTH = 32, VOCAB = 96, PROMPT_MAX = 150, NEW = 40, ROWS_MAX = PROMPT_MAX + NEW + 1 };
 
-static float embed[VOCAB][WIDTH], wq[LAYERS][Q_HEADS * K_DIM][WIDTH], wk[LAYERS][KV_HEADS * K_DIM][WIDTH],
-    wv[LAYERS][KV_HEADS * V_DIM][WIDTH], wo[LAYERS][WIDTH][Q_HEADS * V_DIM];
+static float embed[VOCAB][WIDTH], wq[LAYERS][Q_MAX][WIDTH], wk[LAYERS][K_MAX][WIDTH],
+    wv[LAYERS][V_MAX][WIDTH], wo[LAYERS][WIDTH][OUT_MAX];
 
 static void fill(float *w, size_t n, float scale, uint64_t seed) {
     for (size_t i = 0; i < n; i++) w[i] = noise(seed * 1000003 + i) * scale;
@@ -408,8 +415,7 @@ static uint64_t hash_floats(uint64_t h, const float *x, uint32_t n) {
 }
 
 typedef struct model_run { /* buffers of a step */
-    float x[512][WIDTH], q[512][Q_HEADS * K_DIM], k[512][KV_HEADS * K_DIM], v[512][KV_HEADS * V_DIM],
-        out[512][Q_HEADS * V_DIM];
+    float x[512][WIDTH], q[512][Q_MAX], k[512][K_MAX], v[512][V_MAX], out[512][OUT_MAX];
     uint64_t hash[512];
     int32_t next[512];
 } model_run;
@@ -417,7 +423,8 @@ static model_run run;
 
 /* The layers [0, layers) of a step. */
 static void model_layers(kvl_cache *cache, const kvl_step *step, uint32_t layers) {
-    kvl_tensor q = {.data = run.q}, k = {.data = run.k}, v = {.data = run.v}, out = {.data = run.out};
+    kvl_tensor q = {.data = run.q, .row_stride = Q_MAX}, k = {.data = run.k, .row_stride = K_MAX};
+    kvl_tensor v = {.data = run.v, .row_stride = V_MAX}, out = {.data = run.out, .row_stride = OUT_MAX};
     for (uint32_t r = 0; r < step->n_tokens; r++) {
         memcpy(run.x[r], embed[step->tokens[r]], sizeof run.x[r]);
         for (int e = 0; e < WIDTH; e++) run.x[r][e] += 0.5f * noise(step->positions[r] * 64u + (uint32_t)e);
@@ -426,16 +433,16 @@ static void model_layers(kvl_cache *cache, const kvl_step *step, uint32_t layers
     for (uint32_t l = 0; l < layers; l++) {
         for (uint32_t r = 0; r < step->n_tokens; r++) {
             normalise(run.x[r]);
-            multiply(run.q[r], Q_HEADS * K_DIM, wq[l][0], WIDTH, run.x[r]);
-            multiply(run.k[r], KV_HEADS * K_DIM, wk[l][0], WIDTH, run.x[r]);
-            multiply(run.v[r], KV_HEADS * V_DIM, wv[l][0], WIDTH, run.x[r]);
+            multiply(run.q[r], geo.q_heads * geo.k_dim, wq[l][0], WIDTH, run.x[r]);
+            multiply(run.k[r], geo.kv_heads * geo.k_dim, wk[l][0], WIDTH, run.x[r]);
+            multiply(run.v[r], geo.kv_heads * geo.v_dim, wv[l][0], WIDTH, run.x[r]);
         }
         need(cache, "attend", kvl_attend(cache, step, l, &q, &k, &v, &out), KVL_OK);
         for (uint32_t r = 0; r < step->n_tokens; r++) {
             float delta[WIDTH];
-            multiply(delta, WIDTH, wo[l][0], Q_HEADS * V_DIM, run.out[r]);
+            multiply(delta, WIDTH, wo[l][0], geo.q_heads * geo.v_dim, run.out[r]);
             for (int e = 0; e < WIDTH; e++) run.x[r][e] += delta[e];
-            run.hash[r] = hash_floats(run.hash[r], run.out[r], Q_HEADS * V_DIM);
+            run.hash[r] = hash_floats(run.hash[r], run.out[r], geo.q_heads * geo.v_dim);
         }
     }
 }

@@ -1,5 +1,5 @@
-/* Shared helpers of the tests: an injected clock, an allocator that counts and fails, a toy model, and a shadow of the
-   cache's memory that checks what every block table entry leads to.
+/* Shared helpers of the tests: an injected clock, an allocator that counts and fails, a toy model, and a
+   shadow of the cache's memory that checks what every block table entry leads to.
 
    A test defines KVL_IMPLEMENTATION and includes this file; it includes kvlite.h before cmocka. */
 #ifndef KVL_TEST_H
@@ -27,7 +27,9 @@
 static KT_UNUSED char kt_where[256]; /* what a failure prints besides its own text: seed, case, operation */
 static KT_UNUSED char kt_error[256]; /* why the last create failed (desc.error of kt_desc) */
 
-static KT_UNUSED const char *kt_why(const kvl_cache *cache) { return cache ? kvl_last_error(cache) : kt_error; }
+static KT_UNUSED const char *kt_why(const kvl_cache *cache) {
+    return cache ? kvl_last_error(cache) : kt_error;
+}
 
 static KT_UNUSED void kt_failed(const char *file, int line, const char *what, const char *format, ...) {
     va_list args;
@@ -41,23 +43,24 @@ static KT_UNUSED void kt_failed(const char *file, int line, const char *what, co
     _fail(file, line);
 }
 
-#define KT_CHECK(condition, ...)                                                                                       \
-    do {                                                                                                               \
-        if (!(condition)) kt_failed(__FILE__, __LINE__, #condition, __VA_ARGS__);                                      \
+#define KT_CHECK(condition, ...)                                                  \
+    do {                                                                          \
+        if (!(condition)) kt_failed(__FILE__, __LINE__, #condition, __VA_ARGS__); \
     } while (0)
 
-#define KT_RESULT(expected, cache, call)                                                                               \
-    do {                                                                                                               \
-        kvl_result kt_result_ = (call);                                                                                \
-        if (kt_result_ != (expected))                                                                                  \
-            kt_failed(__FILE__, __LINE__, #call, "%s, not %s (%s)", kvl_result_name(kt_result_),                       \
-                      kvl_result_name(expected), kt_why(cache));                                               \
+#define KT_RESULT(expected, cache, call)                                                         \
+    do {                                                                                         \
+        kvl_result kt_result_ = (call);                                                          \
+        if (kt_result_ != (expected))                                                            \
+            kt_failed(__FILE__, __LINE__, #call, "%s, not %s (%s)", kvl_result_name(kt_result_), \
+                      kvl_result_name(expected), kt_why(cache));                                 \
     } while (0)
 #define KT_OK(cache, call) KT_RESULT(KVL_OK, cache, call)
 
-#define KT_VALID(cache)                                                                                                \
-    do {                                                                                                               \
-        if (kvl_validate(cache) != KVL_OK) kt_failed(__FILE__, __LINE__, "kvl_validate", "%s", kvl_last_error(cache)); \
+#define KT_VALID(cache)                                                                 \
+    do {                                                                                \
+        if (kvl_validate(cache) != KVL_OK)                                              \
+            kt_failed(__FILE__, __LINE__, "kvl_validate", "%s", kvl_last_error(cache)); \
     } while (0)
 
 /* ---------------------------------------------------------------- randomness */
@@ -74,7 +77,9 @@ static KT_UNUSED uint64_t kt_mix(uint64_t x) { /* splitmix64's finaliser */
 }
 
 static KT_UNUSED uint64_t kt_random(kt_rng *rng) { return kt_mix(rng->state++); }
-static KT_UNUSED uint32_t kt_below(kt_rng *rng, uint32_t n) { return (uint32_t)((kt_random(rng) >> 32) * n >> 32); }
+static KT_UNUSED uint32_t kt_below(kt_rng *rng, uint32_t n) {
+    return (uint32_t)((kt_random(rng) >> 32) * n >> 32);
+}
 static KT_UNUSED uint32_t kt_between(kt_rng *rng, uint32_t low, uint32_t high) {
     return low + kt_below(rng, high - low + 1);
 }
@@ -86,11 +91,11 @@ typedef struct kt_env { /* the user pointer of a context's callbacks */
     uint64_t now_ns;
     pthread_mutex_t lock;
     size_t live_bytes;
-    uint64_t live, calls;    /* allocations now, and requests for memory ever */
-    uint64_t fail_at;        /* this request (1 = the first from now on: kt_env_fail) fails; 0 = none */
-    bool fail_after;         /* and all after it */
+    uint64_t live, calls; /* allocations now, and requests for memory ever */
+    uint64_t fail_at;     /* this request (1 = the first from now on: kt_env_fail) fails; 0 = none */
+    bool fail_after;      /* and all after it */
     uint64_t failures, logs;
-    bool bad_size;           /* an old_size that was not what was asked for */
+    bool bad_size; /* an old_size that was not what was asked for */
 } kt_env;
 
 typedef struct kt_header {
@@ -112,7 +117,9 @@ static KT_UNUSED void kt_env_fail(kt_env *env, uint64_t nth, bool and_after) { /
     env->failures = 0;
 }
 
-static KT_UNUSED uint64_t kt_clock(void *user) { return __atomic_load_n(&((kt_env *)user)->now_ns, __ATOMIC_RELAXED); }
+static KT_UNUSED uint64_t kt_clock(void *user) {
+    return __atomic_load_n(&((kt_env *)user)->now_ns, __ATOMIC_RELAXED);
+}
 static KT_UNUSED void kt_advance_ms(kt_env *env, double ms) {
     __atomic_fetch_add(&env->now_ns, (uint64_t)(ms * 1e6 + 0.5), __ATOMIC_RELAXED);
 }
@@ -158,7 +165,8 @@ static KT_UNUSED void kt_log(void *user, kvl_log_level level, const char *text) 
 
 /* All memory given back, and every old_size right. */
 static KT_UNUSED void kt_env_check(const kt_env *env) {
-    KT_CHECK(env->live == 0, "%llu allocations (%zu bytes) leaked", (unsigned long long)env->live, env->live_bytes);
+    KT_CHECK(env->live == 0, "%llu allocations (%zu bytes) leaked", (unsigned long long)env->live,
+             env->live_bytes);
     KT_CHECK(!env->bad_size, "the allocator was called with a wrong old_size");
 }
 
@@ -178,7 +186,8 @@ static KT_UNUSED kvl_context_desc kt_context(kt_env *env, kvl_backend_kind backe
 /* ---------------------------------------------------------------- geometries */
 
 /* A small cache on the null backend: n_layers × 1 KV head × 2 query heads × dim 16. preset null = "int8". */
-static KT_UNUSED kvl_cache_desc kt_desc(kt_env *env, uint32_t n_layers, uint32_t block_tokens, const char *preset) {
+static KT_UNUSED kvl_cache_desc kt_desc(kt_env *env, uint32_t n_layers, uint32_t block_tokens,
+                                        const char *preset) {
     kvl_cache_desc desc;
     memset(&desc, 0, sizeof desc);
     desc.context_desc = kt_context(env, KVL_BACKEND_NULL);
@@ -210,7 +219,8 @@ static KT_UNUSED size_t kt_largest_block(const kvl_cache *cache, uint32_t n_laye
     return largest;
 }
 
-/* A budget of scratch, workspace and n slabs, each of one largest block (below 256 slabs a slab is one such block). */
+/* A budget of scratch, workspace and n slabs, each of one largest block (below 256 slabs a slab is one such
+   block). */
 static KT_UNUSED uint64_t kt_budget(const kvl_cache_desc *desc, uint32_t n_slabs) {
     kvl_cache_desc probe = *desc;
     kvl_cache *cache = NULL;
@@ -228,8 +238,8 @@ static KT_UNUSED uint64_t kt_budget(const kvl_cache_desc *desc, uint32_t n_slabs
 
 /* ---------------------------------------------------------------- streams and the toy model */
 
-/* The tokens a sequence is meant to hold. chain[i] stands for the KV of position i: a hash of all tokens up to it, of
-   namespace and salt. Whatever block a sequence reads row i from must hold chain[i]. */
+/* The tokens a sequence is meant to hold. chain[i] stands for the KV of position i: a hash of all tokens up
+   to it, of namespace and salt. Whatever block a sequence reads row i from must hold chain[i]. */
 typedef struct kt_stream {
     int32_t *tokens;
     uint64_t *chain;
@@ -288,12 +298,12 @@ typedef struct kt_shadow {
     const kvl_geometry *geometry; /* with layers; n_layers and block_tokens set */
     uint32_t tokens;              /* of a block */
     uint32_t sink_blocks;
-    bool two_classes[16];         /* [group] packed and exact differ; known from the first step on */
-    uint64_t *rows;               /* [block id][tokens] chain value, 0 = nothing */
-    uint64_t *written;            /* [block id] number of the step that wrote it last */
-    uint32_t *writer;             /* [block id] its span in that step */
+    bool two_classes[16]; /* [group] packed and exact differ; known from the first step on */
+    uint64_t *rows;       /* [block id][tokens] chain value, 0 = nothing */
+    uint64_t *written;    /* [block id] number of the step that wrote it last */
+    uint32_t *writer;     /* [block id] its span in that step */
     uint32_t n_ids;
-    uint64_t *scratch;            /* [group][slot][tokens] */
+    uint64_t *scratch; /* [group][slot][tokens] */
     uint32_t n_groups, n_slots;
     uint64_t step;
     uint64_t rows_checked, copies, seals; /* so that a test can tell that it tested something */
@@ -303,7 +313,9 @@ static KT_UNUSED void kt_shadow_init(kt_shadow *sh, const kvl_geometry *geometry
     memset(sh, 0, sizeof *sh);
     sh->geometry = geometry;
     sh->tokens = geometry->block_tokens ? geometry->block_tokens : 32;
-    sh->sink_blocks = geometry->sink_blocks == KVL_NONE ? 0 : geometry->sink_blocks ? geometry->sink_blocks : 1;
+    sh->sink_blocks = geometry->sink_blocks == KVL_NONE ? 0
+                      : geometry->sink_blocks           ? geometry->sink_blocks
+                                                        : 1;
 }
 
 /* Does a layer pack anything? A group has two classes as soon as one of its layers does. */
@@ -354,7 +366,8 @@ static KT_UNUSED void kt_shadow_begin(kt_shadow *sh, const kvl_step *step) {
         if (step->n_groups > sh->n_groups) sh->n_groups = step->n_groups;
         if (slots > sh->n_slots) sh->n_slots = slots;
         free(sh->scratch);
-        sh->scratch = (uint64_t *)malloc((size_t)sh->n_groups * sh->n_slots * sh->tokens * sizeof *sh->scratch);
+        sh->scratch =
+            (uint64_t *)malloc((size_t)sh->n_groups * sh->n_slots * sh->tokens * sizeof *sh->scratch);
         assert_non_null(sh->scratch);
     }
     memset(sh->scratch, 0, (size_t)sh->n_groups * sh->n_slots * sh->tokens * sizeof *sh->scratch);
@@ -363,7 +376,8 @@ static KT_UNUSED void kt_shadow_begin(kt_shadow *sh, const kvl_step *step) {
         const kvl_copy *copy = &step->copies[i];
         uint32_t src = copy->src & KVL_ENTRY_ID, dst = copy->dst & KVL_ENTRY_ID;
         KT_CHECK(copy->group < step->n_groups, "copy %u names group %u", i, copy->group);
-        KT_CHECK((copy->src & KVL_ENTRY_EXACT) == (copy->dst & KVL_ENTRY_EXACT), "copy %u changes the class", i);
+        KT_CHECK((copy->src & KVL_ENTRY_EXACT) == (copy->dst & KVL_ENTRY_EXACT), "copy %u changes the class",
+                 i);
         KT_CHECK(src != dst, "copy %u of a block onto itself", i);
         kt_shadow_block(sh, src > dst ? src : dst);
         memcpy(kt_shadow_block(sh, dst), kt_shadow_block(sh, src), sh->tokens * sizeof *sh->rows);
@@ -371,25 +385,28 @@ static KT_UNUSED void kt_shadow_begin(kt_shadow *sh, const kvl_step *step) {
     }
 }
 
-/* Numbering of rows, spans and logits. streams[i] is what span i's sequence is meant to hold, this step's rows included. */
+/* Numbering of rows, spans and logits. streams[i] is what span i's sequence is meant to hold, this step's
+   rows included. */
 static KT_UNUSED void kt_shadow_numbers(const kvl_step *step, kt_stream *const *streams) {
     uint32_t row = 0;
     for (uint32_t s = 0; s < step->n_spans; s++) {
         const kvl_step_span *span = &step->spans[s];
-        KT_CHECK(span->n_rows > 0 && span->first_row == row, "span %u starts at row %u, not %u", s, span->first_row, row);
+        KT_CHECK(span->n_rows > 0 && span->first_row == row, "span %u starts at row %u, not %u", s,
+                 span->first_row, row);
         KT_CHECK(span->position + span->n_rows <= streams[s]->n, "span %u runs to %u of %u tokens", s,
                  span->position + span->n_rows, streams[s]->n);
         for (uint32_t i = 0; i < span->n_rows; i++, row++) {
             KT_CHECK(step->row_span[row] == s, "row %u is of span %u, not %u", row, step->row_span[row], s);
             KT_CHECK(step->positions[row] == span->position + i, "row %u at position %u, not %u", row,
                      step->positions[row], span->position + i);
-            KT_CHECK(step->tokens[row] == streams[s]->tokens[span->position + i], "row %u: token %d, not %d", row,
-                     step->tokens[row], streams[s]->tokens[span->position + i]);
+            KT_CHECK(step->tokens[row] == streams[s]->tokens[span->position + i], "row %u: token %d, not %d",
+                     row, step->tokens[row], streams[s]->tokens[span->position + i]);
         }
     }
     KT_CHECK(row == step->n_tokens, "%u rows, but n_tokens %u", row, step->n_tokens);
     for (uint32_t i = 0; i < step->n_logits; i++) {
-        KT_CHECK(step->logit_rows[i] < step->n_tokens, "logits row %u of %u", step->logit_rows[i], step->n_tokens);
+        KT_CHECK(step->logit_rows[i] < step->n_tokens, "logits row %u of %u", step->logit_rows[i],
+                 step->n_tokens);
     }
 }
 
@@ -408,13 +425,16 @@ static KT_UNUSED void kt_shadow_write(kt_shadow *sh, const kvl_step *step, uint3
         uint32_t high = first + T < end ? first + T : end, entry = b->own[i], id = entry & KVL_ENTRY_ID;
         uint64_t *rows = kt_shadow_entry(sh, g, entry);
         KT_CHECK(entry != KVL_NONE, "span %u group %u: no block for tokens it writes", s, g);
-        KT_CHECK(entry & (KVL_ENTRY_SCRATCH | KVL_ENTRY_EXACT), "span %u group %u: rows into a packed block", s, g);
+        KT_CHECK(entry & (KVL_ENTRY_SCRATCH | KVL_ENTRY_EXACT), "span %u group %u: rows into a packed block",
+                 s, g);
         KT_CHECK(!(entry & KVL_ENTRY_SCRATCH) || (low == first && high == first + T),
-                 "span %u group %u: block [%u,%u) is not complete, but stands in the scratch", s, g, first, high);
+                 "span %u group %u: block [%u,%u) is not complete, but stands in the scratch", s, g, first,
+                 high);
         if (entry & KVL_ENTRY_SCRATCH) {
             KT_CHECK(rows[0] == 0, "span %u group %u: scratch slot %u is used twice", s, g, id);
         } else {
-            KT_CHECK(sh->written[id] != sh->step, "block %u is written by spans %u and %u", id, sh->writer[id], s);
+            KT_CHECK(sh->written[id] != sh->step, "block %u is written by spans %u and %u", id,
+                     sh->writer[id], s);
             sh->written[id] = sh->step;
             sh->writer[id] = s;
         }
@@ -437,8 +457,8 @@ static KT_UNUSED void kt_shadow_write(kt_shadow *sh, const kvl_step *step, uint3
     }
 }
 
-static KT_UNUSED void kt_shadow_compare(kt_shadow *sh, uint32_t s, uint32_t g, uint32_t entry, uint32_t j, uint32_t n,
-                                        const kt_stream *stream) {
+static KT_UNUSED void kt_shadow_compare(kt_shadow *sh, uint32_t s, uint32_t g, uint32_t entry, uint32_t j,
+                                        uint32_t n, const kt_stream *stream) {
     const uint64_t *rows = kt_shadow_entry(sh, g, entry);
     sh->rows_checked += n;
     if (memcmp(rows, stream->chain + (size_t)j * sh->tokens, n * sizeof *rows) == 0) return;
@@ -468,18 +488,21 @@ static KT_UNUSED void kt_shadow_read(kt_shadow *sh, const kvl_step *step, uint32
         if (b->table[j] == KVL_NONE && window) {
             uint32_t next = first + T; /* the first query that reads it through the table */
             uint32_t reader = next > span->position ? next : span->position;
-            bool read = reader < end && (first + T > (reader + 1 > window ? reader + 1 - window : 0) || first < sinks);
-            KT_CHECK(!read, "span %u group %u: block %u is missing though position %u sees it", s, g, j, reader);
+            bool read = reader < end &&
+                        (first + T > (reader + 1 > window ? reader + 1 - window : 0) || first < sinks);
+            KT_CHECK(!read, "span %u group %u: block %u is missing though position %u sees it", s, g, j,
+                     reader);
             continue;
         }
         KT_CHECK(b->table[j] != KVL_NONE, "span %u group %u: block %u is missing", s, g, j);
         if (!own || complete) {
             bool exact = !sh->two_classes[g] || j < sh->sink_blocks;
             kt_shadow_compare(sh, s, g, b->table[j], j, n, stream);
-            KT_CHECK(((b->table[j] & KVL_ENTRY_EXACT) != 0) == exact, "span %u group %u: block %u is %s", s, g, j,
-                     exact ? "packed" : "exact");
+            KT_CHECK(((b->table[j] & KVL_ENTRY_EXACT) != 0) == exact, "span %u group %u: block %u is %s", s,
+                     g, j, exact ? "packed" : "exact");
         } else {
-            KT_CHECK(b->table[j] == b->own[j - b->first_own], "span %u group %u: open block %u is not its own", s, g, j);
+            KT_CHECK(b->table[j] == b->own[j - b->first_own],
+                     "span %u group %u: open block %u is not its own", s, g, j);
         }
     }
 }
@@ -506,8 +529,10 @@ static KT_UNUSED void kt_shadow_step(kt_shadow *sh, const kvl_step *step, kt_str
     }
 }
 
-/* What position p of a stream stores in K (side 0) or V (1) of a layer and head: within ±0.5, and exact in F16. */
-static KT_UNUSED float kt_value(const kt_stream *s, uint32_t p, uint32_t layer, uint32_t head, uint32_t side, uint32_t d) {
+/* What position p of a stream stores in K (side 0) or V (1) of a layer and head: within ±0.5, and exact in
+   F16. */
+static KT_UNUSED float kt_value(const kt_stream *s, uint32_t p, uint32_t layer, uint32_t head, uint32_t side,
+                                uint32_t d) {
     uint64_t h = kt_mix(s->chain[p] ^ kt_mix(layer * 65536 + head * 1024 + side * 512 + d));
     return (float)(int32_t)(h & 0xff) / 256.0f - 0.5f;
 }
@@ -516,7 +541,8 @@ static KT_UNUSED float kt_value(const kt_stream *s, uint32_t p, uint32_t layer, 
 static KT_UNUSED void kt_attend(kvl_cache *cache, const kvl_step *step, uint32_t n_layers) {
     kvl_tensor none;
     memset(&none, 0, sizeof none);
-    for (uint32_t l = 0; l < n_layers; l++) KT_OK(cache, kvl_attend(cache, step, l, &none, &none, &none, &none));
+    for (uint32_t l = 0; l < n_layers; l++)
+        KT_OK(cache, kvl_attend(cache, step, l, &none, &none, &none, &none));
 }
 
 /* ---------------------------------------------------------------- a sequence with its stream */
@@ -525,7 +551,7 @@ typedef struct kt_seq {
     kvl_seq seq;
     kt_stream stream; /* all tokens it is meant to hold; the first `length` have KV */
     uint32_t length;
-    kvl_reuse reuse;  /* of its open */
+    kvl_reuse reuse; /* of its open */
 } kt_seq;
 
 static KT_UNUSED void kt_open(kvl_cache *cache, kt_seq *q, uint32_t priority) {
@@ -543,8 +569,10 @@ static KT_UNUSED void kt_open(kvl_cache *cache, kt_seq *q, uint32_t priority) {
     KT_CHECK(q->reuse.recomputed == q->stream.n - q->reuse.matched, "recomputed %u", q->reuse.recomputed);
 }
 
-/* One step over the next n tokens of the sequence's stream, checked against the shadow (which may be null). */
-static KT_UNUSED kvl_result kt_try_feed(kvl_cache *cache, kt_shadow *sh, uint32_t n_layers, kt_seq *q, uint32_t n) {
+/* One step over the next n tokens of the sequence's stream, checked against the shadow (which may be null).
+   */
+static KT_UNUSED kvl_result kt_try_feed(kvl_cache *cache, kt_shadow *sh, uint32_t n_layers, kt_seq *q,
+                                        uint32_t n) {
     const kvl_step *step = NULL;
     kvl_span span;
     kt_stream *stream = &q->stream;
@@ -565,7 +593,8 @@ static KT_UNUSED kvl_result kt_try_feed(kvl_cache *cache, kt_shadow *sh, uint32_
 }
 
 /* The rest of the stream in steps of at most `chunk`. */
-static KT_UNUSED void kt_feed_all(kvl_cache *cache, kt_shadow *sh, uint32_t n_layers, kt_seq *q, uint32_t chunk) {
+static KT_UNUSED void kt_feed_all(kvl_cache *cache, kt_shadow *sh, uint32_t n_layers, kt_seq *q,
+                                  uint32_t chunk) {
     while (q->length < q->stream.n) {
         uint32_t n = q->stream.n - q->length;
         KT_OK(cache, kt_try_feed(cache, sh, n_layers, q, n < chunk ? n : chunk));

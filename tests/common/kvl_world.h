@@ -1,5 +1,5 @@
-/* Drives a scheduler with the toy model: every step is checked against the shadow of memory, every request's tokens are
-   derived from what its sequence holds. Used by the scheduler's tests and by the model checker. */
+/* Drives a scheduler with the toy model: every step is checked against the shadow of memory, every request's
+   tokens are derived from what its sequence holds. Used by the scheduler's tests and by the model checker. */
 #ifndef KVL_WORLD_H
 #define KVL_WORLD_H
 
@@ -7,15 +7,16 @@
 
 typedef struct kt_answer { /* one request; its address is the request's user pointer */
     kvl_req req;
-    kt_stream stream;      /* prompt and what was generated so far */
-    uint32_t n_prompt;     /* as submitted; a fork has its parent's, and what that had answered so far as its own */
+    kt_stream stream; /* prompt and what was generated so far */
+    uint32_t
+        n_prompt; /* as submitted; a fork has its parent's, and what that had answered so far as its own */
     uint32_t max_new;
     uint64_t seed;
-    uint32_t finish_at;    /* the app ends it after so many tokens; 0 = never */
+    uint32_t finish_at; /* the app ends it after so many tokens; 0 = never */
     bool cancelled;
-    bool stops;            /* has stop tokens (what they are is the test's affair) */
+    bool stops;                     /* has stop tokens (what they are is the test's affair) */
     uint32_t first_step, last_step; /* number of the steps that gave its first and its last token */
-    uint32_t rows;         /* rows it ran, recomputed ones included */
+    uint32_t rows;                  /* rows it ran, recomputed ones included */
 } kt_answer;
 
 enum { KT_MAX_ANSWERS = 4096 };
@@ -30,7 +31,7 @@ typedef struct kt_world {
     kt_answer *answers[KT_MAX_ANSWERS];
     uint32_t n_answers;
     uint32_t vocabulary;
-    kvl_cost cost;         /* what a step takes on the test's clock */
+    kvl_cost cost; /* what a step takes on the test's clock */
     /* the last step */
     uint32_t steps, rows, decode_rows, prefill_rows, spans;
     double ms;
@@ -57,7 +58,8 @@ static KT_UNUSED void kt_world_close(kt_world *w) {
     if (w->cache) {
         kvl_stats s = kt_stats(w->cache);
         KT_VALID(w->cache);
-        KT_CHECK(kt_used(&s) == 0 && s.sequences == 0, "%u blocks and %u sequences are left", kt_used(&s), s.sequences);
+        KT_CHECK(kt_used(&s) == 0 && s.sequences == 0, "%u blocks and %u sequences are left", kt_used(&s),
+                 s.sequences);
         kvl_cache_destroy(w->cache);
         kt_shadow_free(&w->shadow);
     }
@@ -87,7 +89,8 @@ static KT_UNUSED void kt_answer_drop(kt_world *w) { /* the one made last */
 }
 
 /* Submits what the answer's stream holds as the prompt. `extra` (may be null) gives the other fields. */
-static KT_UNUSED kvl_result kt_world_try(kt_world *w, kt_answer *a, uint32_t max_new, const kvl_request *extra) {
+static KT_UNUSED kvl_result kt_world_try(kt_world *w, kt_answer *a, uint32_t max_new,
+                                         const kvl_request *extra) {
     kvl_request q;
     memset(&q, 0, sizeof q);
     if (extra) q = *extra;
@@ -141,14 +144,18 @@ static KT_UNUSED void kt_world_check(kt_world *w, const kvl_step *step) {
         const kvl_step_span *span = &step->spans[s];
         kt_answer *a = (kt_answer *)span->user;
         uint32_t end = span->position + span->n_rows;
-        KT_CHECK(span->request == a->req.id, "span %u is of request %x, user of %x", s, span->request, a->req.id);
-        for (uint32_t q = 0; q < s; q++) KT_CHECK(step->spans[q].user != a, "request %x has two spans", a->req.id);
+        KT_CHECK(span->request == a->req.id, "span %u is of request %x, user of %x", s, span->request,
+                 a->req.id);
+        for (uint32_t q = 0; q < s; q++)
+            KT_CHECK(step->spans[q].user != a, "request %x has two spans", a->req.id);
         streams[s] = &a->stream;
         KT_CHECK(end <= a->stream.n, "request %x runs to %u of %u tokens", a->req.id, end, a->stream.n);
-        KT_CHECK((span->n_logits > 0) == (end == a->stream.n), "request %x: %u logits at %u of %u tokens", a->req.id,
-                 span->n_logits, end, a->stream.n);
-        if (a->stream.n > a->n_prompt && span->n_rows == 1 && end == a->stream.n) w->decode_rows++;
-        else w->prefill_rows += span->n_rows;
+        KT_CHECK((span->n_logits > 0) == (end == a->stream.n), "request %x: %u logits at %u of %u tokens",
+                 a->req.id, span->n_logits, end, a->stream.n);
+        if (a->stream.n > a->n_prompt && span->n_rows == 1 && end == a->stream.n)
+            w->decode_rows++;
+        else
+            w->prefill_rows += span->n_rows;
         a->rows += span->n_rows;
         if (span->n_logits) wanted++;
     }
@@ -158,8 +165,8 @@ static KT_UNUSED void kt_world_check(kt_world *w, const kvl_step *step) {
         uint32_t row = step->logit_rows[i];
         const kvl_step_span *span = &step->spans[step->row_span[row]];
         const kt_answer *host = (const kt_answer *)span->user;
-        KT_CHECK(step->logit_requests[i] == a->req.id, "logits %u: request %x, user of %x", i, step->logit_requests[i],
-                 a->req.id);
+        KT_CHECK(step->logit_requests[i] == a->req.id, "logits %u: request %x, user of %x", i,
+                 step->logit_requests[i], a->req.id);
         KT_CHECK(step->positions[row] + 1 == a->stream.n, "request %x samples at %u of %u tokens", a->req.id,
                  step->positions[row], a->stream.n);
         KT_CHECK(host->stream.chain[a->stream.n - 1] == a->stream.chain[a->stream.n - 1],
@@ -216,19 +223,25 @@ static KT_UNUSED kvl_result kt_world_run(kt_world *w, uint32_t max_steps) {
     return KVL_OK;
 }
 
-static KT_UNUSED bool kt_finished(kt_world *w, const kt_answer *a) { return kt_info(w, a).state == KVL_REQ_FINISHED; }
+static KT_UNUSED bool kt_finished(kt_world *w, const kt_answer *a) {
+    return kt_info(w, a).state == KVL_REQ_FINISHED;
+}
 
 /* The scheduler's record of an answer is the test's. */
-static KT_UNUSED void kt_world_answer_is(kt_world *w, const kt_answer *a, kvl_finish finish, uint32_t n_generated) {
+static KT_UNUSED void kt_world_answer_is(kt_world *w, const kt_answer *a, kvl_finish finish,
+                                         uint32_t n_generated) {
     int32_t tokens[2048];
     uint32_t n = 0;
     kvl_req_info info = kt_info(w, a);
-    KT_CHECK(info.state == KVL_REQ_FINISHED && info.finish == finish, "request %x: state %d, finish %d not %d", a->req.id,
-             (int)info.state, (int)info.finish, (int)finish);
-    KT_CHECK(info.n_generated == n_generated, "request %x: %u tokens, not %u", a->req.id, info.n_generated, n_generated);
+    KT_CHECK(info.state == KVL_REQ_FINISHED && info.finish == finish,
+             "request %x: state %d, finish %d not %d", a->req.id, (int)info.state, (int)info.finish,
+             (int)finish);
+    KT_CHECK(info.n_generated == n_generated, "request %x: %u tokens, not %u", a->req.id, info.n_generated,
+             n_generated);
     KT_OK(w->cache, kvl_sched_tokens(w->sched, a->req, tokens, 2048, &n));
     KT_CHECK(n == n_generated, "request %x: %u tokens, not %u", a->req.id, n, n_generated);
-    KT_CHECK(n <= a->stream.n - a->n_prompt && memcmp(tokens, a->stream.tokens + a->n_prompt, n * sizeof *tokens) == 0,
+    KT_CHECK(n <= a->stream.n - a->n_prompt &&
+                 memcmp(tokens, a->stream.tokens + a->n_prompt, n * sizeof *tokens) == 0,
              "request %x: other tokens than were committed", a->req.id);
 }
 

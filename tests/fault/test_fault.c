@@ -1,11 +1,14 @@
-/* Faults: every Nth allocation fails. Each call then gives a clean error, nothing leaks, and what was there goes on. */
+/* Faults: every Nth allocation fails. Each call then gives a clean error, nothing leaks, and what was there
+   goes on. */
 #define KVL_IMPLEMENTATION
 #include "../common/kvl_world.h"
 
 #define LAYERS 2
 enum { MOST = 500 }; /* no call asks for memory that often */
 
-static bool out_of_memory(kvl_result r) { return r == KVL_OUT_OF_HOST_MEMORY || r == KVL_OUT_OF_DEVICE_MEMORY; }
+static bool out_of_memory(kvl_result r) {
+    return r == KVL_OUT_OF_HOST_MEMORY || r == KVL_OUT_OF_DEVICE_MEMORY;
+}
 
 static kvl_cache_desc described(kt_env *env, kvl_backend_kind backend, const char *preset) {
     kvl_cache_desc desc = kt_desc(env, LAYERS, 16, preset);
@@ -357,7 +360,8 @@ static void test_resize(void **state) {
                 kt_open(cache, &q, 0);
                 KT_OK(cache, kt_try_feed(cache, &shadow, LAYERS, &q, 100));
             } else {
-                KT_OK(cache, kvl_cache_resize(cache, 0, NULL)); /* so that scratch and workspace are taken again */
+                KT_OK(cache,
+                      kvl_cache_resize(cache, 0, NULL)); /* so that scratch and workspace are taken again */
             }
             kt_env_fail(&env, nth, false);
             r = kvl_cache_resize(cache, desc.max_device_bytes, NULL);
@@ -426,7 +430,8 @@ static void test_random_life(void **state) {
                 KT_CHECK(r == KVL_OK || r == KVL_OUT_OF_DEVICE_MEMORY, "%s", kvl_result_name(r));
                 break;
             default:
-                if (seed & 2) break; /* real attention wants real tensors: plans are run on the null backend */
+                if (seed & 2)
+                    break; /* real attention wants real tensors: plans are run on the null backend */
                 r = kt_world_step(w);
                 KT_CHECK(r == KVL_OK || r == KVL_IDLE, "%s", kvl_result_name(r));
             }

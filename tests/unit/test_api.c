@@ -64,7 +64,8 @@ static void test_format_names(void **state) {
 }
 
 static void test_presets(void **state) {
-    static const char *const names[] = {"f32", "f16", "bf16", "int8", "int8+", "fp8", "nvfp4", "balanced", "int4"};
+    static const char *const names[] = {"f32", "f16",   "bf16",     "int8", "int8+",
+                                        "fp8", "nvfp4", "balanced", "int4"};
     uint32_t n = 0;
     const kvl_preset *table = kvl_presets(&n);
     (void)state;
@@ -89,9 +90,9 @@ static void test_tile_bytes(void **state) {
     (void)state;
     assert_int_equal(kvl_tile_bytes(KVL_F32, 32, 64), 32 * 64 * 4);
     assert_int_equal(kvl_tile_bytes(KVL_F16, 16, 64), 16 * 64 * 2);
-    assert_int_equal(kvl_tile_bytes(KVL_INT8, 32, 64), 32 * 64 + 128);        /* 64 bytes of scales, padded */
-    assert_int_equal(kvl_tile_bytes(KVL_INT4, 32, 64), 32 * 32 + 128);        /* 4 bytes a token */
-    assert_int_equal(kvl_tile_bytes(KVL_NVFP4, 32, 64), 32 * 32 + 32 * 4);    /* 4 scales a token */
+    assert_int_equal(kvl_tile_bytes(KVL_INT8, 32, 64), 32 * 64 + 128);     /* 64 bytes of scales, padded */
+    assert_int_equal(kvl_tile_bytes(KVL_INT4, 32, 64), 32 * 32 + 128);     /* 4 bytes a token */
+    assert_int_equal(kvl_tile_bytes(KVL_NVFP4, 32, 64), 32 * 32 + 32 * 4); /* 4 scales a token */
     assert_int_equal(kvl_tile_bytes(KVL_INT4_CHANNEL, 32, 64), 32 * 32 + 256); /* 4 bytes a channel */
     assert_int_equal(kvl_tile_bytes(KVL_INT8_CHANNEL, 8, 64), 0);
     assert_int_equal(kvl_tile_bytes(KVL_F16, 12, 64), 0);
@@ -196,7 +197,7 @@ static void with_layers(kvl_cache_desc *d) {
     d->geometry.layers = bad_layers;
 }
 
-#define SPOIL(name, code)                                                                                              \
+#define SPOIL(name, code) \
     static void spoil_##name(kvl_cache_desc *d) { code; }
 SPOIL(budget, d->device_bytes = 0)
 SPOIL(max_budget, d->max_device_bytes = d->device_bytes - 1)
@@ -274,8 +275,8 @@ static void test_create_names_the_field(void **state) {
         r = kvl_cache_create(&desc, &cache);
         KT_CHECK(r == bad_descs[i].expected, "case %zu (%s): %s, text \"%s\"", i, bad_descs[i].field,
                  kvl_result_name(r), kt_error);
-        KT_CHECK(strstr(kt_error, bad_descs[i].field), "case %zu: \"%s\" is not in \"%s\"", i, bad_descs[i].field,
-                 kt_error);
+        KT_CHECK(strstr(kt_error, bad_descs[i].field), "case %zu: \"%s\" is not in \"%s\"", i,
+                 bad_descs[i].field, kt_error);
         assert_null(cache);
         kt_env_check(&env);
     }
@@ -410,7 +411,8 @@ static void test_layouts(void **state) {
             assert_true(at[l].layer_offset + KV * at[l].head_stride <= at[l].block_bytes);
             assert_int_equal((at[l].layer_offset | at[l].head_stride | at[l].v_offset) % 128, 0);
             for (uint32_t m = 0; m < l; m++) {
-                bool together = layers[l].window == layers[m].window && layers[l].sink_tokens == layers[m].sink_tokens;
+                bool together =
+                    layers[l].window == layers[m].window && layers[l].sink_tokens == layers[m].sink_tokens;
                 assert_int_equal(at[l].group == at[m].group, together);
                 if (!together) continue;
                 assert_int_equal(at[l].block_bytes, at[m].block_bytes);
@@ -650,7 +652,7 @@ static void test_limits(void **state) {
     assert_true(kvl_seq_extend(f->cache, seqs[1], 0xffffffffu) < 0);
     desc.tokens = tokens;
     desc.n_tokens = 0xffffffffu;
-    assert_true(kvl_seq_open(f->cache, &desc, &more, NULL) < 0); /* and does not read them */
+    assert_true(kvl_seq_open(f->cache, &desc, &more, NULL) < 0);     /* and does not read them */
     KT_OK(f->cache, kvl_seq_trim(f->cache, seqs[0], 1025, &length)); /* it is that short already */
     assert_int_equal(length, 1024);
     KT_OK(f->cache, kvl_seq_length(f->cache, seqs[0], &length));

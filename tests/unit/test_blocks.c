@@ -1,4 +1,5 @@
-/* The paged allocator through the public API: sharing, copy on write, trim, windows, slabs, compaction, resize, can_fit. */
+/* The paged allocator through the public API: sharing, copy on write, trim, windows, slabs, compaction,
+   resize, can_fit. */
 #define KVL_IMPLEMENTATION
 #include "../common/kvl_test.h"
 
@@ -41,7 +42,8 @@ static int teardown(void **state) {
     return 0;
 }
 
-static kt_seq start(fixture *f, int32_t first, uint32_t n) { /* an open sequence with tokens first.., not run yet */
+static kt_seq start(fixture *f, int32_t first,
+                    uint32_t n) { /* an open sequence with tokens first.., not run yet */
     kt_seq q;
     memset(&q, 0, sizeof q);
     kt_stream_init(&q.stream, 0, 0);
@@ -50,7 +52,9 @@ static kt_seq start(fixture *f, int32_t first, uint32_t n) { /* an open sequence
     return q;
 }
 
-static void feed(fixture *f, kt_seq *q, uint32_t n) { KT_OK(f->cache, kt_try_feed(f->cache, &f->shadow, LAYERS, q, n)); }
+static void feed(fixture *f, kt_seq *q, uint32_t n) {
+    KT_OK(f->cache, kt_try_feed(f->cache, &f->shadow, LAYERS, q, n));
+}
 
 /* ---------------------------------------------------------------- counting */
 
@@ -201,7 +205,7 @@ static void test_fork_copies_the_open_block(void **state) {
     KT_OK(f->cache, kvl_step_abort(f->cache, step));
     feed(f, &a, 20);
     feed(f, &b, 18);
-    
+
     KT_VALID(f->cache);
     kt_close(f->cache, &b);
     kt_close(f->cache, &a);
@@ -209,7 +213,8 @@ static void test_fork_copies_the_open_block(void **state) {
     assert_int_equal(kt_used(&s), 0);
 }
 
-/* Both sides of a fork in one step: one of them may keep the block, and no block has two writers (the shadow checks). */
+/* Both sides of a fork in one step: one of them may keep the block, and no block has two writers (the shadow
+   checks). */
 static void test_fork_both_write(void **state) {
     fixture *f = (fixture *)*state;
     enum { N = 5 };
@@ -236,8 +241,8 @@ static void test_fork_both_write(void **state) {
             spans[i].n_logits = 1;
         }
         KT_OK(f->cache, kvl_step_begin(f->cache, spans, N, &step));
-        KT_CHECK(round ? step->n_copies == 0 : step->n_copies == N - 1 || step->n_copies == N, "%u copies in round %d",
-                 step->n_copies, round);
+        KT_CHECK(round ? step->n_copies == 0 : step->n_copies == N - 1 || step->n_copies == N,
+                 "%u copies in round %d", step->n_copies, round);
         kt_shadow_step(&f->shadow, step, streams);
         kt_attend(f->cache, step, LAYERS);
         KT_OK(f->cache, kvl_step_end(f->cache, step));
@@ -269,16 +274,16 @@ static void test_trim_rules(void **state) {
     q = start(f, 0, 100);
     feed(f, &q, 100);
     trim_to(f, &q, 100, 100);
-    trim_to(f, &q, 98, 98);  /* inside the open block: exact */
+    trim_to(f, &q, 98, 98); /* inside the open block: exact */
     kt_push_range(&q.stream, 900, 2);
     feed(f, &q, 2);
-    trim_to(f, &q, 96, 96);  /* a boundary */
-    trim_to(f, &q, 90, 80);  /* inside a packed block: its start */
+    trim_to(f, &q, 96, 96); /* a boundary */
+    trim_to(f, &q, 90, 80); /* inside a packed block: its start */
     kt_push_range(&q.stream, 700, 30);
     feed(f, &q, 30);
     trim_to(f, &q, 64, 64);
     trim_to(f, &q, 17, 16);
-    trim_to(f, &q, 7, 7);    /* the first block stays exact: any row */
+    trim_to(f, &q, 7, 7); /* the first block stays exact: any row */
     kt_push_range(&q.stream, 800, 30);
     feed(f, &q, 30);
     trim_to(f, &q, 0, 0);
@@ -404,7 +409,8 @@ static void test_extend(void **state) {
     assert_int_equal(kt_used(&s), 0);
 }
 
-/* The same with packed blocks, whose exact ones come and go: another sequence that takes all it can get does not matter. */
+/* The same with packed blocks, whose exact ones come and go: another sequence that takes all it can get does
+   not matter. */
 static void test_extend_two_classes(void **state) {
     fixture *f = (fixture *)*state;
     for (uint32_t chunk = 1; chunk <= 40; chunk += 13) {
@@ -421,7 +427,8 @@ static void test_extend_two_classes(void **state) {
         while (a.length < 205) {
             for (uint32_t i = 0; i < n; i++) {
                 kvl_result r = KVL_OK;
-                while (r == KVL_OK && thief[i].length < 300) r = kt_try_feed(f->cache, &f->shadow, LAYERS, &thief[i], 5);
+                while (r == KVL_OK && thief[i].length < 300)
+                    r = kt_try_feed(f->cache, &f->shadow, LAYERS, &thief[i], 5);
                 KT_CHECK(r == KVL_NO_BLOCKS || r == KVL_OK, "%s", kvl_result_name(r));
             }
             feed(f, &a, 205 - a.length < chunk ? 205 - a.length : chunk);
@@ -507,7 +514,8 @@ static void test_can_fit_is_true(void **state) {
         assert_true(tokens > 100);
         KT_OK(f->cache, kvl_can_fit(f->cache, 1, tokens, &fit));
         assert_int_equal(fit.short_bytes, 0);
-        assert_true(fit.need_bytes > 0 && fit.free_bytes < desc.device_bytes); /* slabs: partly filled ones have room too */
+        assert_true(fit.need_bytes > 0 &&
+                    fit.free_bytes < desc.device_bytes); /* slabs: partly filled ones have room too */
         if (tokens < 1024) {
             KT_RESULT(KVL_NO_BLOCKS, f->cache, kvl_can_fit(f->cache, 1, tokens + 1, &fit));
             assert_true(fit.short_bytes > 0 && fit.short_bytes <= fit.need_bytes);
@@ -582,7 +590,8 @@ static void test_resize(void **state) {
     assert_int_equal(held, 0);
     KT_OK(f->cache, kvl_cache_resize(f->cache, 0, &held));
     s = kt_stats(f->cache);
-    assert_int_equal(s.bytes_slabs + s.bytes_scratch + s.bytes_workspace + kt_used(&s) + kt_cached(&s) + s.slabs, 0);
+    assert_int_equal(
+        s.bytes_slabs + s.bytes_scratch + s.bytes_workspace + kt_used(&s) + kt_cached(&s) + s.slabs, 0);
     KT_VALID(f->cache);
     a = start(f, 0, 20); /* suspended: opens, but takes no step */
     assert_int_equal(a.length, 0);
@@ -663,7 +672,8 @@ static void run_real(fixture *f, kt_seq *q, uint32_t n) {
     q->length += n;
 }
 
-/* Begins a step to see the tables, compares every full block of both layers with what was written, and aborts. */
+/* Begins a step to see the tables, compares every full block of both layers with what was written, and
+   aborts. */
 static void check_memory(fixture *f, kt_seq *q, uint32_t *entries) {
     const kvl_step *step;
     kvl_span span;
@@ -676,7 +686,8 @@ static void check_memory(fixture *f, kt_seq *q, uint32_t *entries) {
     for (uint32_t j = 0; j < q->length / 16; j++) {
         uint32_t entry = step->blocks[0].table[j];
         if (entries) {
-            KT_CHECK(entries[j] == 0 || entries[j] == entry, "block %u's id became %x, was %x", j, entry, entries[j]);
+            KT_CHECK(entries[j] == 0 || entries[j] == entry, "block %u's id became %x, was %x", j, entry,
+                     entries[j]);
             entries[j] = entry;
         }
         for (uint32_t l = 0; l < LAYERS; l++) {
@@ -690,8 +701,8 @@ static void check_memory(fixture *f, kt_seq *q, uint32_t *entries) {
                                                 base + (side ? at.v_offset : 0), true, rows));
                 for (uint32_t i = 0; i < 16 * 16; i++) {
                     float want = kt_value(&q->stream, j * 16 + i / 16, l, 0, (uint32_t)side, i % 16);
-                    KT_CHECK(fabsf(rows[i] - want) < 0.01f, "block %u layer %u side %d row %u: %g, not %g", j, l, side,
-                             i / 16, (double)rows[i], (double)want);
+                    KT_CHECK(fabsf(rows[i] - want) < 0.01f, "block %u layer %u side %d row %u: %g, not %g", j,
+                             l, side, i / 16, (double)rows[i], (double)want);
                 }
             }
         }
@@ -699,7 +710,8 @@ static void check_memory(fixture *f, kt_seq *q, uint32_t *entries) {
     KT_OK(f->cache, kvl_step_abort(f->cache, step));
 }
 
-/* Slabs of several blocks, filled by many sequences of which most go: the rest moves together, ids stay, bytes stay. */
+/* Slabs of several blocks, filled by many sequences of which most go: the rest moves together, ids stay,
+   bytes stay. */
 static void test_compaction(void **state) {
     fixture *f = (fixture *)*state;
     enum { N = 48 };
@@ -724,8 +736,10 @@ static void test_compaction(void **state) {
         if (i % 7) kt_close(f->cache, &q[i]);
     }
     before = kt_stats(f->cache);
-    KT_OK(f->cache, kvl_cache_resize(f->cache, before.bytes_scratch + before.bytes_workspace +
-                                                   before.bytes_used + 6 * before.slab_bytes, NULL));
+    KT_OK(f->cache, kvl_cache_resize(f->cache,
+                                     before.bytes_scratch + before.bytes_workspace + before.bytes_used +
+                                         6 * before.slab_bytes,
+                                     NULL));
     after = kt_stats(f->cache);
     assert_true(after.compactions > before.compactions);
     assert_true(after.bytes_slabs < before.bytes_slabs);
@@ -755,8 +769,10 @@ static void test_slabs_change_class(void **state) {
     for (int i = 0; i < 16; i++) kt_close(f->cache, &q[i]);
     KT_OK(f->cache, kvl_can_fit(f->cache, 1, 1, &fit));
     tall = start(f, 9000, (uint32_t)fit.max_tokens); /* nearly all packed */
-    while (tall.length < tall.stream.n) feed(f, &tall, tall.stream.n - tall.length > 50 ? 50 : tall.stream.n - tall.length);
-    KT_CHECK(fit.max_tokens > 30 * 16, "%llu tokens", (unsigned long long)fit.max_tokens); /* packed ones are smaller */
+    while (tall.length < tall.stream.n)
+        feed(f, &tall, tall.stream.n - tall.length > 50 ? 50 : tall.stream.n - tall.length);
+    KT_CHECK(fit.max_tokens > 30 * 16, "%llu tokens",
+             (unsigned long long)fit.max_tokens); /* packed ones are smaller */
     kt_close(f->cache, &tall);
     for (int i = 0; i < 16; i++) {
         q[i] = start(f, 100 * i, 10);
@@ -793,7 +809,8 @@ static void test_addresses_are_disjoint(void **state) {
             size[n] = layout.block_bytes;
             assert_int_not_equal(at[n], 0);
             assert_int_equal(at[n] % 128, 0);
-            for (uint32_t i = 0; i < n; i++) assert_true(at[i] + size[i] <= at[n] || at[n] + size[n] <= at[i]);
+            for (uint32_t i = 0; i < n; i++)
+                assert_true(at[i] + size[i] <= at[n] || at[n] + size[n] <= at[i]);
             n++;
         }
     }

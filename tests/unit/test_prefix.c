@@ -65,9 +65,12 @@ static void leave_by(fixture *f, int32_t first, uint32_t n, uint32_t priority, u
     kt_feed_all(f->cache, &f->shadow, LAYERS, &q, chunk);
     kt_close(f->cache, &q);
 }
-static void leave(fixture *f, int32_t first, uint32_t n, uint32_t priority) { leave_by(f, first, n, priority, 50); }
+static void leave(fixture *f, int32_t first, uint32_t n, uint32_t priority) {
+    leave_by(f, first, n, priority, 50);
+}
 
-/* Opens first..first+shared and then `more` tokens that are like no others; checks what was reused; runs it; closes. */
+/* Opens first..first+shared and then `more` tokens that are like no others; checks what was reused; runs it;
+   closes. */
 static kvl_reuse reopen(fixture *f, int32_t first, uint32_t shared, uint32_t more) {
     static int32_t other = 1 << 28;
     kt_seq q = stream_in(0, 0);
@@ -84,12 +87,12 @@ static kvl_reuse reopen(fixture *f, int32_t first, uint32_t shared, uint32_t mor
     return reuse;
 }
 
-#define REUSED(r, n_matched, why)                                                                                      \
-    do {                                                                                                               \
-        kvl_reuse reuse_ = (r);                                                                                        \
-        KT_CHECK(reuse_.matched == (n_matched) && reuse_.reason == (why), "matched %u (%s), not %u (%s)",              \
-                 reuse_.matched, kvl_match_reason_text(reuse_.reason), (uint32_t)(n_matched),                          \
-                 kvl_match_reason_text(why));                                                                          \
+#define REUSED(r, n_matched, why)                                                                         \
+    do {                                                                                                  \
+        kvl_reuse reuse_ = (r);                                                                           \
+        KT_CHECK(reuse_.matched == (n_matched) && reuse_.reason == (why), "matched %u (%s), not %u (%s)", \
+                 reuse_.matched, kvl_match_reason_text(reuse_.reason), (uint32_t)(n_matched),             \
+                 kvl_match_reason_text(why));                                                             \
     } while (0)
 
 /* ---------------------------------------------------------------- how far a match goes */
@@ -250,7 +253,8 @@ static void test_best_leaf(void **state) {
     fixture *f = (fixture *)*state;
     kt_seq q;
     make(f, kt_desc(&f->env, LAYERS, T, NULL));
-    for (uint32_t shared = 1; shared < 14; shared += 4) { /* 32 tokens, then leaves that share 1, 5, 9, 13 with 0.. */
+    for (uint32_t shared = 1; shared < 14;
+         shared += 4) { /* 32 tokens, then leaves that share 1, 5, 9, 13 with 0.. */
         q = stream_in(0, 0);
         kt_push_range(&q.stream, 0, 32 + shared);
         kt_push_range(&q.stream, 7000 + 100 * (int32_t)shared, 15 - shared);
@@ -288,7 +292,8 @@ static void test_trim_does_not_write_the_tree(void **state) {
 
 static void test_namespaces_and_salts(void **state) {
     fixture *f = (fixture *)*state;
-    static const uint64_t who[][2] = {{0, 0}, {1, 0}, {0, 1}, {1, 1}, {UINT64_MAX, 0}, {0, UINT64_MAX}, {1ull << 32, 0}};
+    static const uint64_t who[][2] = {{0, 0},          {1, 0},          {0, 1},         {1, 1},
+                                      {UINT64_MAX, 0}, {0, UINT64_MAX}, {1ull << 32, 0}};
     make(f, kt_desc(&f->env, LAYERS, T, NULL));
     for (size_t i = 0; i < KT_COUNT(who); i++) { /* the same tokens for all: each computes its own */
         kt_seq q = stream_in(who[i][0], who[i][1]);
@@ -310,7 +315,8 @@ static void test_namespaces_and_salts(void **state) {
     assert_int_equal(kt_stats(f->cache).duplicate_blocks, 0);
 }
 
-/* With one bit of hash nearly everything collides: matches are those of a full hash, and all content is right. */
+/* With one bit of hash nearly everything collides: matches are those of a full hash, and all content is
+   right. */
 static void test_forced_collisions(void **state) {
     fixture *f = (fixture *)*state;
     kvl_cache_desc desc = kt_desc(&f->env, LAYERS, 8, NULL);
@@ -324,7 +330,8 @@ static void test_forced_collisions(void **state) {
         for (int i = 0; i < 400; i++) {
             kt_seq q = stream_in(kt_below(&rng, 2), kt_below(&rng, 2));
             uint32_t n = kt_between(&rng, 1, 60);
-            for (uint32_t k = 0; k < n; k++) kt_push(&q.stream, (int32_t)(k / 8 * 10 + kt_below(&rng, k % 8 ? 1 : 3)));
+            for (uint32_t k = 0; k < n; k++)
+                kt_push(&q.stream, (int32_t)(k / 8 * 10 + kt_below(&rng, k % 8 ? 1 : 3)));
             kt_open(f->cache, &q, 0);
             matched[full][i] = q.reuse.matched;
             total += q.reuse.matched;
@@ -358,13 +365,16 @@ static void test_match_is_the_longest(void **state) {
         }
         for (uint32_t j = 0; j < i; j++) {
             uint32_t common = 0;
-            while (common < lengths[i] - 1 && common < lengths[j] && seen[i][common] == seen[j][common]) common++;
+            while (common < lengths[i] - 1 && common < lengths[j] && seen[i][common] == seen[j][common])
+                common++;
             if (common > best) best = common;
         }
         full = best - best % 8;
         kt_open(f->cache, &q, 0);
-        /* one class: rows are shared to the token; a leaf that another took, and grew, is found as a full block */
-        KT_CHECK(q.length <= best && q.length >= full, "prompt %u: matched %u of %u common", i, q.length, best);
+        /* one class: rows are shared to the token; a leaf that another took, and grew, is found as a full
+           block */
+        KT_CHECK(q.length <= best && q.length >= full, "prompt %u: matched %u of %u common", i, q.length,
+                 best);
         KT_CHECK(q.length == best, "prompt %u: matched %u of %u common", i, q.length, best);
         kt_feed_all(f->cache, &f->shadow, LAYERS, &q, 64);
         kt_close(f->cache, &q);
@@ -418,7 +428,8 @@ static void test_window_hits(void **state) {
     REUSED(reopen(f, 0, 200, 40), 200, KVL_MATCH_END);
 }
 
-/* A hit needs [R-W+1, R) and the sinks in the window's group. When those have gone it is lowered, perhaps to 0. */
+/* A hit needs [R-W+1, R) and the sinks in the window's group. When those have gone it is lowered, perhaps to
+   0. */
 static void test_window_rule(void **state) {
     fixture *f = (fixture *)*state;
     for (uint32_t sinks = 0; sinks <= 16; sinks += 16) {
@@ -429,7 +440,8 @@ static void test_window_rule(void **state) {
         desc.geometry.layers = f->layers;
         make(f, desc);
         a = start(f, 0, 320);
-        kt_feed_all(f->cache, &f->shadow, LAYERS, &a, 16); /* 20 full, ≥ 2 window; the rest of the window's are cached */
+        kt_feed_all(f->cache, &f->shadow, LAYERS, &a,
+                    16); /* 20 full, ≥ 2 window; the rest of the window's are cached */
         s = kt_stats(f->cache);
         assert_true(kt_used(&s) >= 22 && kt_used(&s) <= 25 && kt_cached(&s) > 0);
         b = start(f, 9000, 90); /* needs room: the window's old blocks go, oldest first */
@@ -610,11 +622,11 @@ static void test_eviction_by_recency(void **state) {
     kvl_cache_desc desc = kt_desc(&f->env, LAYERS, T, "f16");
     desc.device_bytes = kt_budget(&desc, 13);
     make(f, desc);
-    leave(f, 0, 64, 0);    /* 4 blocks each */
+    leave(f, 0, 64, 0); /* 4 blocks each */
     leave(f, 1000, 64, 0);
     leave(f, 2000, 64, 0);
-    reopen(f, 0, 64, 1);   /* the oldest is used again: 12 full, and a leaf */
-    leave(f, 3000, 32, 0); /* takes 2: the tail of 1000 */
+    reopen(f, 0, 64, 1);                               /* the oldest is used again: 12 full, and a leaf */
+    leave(f, 3000, 32, 0);                             /* takes 2: the tail of 1000 */
     REUSED(reopen(f, 1000, 64, 1), 32, KVL_MATCH_END); /* of a leaf that went nothing is known */
     unmake(f);
     make(f, desc);
@@ -632,7 +644,7 @@ static void test_eviction_by_priority(void **state) {
     kvl_cache_desc desc = kt_desc(&f->env, LAYERS, T, "f16");
     desc.device_bytes = kt_budget(&desc, 16);
     make(f, desc);
-    leave(f, 0, 64, 5);    /* oldest, kept longest */
+    leave(f, 0, 64, 5); /* oldest, kept longest */
     leave(f, 1000, 64, 2);
     leave(f, 2000, 64, 0); /* newest, goes first */
     flood(f, 3, 2);        /* 12 blocks of priority 2 through 4 free ones, 2000's, and then 1000's */
@@ -675,7 +687,8 @@ static void test_shared_prefix_keeps_the_highest_priority(void **state) {
 static void test_eviction_under_load(void **state) {
     fixture *f = (fixture *)*state;
     for (int kind = 0; kind < 4; kind++) {
-        kvl_cache_desc desc = kind & 1 ? windows(f, 24, kind & 2 ? 8 : 0, NULL) : kt_desc(&f->env, LAYERS, T, kind ? "f16" : NULL);
+        kvl_cache_desc desc = kind & 1 ? windows(f, 24, kind & 2 ? 8 : 0, NULL)
+                                       : kt_desc(&f->env, LAYERS, T, kind ? "f16" : NULL);
         kt_rng rng = {(uint64_t)kind + 9};
         uint64_t reused = 0;
         desc.device_bytes = kt_budget(&desc, 40);
@@ -698,10 +711,10 @@ static void test_eviction_under_load(void **state) {
 
 /* ---------------------------------------------------------------- NaN */
 
-/* One step of real numbers on the CPU backend for several sequences; sequence `bad` (whose answers are not looked at) gets
-   `poison` at position `bad_position`, in K (side 0) or V of layer 1. */
-static void run_numbers(fixture *f, kt_seq *q, uint32_t n_seqs, uint32_t n, uint32_t bad, uint32_t bad_position,
-                        int side, float poison) {
+/* One step of real numbers on the CPU backend for several sequences; sequence `bad` (whose answers are not
+   looked at) gets `poison` at position `bad_position`, in K (side 0) or V of layer 1. */
+static void run_numbers(fixture *f, kt_seq *q, uint32_t n_seqs, uint32_t n, uint32_t bad,
+                        uint32_t bad_position, int side, float poison) {
     static float qd[128 * 32], kd[128 * 16], vd[128 * 16], od[128 * 32];
     kvl_tensor t[4];
     const kvl_step *step;
@@ -768,8 +781,10 @@ static void test_tainted_is_never_reused(void **state) {
             kt_push(&again.stream, 7);
             kt_open(f->cache, &again, 0);
             r = again.reuse;
-            if (i == 1) KT_CHECK(r.matched <= 20, "%u tokens of a tainted sequence", r.matched);
-            else KT_CHECK(r.matched == 80, "%u of an untouched one", r.matched);
+            if (i == 1)
+                KT_CHECK(r.matched <= 20, "%u tokens of a tainted sequence", r.matched);
+            else
+                KT_CHECK(r.matched == 80, "%u of an untouched one", r.matched);
             kt_close(f->cache, &again);
         }
         assert_int_equal(kt_stats(f->cache).tainted_sequences, 1);

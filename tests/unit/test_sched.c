@@ -34,7 +34,8 @@ static void test_runs_all(void **state) {
     kt_world *w = (kt_world *)*state;
     kvl_stats s;
     kt_world_open(w, small(w, NULL), NULL);
-    for (int i = 0; i < 12; i++) kt_world_submit(w, 1000 * i, 5 + 37 * (uint32_t)i % 200, 3 + (uint32_t)i, NULL);
+    for (int i = 0; i < 12; i++)
+        kt_world_submit(w, 1000 * i, 5 + 37 * (uint32_t)i % 200, 3 + (uint32_t)i, NULL);
     assert_int_equal(kt_stats(w->cache).waiting, 12);
     assert_int_equal(kt_world_run(w, 200), KVL_IDLE);
     for (uint32_t i = 0; i < 12; i++) kt_world_answer_is(w, w->answers[i], KVL_FINISH_LENGTH, 3 + i);
@@ -93,7 +94,8 @@ static void test_stop_tokens(void **state) {
     assert_int_equal(kt_world_run(w, 50), KVL_IDLE);
     kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 20);
     for (uint32_t n = 1; n <= 8; n++) {
-        for (uint32_t at = 0; at < n; at++) { /* n stop tokens, of which one comes as the seventh of the answer */
+        for (uint32_t at = 0; at < n;
+             at++) { /* n stop tokens, of which one comes as the seventh of the answer */
             int32_t stops[8];
             for (int i = 0; i < 8; i++) stops[i] = -5 - i;
             stops[at] = a->stream.tokens[30 + 6];
@@ -133,7 +135,8 @@ static void test_app_finishes(void **state) {
     kt_world_answer_is(w, b, KVL_FINISH_APP, 2);
 }
 
-/* A prompt near max_seq_tokens: by default the answer is cut there (its last token needs no KV); more is refused. */
+/* A prompt near max_seq_tokens: by default the answer is cut there (its last token needs no KV); more is
+   refused. */
 static void test_length_limit(void **state) {
     kt_world *w = (kt_world *)*state;
     kt_answer *a;
@@ -269,14 +272,19 @@ typedef struct gap_case {
     kvl_cost cost;
 } gap_case;
 
-/* A long prompt falls among streams: no step is longer than max(max_gap_ms, decodes alone plus the smallest chunk), the
-   room under the bound is used, and the prompt gets through. */
+/* A long prompt falls among streams: no step is longer than max(max_gap_ms, decodes alone plus the smallest
+   chunk), the room under the bound is used, and the prompt gets through. */
 static void test_max_gap(void **state) {
     kt_world *w = (kt_world *)*state;
     static const gap_case cases[] = {
-        {4, 128, 0, 8.0, KVL_INTERACTIVE, {2.0, 0.1, 0.5, 0}},   /* 40 tokens fit beside the decodes */
+        {4, 128, 0, 8.0, KVL_INTERACTIVE, {2.0, 0.1, 0.5, 0}}, /* 40 tokens fit beside the decodes */
         {4, 128, 0, 8.0, KVL_BACKGROUND, {2.0, 0.1, 0.5, 0}},
-        {4, 128, 0, 4.2, KVL_BACKGROUND, {2.0, 0.1, 0.5, 0}},    /* only 2 do: the smallest chunk goes all the same */
+        {4,
+         128,
+         0,
+         4.2,
+         KVL_BACKGROUND,
+         {2.0, 0.1, 0.5, 0}}, /* only 2 do: the smallest chunk goes all the same */
         {1, 128, 0, 0.5, KVL_BACKGROUND, {2.0, 0.1, 0.5, 0}},    /* broken by the decode alone */
         {6, 128, 4, 5.75, KVL_INTERACTIVE, {2.0, 0.1, 0.5, 0}},  /* 7, with a smaller smallest chunk */
         {1, 128, 0, 100.0, KVL_INTERACTIVE, {2.0, 0.1, 0.5, 0}}, /* bound by the tokens of a step */
@@ -316,9 +324,11 @@ static void test_max_gap(void **state) {
             steps++;
         }
         if (room < smallest) room = smallest;
-        KT_CHECK(steps <= 800 / (room < 16 ? room * 3 / 4 : room / 16 * 16) + 3, "%u steps with room for %u tokens in each", steps, room);
+        KT_CHECK(steps <= 800 / (room < 16 ? room * 3 / 4 : room / 16 * 16) + 3,
+                 "%u steps with room for %u tokens in each", steps, room);
         assert_int_equal(kt_world_run(w, 1000), KVL_IDLE);
-        KT_CHECK(kt_stats(w->cache).gap_ms.max <= bound + 1e-6, "gap %g, bound %g", kt_stats(w->cache).gap_ms.max, bound);
+        KT_CHECK(kt_stats(w->cache).gap_ms.max <= bound + 1e-6, "gap %g, bound %g",
+                 kt_stats(w->cache).gap_ms.max, bound);
         kt_world_close(w);
         w->steps = 0;
     }
@@ -365,10 +375,10 @@ static void test_learns_the_cost(void **state) {
         }
     }
     s = kt_stats(w->cache);
-    KT_CHECK(over * 20 <= steps, "%u of %u steps broke the bound; learnt %g + %g p + %g d", over, steps, s.cost.step_ms,
-             s.cost.prefill_token_ms, s.cost.decode_ms);
-    KT_CHECK(s.cost.prefill_token_ms > 0.125 && s.cost.prefill_token_ms < 0.5, "a token of prefill costs %g, not 0.25",
-             s.cost.prefill_token_ms);
+    KT_CHECK(over * 20 <= steps, "%u of %u steps broke the bound; learnt %g + %g p + %g d", over, steps,
+             s.cost.step_ms, s.cost.prefill_token_ms, s.cost.decode_ms);
+    KT_CHECK(s.cost.prefill_token_ms > 0.125 && s.cost.prefill_token_ms < 0.5,
+             "a token of prefill costs %g, not 0.25", s.cost.prefill_token_ms);
 }
 
 /* Interactive work that decodes alone would breach is refused where the app wants it, else it queues. */
@@ -453,7 +463,8 @@ static void test_background_prefill_yields(void **state) {
     kt_world_answer_is(w, back, KVL_FINISH_LENGTH, 2);
 }
 
-/* Memory too: interactive work that does not fit beside background work preempts it; that goes on afterwards. */
+/* Memory too: interactive work that does not fit beside background work preempts it; that goes on afterwards.
+   */
 static void test_background_gives_up_memory(void **state) {
     kt_world *w = (kt_world *)*state;
     kvl_request extra;
@@ -515,7 +526,8 @@ static void test_preemption_ranking(void **state) {
         KT_CHECK(w->spans == 2, "%u start", w->spans); /* both fit now: no reason to wait */
         while (kt_stats(w->cache).preemptions == 0) KT_OK(w->cache, kt_world_step(w));
         assert_int_equal(kt_world_run(w, 1000), KVL_IDLE);
-        KT_CHECK(kt_info(w, a[cases[i].victim]).preemptions >= 1, "request %d was not preempted", cases[i].victim);
+        KT_CHECK(kt_info(w, a[cases[i].victim]).preemptions >= 1, "request %d was not preempted",
+                 cases[i].victim);
         KT_CHECK(kt_info(w, a[!cases[i].victim]).preemptions == 0, "request %d was", !cases[i].victim);
         for (int k = 0; k < 2; k++) kt_world_answer_is(w, a[k], KVL_FINISH_LENGTH, 110);
         kt_world_close(w);
@@ -539,7 +551,8 @@ static void test_preemption_makes_progress(void **state) {
     }
     s = kt_stats(w->cache);
     assert_true(s.preemptions > 0);
-    KT_CHECK(rows <= 3 * least, "%llu rows for %llu tokens", (unsigned long long)rows, (unsigned long long)least);
+    KT_CHECK(rows <= 3 * least, "%llu rows for %llu tokens", (unsigned long long)rows,
+             (unsigned long long)least);
 }
 
 /* ---------------------------------------------------------------- sharing */
@@ -555,7 +568,9 @@ static void test_identical_prompts_wait(void **state) {
     for (int i = 0; i < 5; i++) {
         rows += a[i]->rows;
         kt_world_answer_is(w, a[i], KVL_FINISH_LENGTH, 8);
-        if (i) KT_CHECK(kt_info(w, a[i]).reuse.matched >= 192 - 16, "request %d reused %u", i, kt_info(w, a[i]).reuse.matched);
+        if (i)
+            KT_CHECK(kt_info(w, a[i]).reuse.matched >= 192 - 16, "request %d reused %u", i,
+                     kt_info(w, a[i]).reuse.matched);
     }
     KT_CHECK(rows <= 200 + 4 * 40 + 5 * 8, "%llu rows", (unsigned long long)rows);
 }
@@ -610,7 +625,8 @@ static void test_does_not_wait_for_worse(void **state) {
     front = kt_world_submit(w, 0, 700, 2, NULL);
     at = w->steps;
     for (int i = 0; i < 40 && !front->first_step; i++) { /* each younger prompt would fill a step */
-        if (kt_stats(w->cache).waiting + kt_stats(w->cache).running < 10) kt_world_submit(w, 1000 * (i + 1), 128, 1, NULL);
+        if (kt_stats(w->cache).waiting + kt_stats(w->cache).running < 10)
+            kt_world_submit(w, 1000 * (i + 1), 128, 1, NULL);
         KT_OK(w->cache, kt_world_step(w));
     }
     KT_CHECK(front->first_step && front->first_step <= at + 8, "no answer after %u steps", w->steps - at);
@@ -653,7 +669,8 @@ static void test_fork_of_a_prompt(void **state) {
     assert_int_equal(step->n_logits, 4);
     for (uint32_t i = 0; i < 4; i++) {
         assert_int_equal(step->logit_rows[i], step->n_tokens - 1);
-        for (uint32_t k = 0; k < i; k++) assert_int_not_equal(step->logit_requests[i], step->logit_requests[k]);
+        for (uint32_t k = 0; k < i; k++)
+            assert_int_not_equal(step->logit_requests[i], step->logit_requests[k]);
     }
     kt_world_check(w, step);
     kt_world_commit(w, step);
@@ -839,8 +856,8 @@ static void test_abort_restores(void **state) {
                         assert_int_equal(info.state, KVL_REQ_WAITING);
                         continue;
                     }
-                    KT_CHECK(info.state == before[i].state, "request %u: state %d, was %d", i, (int)info.state,
-                             (int)before[i].state);
+                    KT_CHECK(info.state == before[i].state, "request %u: state %d, was %d", i,
+                             (int)info.state, (int)before[i].state);
                     assert_int_equal(info.n_generated, before[i].n_generated);
                     KT_CHECK(info.n_computed == before[i].n_computed, "request %u: computed %u, was %u", i,
                              info.n_computed, before[i].n_computed);
@@ -994,7 +1011,8 @@ static void test_never_fits(void **state) {
         longest = refusal.max_tokens;
         q.n_tokens = longest;
         q.max_new_tokens = 2; /* the first one's row would not fit */
-        KT_CHECK(kvl_sched_submit(w->sched, &q, &req) == KVL_NEVER_FITS, "%u tokens and 2 were taken", longest);
+        KT_CHECK(kvl_sched_submit(w->sched, &q, &req) == KVL_NEVER_FITS, "%u tokens and 2 were taken",
+                 longest);
         a = kt_world_submit(w, 0, longest - 20, 21, NULL);
         assert_int_equal(kt_world_run(w, 200), KVL_IDLE);
         kt_world_answer_is(w, a, KVL_FINISH_LENGTH, 21);
@@ -1146,8 +1164,10 @@ static void *later(void *arg) {
     struct timespec t = {0, (long)h->sleep_ms * 1000000};
     nanosleep(&t, NULL);
     kvl_req req;
-    if (h->kind == 0) KT_OK(NULL, kvl_sched_submit(h->w->sched, &h->q, &req));
-    else kvl_sched_close(h->w->sched);
+    if (h->kind == 0)
+        KT_OK(NULL, kvl_sched_submit(h->w->sched, &h->q, &req));
+    else
+        kvl_sched_close(h->w->sched);
     return NULL;
 }
 
@@ -1220,7 +1240,8 @@ static void *submit_many(void *arg) {
         kvl_stats s;
         kvl_result r;
         memset(&q, 0, sizeof q);
-        kt_push_range(&a->stream, (int32_t)kt_below(&rng, 3) * 100, kt_between(&rng, 1, 80)); /* many share prefixes */
+        kt_push_range(&a->stream, (int32_t)kt_below(&rng, 3) * 100,
+                      kt_between(&rng, 1, 80)); /* many share prefixes */
         q.tokens = a->stream.tokens;
         q.n_tokens = a->n_prompt = a->stream.n;
         q.max_new_tokens = a->max_new = kt_between(&rng, 1, 12);
@@ -1235,7 +1256,8 @@ static void *submit_many(void *arg) {
         m->taken++;
         if (kt_chance(&rng, 20)) {
             r = kvl_sched_cancel(m->w->sched, req);
-            KT_CHECK(r == KVL_OK || r == KVL_INVALID_HANDLE, "%s", kvl_result_name(r)); /* its slot may be used again */
+            KT_CHECK(r == KVL_OK || r == KVL_INVALID_HANDLE, "%s",
+                     kvl_result_name(r)); /* its slot may be used again */
         }
         if (kt_chance(&rng, 30)) KT_OK(NULL, kvl_get_stats(m->w->cache, &s));
         if (kt_chance(&rng, 10)) kvl_sched_wait(m->w->sched, 0);
@@ -1282,7 +1304,8 @@ static void test_threads(void **state) {
         kt_attend(w->cache, step, LAYERS);
         {
             kt_stream *streams[256];
-            for (uint32_t i = 0; i < step->n_spans; i++) streams[i] = &((kt_answer *)step->spans[i].user)->stream;
+            for (uint32_t i = 0; i < step->n_spans; i++)
+                streams[i] = &((kt_answer *)step->spans[i].user)->stream;
             kt_shadow_step(&w->shadow, step, streams);
         }
         for (uint32_t i = 0; i < step->n_logits; i++) {
