@@ -59,7 +59,7 @@ TEST_SCRIPTS := $(foreach d,$(TESTS),$(wildcard tests/$d/test_*.sh tests/$d/test
 BENCH_SOURCES := $(wildcard tests/*/bench_*.c)
 BENCH_PROGRAMS := $(patsubst %.c,$(B)/bench/%,$(notdir $(BENCH_SOURCES)))
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c)
-FORMAT_FILES := kvlite.h $(C_SOURCES) $(wildcard examples/llm/*.h examples/llm/*.inc tests/*/*.h)
+FORMAT_FILES := kvlite.h $(C_SOURCES) $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h)
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
 
 # A goal named after `deps` waits for it, in a parallel build too.

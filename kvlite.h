@@ -59,7 +59,7 @@
 
    THREADS
      A cache and its scheduler belong to one owner thread. Any thread may call kvl_sched_submit,
-     kvl_sched_cancel, kvl_sched_close, kvl_sched_wait and kvl_get_stats; allocator and logger must then be
+     kvl_sched_cancel, kvl_sched_close, kvl_sched_wait and kvl_get_stats; allocator, logger and clock must then be
      thread-safe. Different caches are independent.
 
    WHAT IT DOES NOT DO (yet)
@@ -217,8 +217,9 @@ typedef struct kvl_geometry {
     uint32_t sink_blocks;    /* first blocks of a sequence that stay exact; 0 = 1; KVL_NONE = none */
     uint32_t segment_tokens; /* length of the fixed ranges that attention folds; 0 = 1024; a multiple of 64 */
     const kvl_layer *layers; /* [n_layers] or null; copied */
-    uint64_t
-        fingerprint; /* of model, tokenizer and RoPE: caches with different fingerprints never share KV */
+    /* of model, tokenizer and RoPE: what is stored outside of a cache (sessions, not built yet) must have the
+     * same */
+    uint64_t fingerprint;
 } kvl_geometry;
 
 #define KVL_NONE 0xffffffffu
@@ -255,12 +256,14 @@ typedef void (*kvl_log_fn)(void *user, kvl_log_level level, const char *text);
 /* Monotonic nanoseconds. */
 typedef uint64_t (*kvl_clock_fn)(void *user);
 /* Calls fn(arg, i) once for each i < n, on any threads, and returns when all are done. */
+/* (On the CPU a task takes up to 96 KB of stack.) */
 typedef void (*kvl_parallel_fn)(void *user, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg);
 
 typedef struct kvl_context_desc {
     kvl_backend_kind backend; /* AUTO: the best that works */
     kvl_simd simd;            /* AUTO: the best this CPU has; a path it lacks is UNSUPPORTED */
-    uint32_t n_threads;       /* built-in pool: threads in all; 0 or 1 = none. Ignored with parallel_for */
+    uint32_t n_threads; /* built-in pool: threads in all, at most 1024; 0 or 1 = none. With parallel_for: how
+                           many it has, 0 = 2 */
     kvl_parallel_fn parallel_for;
     kvl_alloc_fn alloc;
     kvl_log_fn log;
@@ -274,7 +277,7 @@ typedef struct kvl_context_desc {
    UNSUPPORTED (simd), OUT_OF_HOST_MEMORY. Destroy it after its caches. One thread at a time. */
 KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context **out);
 KVL_API void kvl_context_destroy(kvl_context *ctx);
-/* "cpu (avx512)", and why each other backend was skipped, a line each. */
+/* "cpu (avx512)", and a line a backend: why it was chosen or skipped. Any thread; "" for null. */
 KVL_API const char *kvl_context_backend(const kvl_context *ctx);
 KVL_API const char *kvl_context_report(const kvl_context *ctx);
 
@@ -301,9 +304,11 @@ typedef struct kvl_cache_desc {
    OUT_OF_DEVICE_MEMORY, NO_BLOCKS (the budget does not hold one block and the scratch: the text says how much
    it takes). */
 KVL_API kvl_result kvl_cache_create(const kvl_cache_desc *desc, kvl_cache **out);
-KVL_API void kvl_cache_destroy(kvl_cache *cache); /* null is fine; destroy its scheduler first */
+/* Null is fine. Destroy its scheduler first; no other thread may be inside a call. */
+KVL_API void kvl_cache_destroy(kvl_cache *cache);
 /* What zero became. */
 KVL_API kvl_result kvl_cache_defaults(const kvl_cache_desc *desc, kvl_cache_desc *out);
+/* The context that it uses, its own or the one given. Any thread. */
 KVL_API kvl_context *kvl_cache_context(kvl_cache *cache);
 
 /* Why the last failed call on this cache failed: names the field, handle, bytes or tokens. Never null. Owner
@@ -364,29 +369,31 @@ typedef struct kvl_seq_desc {
     uint32_t priority;   /* 0..7: what it leaves behind is evicted later than lower ones */
     bool no_match;       /* reuse nothing */
     bool no_keep;        /* leave nothing behind */
-    void *user;
 } kvl_seq_desc;
 
 /* Opens a sequence on the longest cached prefix; its length is reuse->matched, at most n_tokens - 1. Errors:
    INVALID_ARG, LIMIT (max_sequences), BUSY. Owner thread, like all of this section. */
 KVL_API kvl_result kvl_seq_open(kvl_cache *cache, const kvl_seq_desc *desc, kvl_seq *out, kvl_reuse *reuse);
-/* Takes blocks for n_tokens beyond the length now, so that steps up to there cannot fail with NO_BLOCKS.
- * NO_BLOCKS: nothing changed. */
+/* Takes blocks for n_tokens beyond the length now, so that steps up to there cannot fail with NO_BLOCKS,
+   until it is forked or trimmed. Errors: NO_BLOCKS (nothing changed), LIMIT (max_seq_tokens), BUSY,
+   INVALID_HANDLE, INVALID_ARG (a scheduler's sequence). */
 KVL_API kvl_result kvl_seq_extend(kvl_cache *cache, kvl_seq seq, uint32_t n_tokens);
 /* A copy that shares all blocks; what is written later is copied first. *length (may be null): its length.
  * LIMIT, BUSY, INVALID_HANDLE. */
 KVL_API kvl_result kvl_seq_fork(kvl_cache *cache, kvl_seq seq, kvl_seq *out, uint32_t *length);
-/* Shortens to n_tokens or, where that is inside a packed block or behind a window, less: *length is what was
- * reached. */
+/* Shortens to n_tokens or, where that is inside a packed block or behind a window, less: *length (may be
+   null) is what was reached. Errors: BUSY, INVALID_HANDLE, INVALID_ARG (a scheduler's sequence). */
 KVL_API kvl_result kvl_seq_trim(kvl_cache *cache, kvl_seq seq, uint32_t n_tokens, uint32_t *length);
 /* Pins (or unpins) the full blocks of a sequence in the prefix tree: they outlive it and are not evicted.
- * Pins count. */
+   Pins count. Errors: BUSY, INVALID_HANDLE, INVALID_ARG (it keeps nothing in the tree). */
 KVL_API kvl_result kvl_seq_pin(kvl_cache *cache, kvl_seq seq, bool pin);
 /* Takes one pin off the cached blocks of desc's tokens, namespace and salt. *n_tokens (may be null): how many
  * tokens of it were pinned. */
 KVL_API kvl_result kvl_prefix_unpin(kvl_cache *cache, const kvl_seq_desc *desc, uint32_t *n_tokens);
-/* Closes: full blocks and the open one stay in the prefix tree until evicted. */
+/* Closes: full blocks and the open one stay in the prefix tree until evicted. Errors: BUSY, INVALID_HANDLE,
+   INVALID_ARG (a scheduler's sequence: cancel the request). */
 KVL_API kvl_result kvl_seq_close(kvl_cache *cache, kvl_seq seq);
+/* Committed tokens. INVALID_HANDLE, INVALID_ARG. Owner thread. */
 KVL_API kvl_result kvl_seq_length(const kvl_cache *cache, kvl_seq seq, uint32_t *length);
 
 /* ==== steps ============================================================ */
@@ -448,8 +455,12 @@ typedef struct kvl_step {
     const uint32_t *layer_group;   /* [n_layers] */
     uint32_t n_copies; /* copy-on-write and partial reuse; already done by the library's own backends */
     const kvl_copy *copies;
-    uint64_t
-        graph_key; /* equal keys: same shapes and addresses of tables, a captured graph may be replayed */
+    /* slot s of the exact scratch stands at scratch_address + s * scratch_slot_bytes: one layer's tiles, laid
+       out as in an exact block from that layer's layer_offset on */
+    uint64_t scratch_address;
+    size_t scratch_slot_bytes;
+    /* equal keys: same shapes and addresses of tables, a captured graph may be replayed */
+    uint64_t graph_key;
 } kvl_step;
 
 /* Begins a step over spans of distinct sequences. *out stays valid until end or abort. Errors, all with state
@@ -486,6 +497,12 @@ typedef struct kvl_tensor {
    2023. */
 KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t layer, const kvl_tensor *q,
                               const kvl_tensor *k, const kvl_tensor *v, const kvl_tensor *out);
+/* In place of kvl_attend, for callers with their own kernels: they have written, sealed and attended this
+   layer by the step's tables. tainted [n_spans], may be null: not 0 where a row of k or v was not finite.
+   Errors as kvl_attend. Owner thread. */
+KVL_API kvl_result kvl_step_layer_done(kvl_cache *cache, const kvl_step *step, uint32_t layer,
+                                       const uint8_t *tainted);
+/* Has the sequence committed a row that was not finite? false for a handle that is not open. Owner thread. */
 KVL_API bool kvl_seq_tainted(const kvl_cache *cache, kvl_seq seq);
 
 /* Where layer `layer`'s tiles stand inside a block of its group, for callers with their own kernels. */
@@ -496,6 +513,7 @@ typedef struct kvl_block_layout {
     size_t layer_offset; /* of this layer's first tile */
     size_t head_stride;  /* between KV heads: K tile, then V tile */
     size_t v_offset;     /* of the V tile after its K tile */
+    uint32_t max_blocks; /* ids are below it */
 } kvl_block_layout;
 KVL_API kvl_result kvl_cache_layout(const kvl_cache *cache, uint32_t layer, bool exact,
                                     kvl_block_layout *out);
@@ -538,8 +556,9 @@ typedef struct kvl_cost {
 
 typedef struct kvl_sched_desc {
     kvl_policy policy;
-    uint32_t max_running;      /* requests with KV at once; 0 = the cache's max_sequences */
-    uint32_t max_waiting;      /* submitted and not finished, running ones included; 0 = 4096 */
+    uint32_t max_running; /* requests with KV at once; 0 or more: the cache's max_sequences or step_tokens,
+                             the lesser */
+    uint32_t max_waiting; /* submitted and not finished, running ones included; 0 = 4096 */
     uint64_t token_pool_bytes; /* cap on the tokens of all requests; 0 = 256 MiB */
     uint32_t step_tokens;      /* token budget of a step; 0 = the cache's max_step_tokens */
     uint32_t min_chunk;        /* smallest chunk of prefill while others stream; 0 = block_tokens */
@@ -552,7 +571,8 @@ typedef struct kvl_sched_desc {
 
 /* One scheduler per cache. Errors: INVALID_ARG, OUT_OF_HOST_MEMORY, BUSY (the cache has one). */
 KVL_API kvl_result kvl_sched_create(kvl_cache *cache, const kvl_sched_desc *desc, kvl_sched **out);
-KVL_API void kvl_sched_destroy(kvl_sched *sched); /* aborts an open step, closes all sequences */
+KVL_API void kvl_sched_destroy(
+    kvl_sched *sched); /* aborts an open step, closes all sequences; no other thread may be inside a call */
 KVL_API kvl_result kvl_sched_defaults(kvl_cache *cache, const kvl_sched_desc *desc, kvl_sched_desc *out);
 KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owner thread's calls */
 
@@ -574,6 +594,7 @@ typedef struct kvl_request {
 typedef struct kvl_refusal {
     uint32_t n_tokens, max_tokens; /* asked for, longest possible */
     uint64_t need_bytes, budget_bytes;
+    char text[160]; /* with any refusal: why */
 } kvl_refusal;
 
 /* Queues a request. Errors: INVALID_ARG, QUEUE_FULL, CLOSED, NEVER_FITS (*refusal, may be null, has the
@@ -622,10 +643,11 @@ typedef struct kvl_req_info {
     kvl_seq seq; /* while running */
     void *user;
 } kvl_req_info;
-/* A finished request can be asked about until its slot is used again (max_waiting submits later at the
- * earliest when idle). Owner thread. */
+/* A finished request can be asked about until a submit needs its slot or its tokens' room. INVALID_HANDLE,
+   INVALID_ARG. Owner thread. */
 KVL_API kvl_result kvl_sched_info(const kvl_sched *sched, kvl_req req, kvl_req_info *out);
-/* Copies up to capacity generated tokens; *n_tokens = how many there are. Owner thread. */
+/* Copies up to capacity generated tokens (a stop token too; for a fork also those its parent had); *n_tokens
+   (may be null) = how many there are. INVALID_HANDLE, INVALID_ARG. Owner thread. */
 KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t *tokens, uint32_t capacity,
                                     uint32_t *n_tokens);
 
@@ -1029,8 +1051,7 @@ struct kvl_context {
     const struct kvli_backend *backend;
     kvl_simd simd;
     kvli_pool *pool;
-    uint32_t caches;       /* atomic: how many hold it */
-    uint64_t null_address; /* what the null backend gives out next */
+    uint32_t null_pages; /* atomic: pages of 4 KB that the null backend has given out */
     char name[32], report[256];
 };
 
@@ -2318,7 +2339,8 @@ typedef struct kvli_node {
     uint32_t pins;
     uint8_t priority;
     bool used;
-    uint64_t name_space, salt; /* of a root */
+    uint64_t name_space, salt; /* of its root */
+    uint64_t chain; /* hash over namespace, salt and all tokens: says of what has gone that it was here */
 } kvli_node;
 
 typedef struct kvli_seq {
@@ -2333,7 +2355,6 @@ typedef struct kvli_seq {
     uint32_t node;             /* deepest tree node over its full blocks, KVL_NONE without one */
     uint32_t pin_node;         /* deepest node that it pinned, or KVL_NONE */
     uint32_t step_span;        /* in the open step, or KVL_NONE */
-    void *user;
 } kvli_seq;
 
 typedef struct kvli_undo { /* what a step changed in a table */
@@ -2356,7 +2377,7 @@ typedef struct kvli_step_state {
     uint32_t *positions, *row_span, *logit_rows, *logit_requests;
     void **logit_users;
     uint8_t *done, *taint;
-    kvl_step view;
+    kvl_step views[2], *view; /* the open step's */
 } kvli_step_state;
 
 typedef struct kvli_histogram {
@@ -2387,7 +2408,8 @@ struct kvl_cache {
     uint32_t lru_head[KVLI_PRIORITIES], lru_tail[KVLI_PRIORITIES];
     kvli_node *nodes;
     int32_t *node_tokens;
-    uint32_t *node_slots, *buckets, free_node, n_nodes, roots;
+    uint64_t *ghosts; /* [n_ghosts] chains of blocks evicted lately */
+    uint32_t n_ghosts, *node_slots, *buckets, free_node, n_nodes, roots;
     kvli_seq *seqs;
     uint32_t *tables;       /* [seq][group][seq_blocks] */
     int32_t *tails;         /* [seq][block_tokens]: tokens of the open block */
@@ -2395,6 +2417,7 @@ struct kvl_cache {
     uint32_t *free_seqs, n_free_seqs, *path;
     uint32_t *layer_group;
     kvli_step_state step;
+    bool compacted; /* in this step */
     uint64_t epoch; /* grows when memory moves: part of graph_key */
     kvl_sched *sched;
     kvl_stats stats, published;
@@ -2609,7 +2632,10 @@ static uint32_t kvli_block_alloc(kvl_cache *c, uint32_t klass) {
             kvli_slab_take(c, klass);
             break;
         }
-        if (!kvli_compact(c) && !kvli_evict_one(c)) return KVL_NONE;
+        if (!c->compacted && kvli_compact(c))
+            c->compacted = true; /* one slab a step, unless nothing else is left */
+        else if (!kvli_evict_one(c) && !kvli_compact(c))
+            return KVL_NONE;
     }
     uint32_t id = c->free_ids[--c->n_free_ids];
     kvli_block *b = &c->blocks[id];
@@ -2625,17 +2651,22 @@ static uint32_t kvli_block_alloc(kvl_cache *c, uint32_t klass) {
 }
 
 /* Would so many more blocks of each class fit, with everything evictable evicted and slabs compacted? */
-static bool kvli_fits(const kvl_cache *c, const uint32_t *need, uint32_t n_slabs, bool empty,
-                      uint64_t *slabs_needed) {
+static bool kvli_fits_n(const kvl_cache *c, const uint32_t *need, uint32_t times, uint32_t n_slabs,
+                        bool empty, uint64_t *slabs_needed) {
     uint64_t slabs = 0;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
         const kvli_class *class_ = &c->classes[k];
         if (!class_->bytes) continue;
-        uint64_t n = (uint64_t)need[k] + (empty ? 0 : class_->live - class_->cached);
+        uint64_t n = (uint64_t)need[k] * times + (empty ? 0 : class_->live - class_->cached);
         slabs += (n + class_->per_slab - 1) / class_->per_slab;
     }
     if (slabs_needed) *slabs_needed = slabs;
     return slabs <= n_slabs;
+}
+
+static bool kvli_fits(const kvl_cache *c, const uint32_t *need, uint32_t n_slabs, bool empty,
+                      uint64_t *slabs_needed) {
+    return kvli_fits_n(c, need, 1, n_slabs, empty, slabs_needed);
 }
 
 /* Most blocks that one sequence holds at once while it grows to n_tokens in steps of at most chunk tokens. */
@@ -2662,13 +2693,21 @@ static void kvli_need(const kvl_cache *c, uint32_t n_tokens, uint32_t chunk, uin
 
 /* ==== >>prefix: the tree of cached blocks
  * ================================================================================ */
-static uint32_t kvli_hash(const kvl_cache *c, uint32_t parent, const int32_t *tokens) {
-    uint64_t h = (parent + 1) * 0x9E3779B97F4A7C15ull;
+static uint64_t kvli_chain(const kvl_cache *c, uint64_t h, const int32_t *tokens) {
     for (uint32_t i = 0; i < c->geo.block_tokens; i += 2) { /* block_tokens is even */
         uint64_t pair = (uint32_t)tokens[i] | (uint64_t)(uint32_t)tokens[i + 1] << 32;
         h = (h ^ pair) * 0xD6E8FEB86659FD93ull;
         h ^= h >> 32;
     }
+    return h;
+}
+
+static uint64_t kvli_chain_root(uint64_t name_space, uint64_t salt) {
+    return (name_space + 1) * 0x9E3779B97F4A7C15ull ^ (salt + 1) * 0xC2B2AE3D27D4EB4Full;
+}
+
+static uint32_t kvli_hash(const kvl_cache *c, uint32_t parent, const int32_t *tokens) {
+    uint64_t h = kvli_chain(c, (parent + 1) * 0x9E3779B97F4A7C15ull, tokens);
     uint32_t bits = c->desc.lookup_hash_bits;
     return bits && bits < 32 ? (uint32_t)h & ((1u << bits) - 1) : (uint32_t)h;
 }
@@ -2722,6 +2761,7 @@ static uint32_t kvli_node_new(kvl_cache *c, uint32_t parent, const int32_t *toke
         node->depth = c->nodes[parent].depth + (n_tokens == c->geo.block_tokens);
         node->name_space = c->nodes[parent].name_space;
         node->salt = c->nodes[parent].salt;
+        if (n_tokens == c->geo.block_tokens) node->chain = kvli_chain(c, c->nodes[parent].chain, tokens);
     }
     if (n_tokens == c->geo.block_tokens) {
         node->hash = kvli_hash(c, parent, tokens);
@@ -2740,6 +2780,7 @@ static uint32_t kvli_root_get(kvl_cache *c, uint64_t name_space, uint64_t salt) 
     if (n == KVL_NONE) return n;
     c->nodes[n].name_space = name_space;
     c->nodes[n].salt = salt;
+    c->nodes[n].chain = kvli_chain_root(name_space, salt);
     return n;
 }
 
@@ -2786,6 +2827,7 @@ static void kvli_slot_clear(kvl_cache *c, uint32_t n, uint32_t group) {
 
 static void kvli_evict_block(kvl_cache *c, uint32_t id) {
     uint32_t n = c->blocks[id].node, group = c->blocks[id].klass / 2u;
+    if (c->nodes[n].chain) c->ghosts[c->nodes[n].chain & (c->n_ghosts - 1)] = c->nodes[n].chain;
     kvli_lru_remove(c, id);
     kvli_slot_clear(c, n, group);
     kvli_block_free(c, id);
@@ -2906,9 +2948,21 @@ static bool kvli_known_elsewhere(const kvl_cache *c, const kvl_seq_desc *d) {
     return false;
 }
 
+/* Was the block after the matching ones here until lately? (By hash alone: it is only said, not used.) */
+static bool kvli_was_evicted(const kvl_cache *c, const kvl_seq_desc *d, const kvli_match *m) {
+    uint32_t T = c->geo.block_tokens;
+    uint64_t chain =
+        m->depth ? c->nodes[c->path[m->depth - 1]].chain : kvli_chain_root(d->name_space, d->salt);
+    if ((m->depth + 1) * T > d->n_tokens || m->rows) return false;
+    chain = kvli_chain(c, chain, d->tokens + m->depth * T);
+    return c->ghosts[chain & (c->n_ghosts - 1)] == chain;
+}
+
 static kvl_match_reason kvli_reason(const kvl_cache *c, const kvl_seq_desc *d, const kvli_match *m,
                                     uint32_t full) {
-    if (c->n_nodes == 0 || d->no_match) return KVL_MATCH_EMPTY;
+    if (d->no_match) return KVL_MATCH_EMPTY;
+    if (kvli_was_evicted(c, d, m)) return KVL_MATCH_EVICTED;
+    if (c->n_nodes == 0) return KVL_MATCH_EMPTY;
     if (m->root == KVL_NONE) return kvli_known_elsewhere(c, d) ? KVL_MATCH_NAMESPACE : KVL_MATCH_END;
     if (m->length + 1 >= d->n_tokens) return KVL_MATCH_ALL;
     if (m->length < full - full % c->geo.block_tokens) return KVL_MATCH_EVICTED;
@@ -3037,7 +3091,6 @@ static uint32_t kvli_seq_start(kvl_cache *c, const kvl_seq_desc *d, const kvli_m
     kvli_seq *seq = &c->seqs[i];
     seq->keep = !d->no_keep && !c->desc.no_prefix_cache;
     seq->priority = (uint8_t)d->priority;
-    seq->user = d->user;
     kvli_seq_acquire(c, i, m, m->length); /* first: what it references cannot be evicted for the root below */
     if (full)
         kvli_seq_node(c, i, c->path[full - 1]);
@@ -3233,6 +3286,8 @@ static void kvli_step_reset(kvl_cache *c) {
     kvli_step_state *st = &c->step;
     st->open = true;
     st->id++;
+    st->view = &st->views[st->id & 1]; /* so that the last step's pointer is not taken for this one's */
+    c->compacted = false;
     st->n_undo = st->n_own = st->n_copies = st->n_scratch = st->n_spans = st->n_rows = st->n_logits =
         st->layers_done = 0;
     memset(st->done, 0, c->geo.n_layers);
@@ -3317,7 +3372,7 @@ static kvl_result kvli_step_add(kvl_cache *c, uint32_t i, const kvl_span *span, 
     uint32_t n_own = (end - 1) / T - first + 1, mark = st->n_undo, own_mark = st->n_own,
              copy_mark = st->n_copies, s = st->n_spans;
     uint32_t whole = position % T ? first + 1 : first; /* first block that starts in this step */
-    if (position % T) kvli_take_partial(c, i);
+    if (position % T && c->seqs[i].attached) kvli_take_partial(c, i); /* who keeps nothing copies */
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
         kvl_span_blocks *b = &st->attend[(size_t)g * c->max_spans + s].blocks;
         b->table = kvli_table(c, i, g);
@@ -3365,7 +3420,7 @@ static void kvli_step_logit(kvl_cache *c, uint32_t row, uint32_t request, void *
 /* The step is complete: does its copies, and shows it. */
 static const kvl_step *kvli_step_finish(kvl_cache *c) {
     kvli_step_state *st = &c->step;
-    kvl_step *v = &st->view;
+    kvl_step *v = st->view;
     for (uint32_t g = 0; g < c->geo.n_groups; g++)
         for (uint32_t s = 0; s < st->n_spans; s++) {
             kvli_attend_span *a = &st->attend[(size_t)g * c->max_spans + s];
@@ -3384,6 +3439,7 @@ static const kvl_step *kvli_step_finish(kvl_cache *c) {
     v->n_spans = st->n_spans;
     v->n_logits = st->n_logits;
     v->n_copies = st->n_copies;
+    v->scratch_address = c->scratch;
     v->graph_key = (c->epoch * 0x9E3779B97F4A7C15ull) ^ ((uint64_t)st->n_rows << 32 | st->n_spans);
     return v;
 }
@@ -3486,7 +3542,7 @@ static void kvli_step_rollback(kvl_cache *c) {
 }
 
 static kvl_result kvli_step_is(kvl_cache *c, const kvl_step *step, const char *call) {
-    if (!c->step.open || step != &c->step.view)
+    if (!c->step.open || step != c->step.view)
         return KVLI_ERROR(c, KVL_MISMATCH, "%s: this is not the open step", call);
     return KVL_OK;
 }
@@ -3575,7 +3631,7 @@ struct kvl_sched {
     uint32_t max_reqs, *running, n_running, n_active, n_streams; /* active = neither free nor finished */
     kvli_list waiting[KVLI_WAIT_LISTS], inbox, finished;
     uint32_t free_req, n_records, n_waiting, n_joining, n_cancels; /* records = active and finished */
-    uint64_t arrivals, token_bytes, finished_bytes, events, seen_events;
+    uint64_t arrivals, token_bytes, finished_bytes, events, seen_events, n_preemptions;
     bool closed, step_open;
     uint64_t plan_ns;
     kvli_budget budget;
@@ -3823,6 +3879,8 @@ static void kvli_req_end(kvl_sched *s, uint32_t r,
         kvli_seq_stop(s->cache, q->seq);
         q->seq = KVL_NONE;
     }
+    if (q->cancel) s->n_cancels--; /* it ended before its cancel was taken in */
+    q->cancel = false;
     q->finished = true;
     q->finish = (uint8_t)why;
     q->finish_ns = kvli_now(s->cache->ctx);
@@ -3844,7 +3902,7 @@ static void kvli_preempt(kvl_sched *s, uint32_t r) {
     kvli_seq_stop(s->cache, q->seq);
     q->seq = KVL_NONE;
     q->preemptions++;
-    s->stats.preemptions++;
+    s->n_preemptions++;
     kvli_wait_push(s, r);
 }
 
@@ -3860,6 +3918,7 @@ static bool kvli_preempt_behind(kvl_sched *s, uint32_t after) {
 }
 
 static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preempt_behind(c->sched, 0); }
+
 static bool kvli_sched_owns_step(const kvl_cache *c) { return c->sched && c->sched->step_open; }
 
 /* ---- planning ---- */
@@ -3875,8 +3934,6 @@ static uint32_t kvli_sched_intake(
     for (uint32_t r = 0; s->n_cancels && r < s->max_reqs; r++) {
         kvli_req *q = &s->reqs[r];
         if (!q->used || !q->cancel || q->finished) continue;
-        q->cancel = false;
-        s->n_cancels--;
         if (q->seq == KVL_NONE && q->parent == KVL_NONE) kvli_wait_remove(s, r);
         kvli_req_end(s, r, KVL_FINISH_CANCELLED);
     }
@@ -3963,7 +4020,6 @@ static kvl_seq_desc kvli_req_desc(const kvli_req *q) {
     d.priority = q->priority;
     d.no_match = q->no_match;
     d.no_keep = q->no_keep;
-    d.user = q->user;
     return d;
 }
 
@@ -4032,9 +4088,10 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
 }
 
 /* Would one more interactive stream make even decode-only steps too long? */
-static bool kvli_gap_full(const kvl_sched *s) {
+static bool kvli_gap_full(const kvl_sched *s, uint32_t candidate) {
     uint32_t streams = 0;
-    double per = kvli_rows_cost(s, 0, 1, true), decodes = s->margin * s->cost.step_ms;
+    double per = kvli_rows_cost(s, s->reqs[candidate].n_tokens, 1, true),
+           decodes = s->margin * s->cost.step_ms;
     for (uint32_t i = 0; i < s->n_running; i++) {
         const kvli_req *q = &s->reqs[s->running[i]];
         if (q->klass != KVL_INTERACTIVE) continue;
@@ -4071,7 +4128,7 @@ static bool kvli_has_slot(const kvl_sched *s) {
 static void kvli_make_room(kvl_sched *s) {
     uint32_t r = KVL_NONE;
     for (uint32_t l = 0; l < KVLI_PRIORITIES && r == KVL_NONE; l++) r = s->waiting[l].head;
-    if (r == KVL_NONE || kvli_gap_full(s)) return;
+    if (r == KVL_NONE || kvli_gap_full(s, r)) return;
     kvl_seq_desc d = kvli_req_desc(&s->reqs[r]);
     while (s->n_running && s->reqs[s->running[s->n_running - 1]].klass == KVL_BACKGROUND) {
         kvli_match m = kvli_match_find(s->cache, &d);
@@ -4087,9 +4144,9 @@ static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
         while (r != KVL_NONE) {
             if (!kvli_has_slot(s) || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
             uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
-            bool begun =
-                s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was preempted: it was let in before */
-            if (klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s)) {
+            bool begun = s->reqs[pick].preemptions ||
+                         s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was let in before */
+            if (klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s, pick)) {
                 if (!s->desc.refuse_over_gap) return;
                 kvli_wait_remove(s, pick);
                 kvli_lock(&s->cache->lock);
@@ -4112,6 +4169,7 @@ static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
 static void kvli_sched_publish(kvl_sched *s) { /* under the lock */
     s->stats.waiting = s->n_active - s->n_running;
     s->stats.running = s->n_running;
+    s->stats.preemptions = s->n_preemptions;
     s->stats.cost = s->cost;
     s->stats.bytes_tokens = s->token_bytes;
 }
@@ -4136,6 +4194,17 @@ static void kvli_sched_stats(kvl_cache *c, kvl_stats *out) { /* under the lock *
     out->gap_ms = kvli_percentiles(&s->gap);
     out->ttft_ms = kvli_percentiles(&s->ttft);
     out->step_ms = kvli_percentiles(&s->step);
+}
+
+/* The budget has changed: who waits for memory may look again. */
+static void kvli_sched_resized(kvl_cache *c) {
+    kvl_sched *s = c->sched;
+    if (!s) return;
+    kvli_lock(&c->lock);
+    kvli_sched_publish(s);
+    s->events++;
+    kvli_cond_broadcast(&s->wake);
+    kvli_unlock(&c->lock);
 }
 
 KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
@@ -4212,7 +4281,6 @@ static void kvli_forks_start(
         kvli_req *q = &s->reqs[r];
         if (!q->joining) continue;
         q->seq = kvli_seq_copy(s->cache, s->reqs[q->parent].seq);
-        s->cache->seqs[q->seq].user = q->user;
         s->cache->seqs[q->seq].scheduled = true;
         q->joining = false;
         q->reuse.matched = q->n_tokens;
@@ -4263,7 +4331,7 @@ KVL_API kvl_result kvl_sched_commit_ex(kvl_sched *s, const kvl_step *step, const
 
 KVL_API kvl_result kvl_sched_commit(kvl_sched *s, const kvl_step *step, const int32_t *tokens) {
     if (!s) return KVL_INVALID_ARG;
-    uint32_t n = s->step_open && step == &s->cache->step.view ? s->cache->step.n_logits : 0;
+    uint32_t n = s->step_open && step == s->cache->step.view ? s->cache->step.n_logits : 0;
     if (n && !tokens)
         return kvli_fail(s->cache->ctx, kvli_serr(s), KVL_INVALID_ARG,
                          "kvl_sched_commit: %u rows have logits, tokens are null", n);
@@ -4277,15 +4345,17 @@ KVL_API kvl_result kvl_sched_commit(kvl_sched *s, const kvl_step *step, const in
 KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
     if (!s) return KVL_INVALID_ARG;
     kvl_cache *c = s->cache;
-    if (!s->step_open || step != &c->step.view)
+    if (!s->step_open || step != c->step.view)
         return kvli_fail(c->ctx, kvli_serr(s), KVL_MISMATCH, "kvl_sched_abort: this is not the open step");
     kvli_step_rollback(c);
     s->step_open = false;
+    kvli_lock(&c->lock);
     for (uint32_t r = 0; s->n_joining && r < s->max_reqs; r++)
         if (s->reqs[r].joining) {
             s->reqs[r].joining = false;
             s->n_joining--;
         }
+    kvli_unlock(&c->lock);
     for (uint32_t at = s->n_running; at-- > 0;) {
         kvli_req *q = &s->reqs[s->running[at]];
         uint32_t r = s->running[at];
@@ -4392,7 +4462,9 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_sched_create: no condition variable");
     }
     c->stats.bytes_metadata += a.used;
+    kvli_lock(&c->lock);
     c->sched = s;
+    kvli_unlock(&c->lock);
     kvli_publish(c);
     *out = s;
     return KVL_OK;
@@ -4409,7 +4481,7 @@ static void kvli_req_free_tokens(kvl_sched *s, kvli_req *q) {
 KVL_API void kvl_sched_destroy(kvl_sched *s) {
     if (!s) return;
     kvl_cache *c = s->cache;
-    if (s->step_open) kvl_sched_abort(s, &c->step.view);
+    if (s->step_open) kvl_sched_abort(s, c->step.view);
     for (uint32_t r = 0; r < s->max_reqs; r++) {
         kvli_req *q = &s->reqs[r];
         if (q->used && !q->finished && q->seq != KVL_NONE) kvli_seq_stop(c, q->seq);
@@ -4428,15 +4500,20 @@ KVL_API const char *kvl_sched_last_error(const kvl_sched *s) {
     return s ? s->error : "the scheduler is null";
 }
 
-/* A record and room for its tokens, under the lock; the oldest finished requests make room. */
-static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) {
+/* Room for a request's tokens, with those it begins with. Not under the lock: allocators may take their time.
+ */
+static int32_t *kvli_tokens_new(const kvl_sched *s, const int32_t *tokens, uint32_t n, uint32_t capacity) {
+    int32_t *copy = (int32_t *)kvli_alloc(s->cache->ctx, (size_t)capacity * sizeof *copy);
+    if (copy) memcpy(copy, tokens, (size_t)n * sizeof *copy);
+    return copy;
+}
+
+/* A record for tokens that were just allocated, under the lock; the oldest finished requests make room.
+   QUEUE_FULL: nothing was forgotten. */
+static kvl_result kvli_req_take(kvl_sched *s, int32_t *tokens, uint32_t capacity, uint32_t *out) {
     uint64_t bytes = (uint64_t)capacity * sizeof(int32_t);
-    if (bytes > s->desc.token_pool_bytes) return KVL_QUEUE_FULL;
     if (s->n_active == s->max_reqs || s->token_bytes - s->finished_bytes + bytes > s->desc.token_pool_bytes)
         return KVL_QUEUE_FULL;
-    int32_t *tokens =
-        (int32_t *)kvli_alloc(s->cache->ctx, (size_t)bytes); /* first: a refusal forgets nothing */
-    if (!tokens) return KVL_OUT_OF_HOST_MEMORY;
     while (s->n_records == s->max_reqs || s->token_bytes + bytes > s->desc.token_pool_bytes) {
         uint32_t old = s->finished.head;
         kvli_list_remove(s, &s->finished, old);
@@ -4472,24 +4549,26 @@ static kvl_result kvli_req_take(kvl_sched *s, uint32_t capacity, uint32_t *out) 
 static kvl_result kvli_request_check(const kvl_sched *s, const kvl_request *q, uint32_t *capacity,
                                      kvl_refusal *refusal) {
     const kvl_cache *c = s->cache;
-    kvli_text none = kvli_text_at(NULL, 0);
+    kvli_text text = refusal ? kvli_text_at(refusal->text, sizeof refusal->text) : kvli_text_at(NULL, 0);
     uint32_t longest = c->desc.max_seq_tokens, need[KVLI_MAX_CLASSES], fresh = q->max_new_tokens;
     uint64_t slabs = 0, total;
     if (!q->tokens || !q->n_tokens)
-        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: a request needs at least one token");
+        return kvli_fail(c->ctx, text, KVL_INVALID_ARG, "submit: a request needs at least one token");
     if (q->n_stop_tokens > KVLI_MAX_STOP || (q->n_stop_tokens && !q->stop_tokens))
-        return kvli_fail(c->ctx, none, KVL_INVALID_ARG,
+        return kvli_fail(c->ctx, text, KVL_INVALID_ARG,
                          "submit: n_stop_tokens: %u is more than 8, or stop_tokens is null",
                          q->n_stop_tokens);
     if (q->priority >= KVLI_PRIORITIES || (uint32_t)q->klass > KVL_BACKGROUND)
-        return kvli_fail(c->ctx, none, KVL_INVALID_ARG, "submit: priority %u or class %d is out of range",
+        return kvli_fail(c->ctx, text, KVL_INVALID_ARG, "submit: priority %u or class %d is out of range",
                          q->priority, (int)q->klass);
     if (!fresh) fresh = q->n_tokens <= longest ? kvli_min_u32(256, longest - q->n_tokens + 1) : 1;
     total = (uint64_t)q->n_tokens + fresh - 1; /* the last token needs no KV */
-    if (total <= longest) {
-        *capacity = (uint32_t)total + 1;
-        return KVL_OK;
-    }
+    *capacity = (uint32_t)(total + 1);
+    if (total <= longest && (total + 1) * sizeof(int32_t) <= s->desc.token_pool_bytes) return KVL_OK;
+    if (total <= longest)
+        return kvli_fail(c->ctx, text, KVL_NEVER_FITS,
+                         "submit: %llu tokens are more than token_pool_bytes holds",
+                         (unsigned long long)total + 1);
     kvli_need(c, total > 1u << 28 ? 1u << 28 : (uint32_t)total, c->geo.block_tokens, need);
     kvli_fits(c, need, c->max_slabs, true, &slabs);
     if (refusal) {
@@ -4498,7 +4577,7 @@ static kvl_result kvli_request_check(const kvl_sched *s, const kvl_request *q, u
         refusal->need_bytes = slabs * c->slab_bytes + c->fixed_bytes;
         refusal->budget_bytes = c->desc.max_device_bytes;
     }
-    return kvli_fail(c->ctx, none, KVL_NEVER_FITS,
+    return kvli_fail(c->ctx, text, KVL_NEVER_FITS,
                      "submit: %llu tokens (%u of prompt) are more than the %u that a sequence can have here",
                      (unsigned long long)total, q->n_tokens, longest);
 }
@@ -4511,11 +4590,12 @@ KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request,
     if (!s || !request || !out) return KVL_INVALID_ARG;
     kvl_result result = kvli_request_check(s, request, &capacity, refusal);
     if (result != KVL_OK) return result;
+    int32_t *tokens = kvli_tokens_new(s, request->tokens, request->n_tokens, capacity);
+    if (!tokens) return KVL_OUT_OF_HOST_MEMORY;
     kvli_lock(&s->cache->lock);
-    result = s->closed ? KVL_CLOSED : kvli_req_take(s, capacity, &r);
+    result = s->closed ? KVL_CLOSED : kvli_req_take(s, tokens, capacity, &r);
     if (result == KVL_OK) {
         kvli_req *q = &s->reqs[r];
-        memcpy(q->tokens, request->tokens, request->n_tokens * sizeof *q->tokens);
         if (request->n_stop_tokens)
             memcpy(q->stop, request->stop_tokens, request->n_stop_tokens * sizeof *q->stop);
         q->n_stop = (uint8_t)request->n_stop_tokens;
@@ -4533,6 +4613,9 @@ KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request,
         kvli_cond_broadcast(&s->wake);
     }
     kvli_unlock(&s->cache->lock);
+    if (result != KVL_OK) kvli_free(s->cache->ctx, tokens, (size_t)capacity * sizeof *tokens);
+    if (result != KVL_OK && refusal)
+        snprintf(refusal->text, sizeof refusal->text, "submit: %s", kvl_result_text(result));
     return result;
 }
 
@@ -4555,7 +4638,8 @@ KVL_API kvl_result kvl_sched_cancel(kvl_sched *s, kvl_req req) {
 }
 
 KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req *out) {
-    uint32_t r = 0;
+    uint32_t r = 0, capacity = 0;
+    int32_t *tokens = NULL;
     if (out) out->id = 0;
     if (!s || !out) return KVL_INVALID_ARG;
     if (s->cache->step.open)
@@ -4566,10 +4650,16 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
                         : s->reqs[parent].finished ? KVL_INVALID_ARG
                         : s->closed                ? KVL_CLOSED
                                                    : KVL_OK;
-    if (result == KVL_OK) result = kvli_req_take(s, s->reqs[parent].capacity, &r);
+    kvli_unlock(&s->cache->lock);
+    if (result == KVL_OK) { /* only this thread changes or ends the parent */
+        capacity = s->reqs[parent].capacity;
+        tokens = kvli_tokens_new(s, s->reqs[parent].tokens, s->reqs[parent].n_tokens, capacity);
+        if (!tokens) result = KVL_OUT_OF_HOST_MEMORY;
+    }
+    kvli_lock(&s->cache->lock);
+    if (result == KVL_OK) result = kvli_req_take(s, tokens, capacity, &r);
     if (result == KVL_OK) {
         kvli_req *q = &s->reqs[r], *p = &s->reqs[parent];
-        memcpy(q->tokens, p->tokens, p->n_tokens * sizeof *q->tokens);
         memcpy(q->stop, p->stop, sizeof q->stop);
         q->n_stop = p->n_stop;
         q->n_prompt = p->n_prompt;
@@ -4591,6 +4681,7 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
         kvli_cond_broadcast(&s->wake);
     }
     kvli_unlock(&s->cache->lock);
+    if (result != KVL_OK) kvli_free(s->cache->ctx, tokens, (size_t)capacity * sizeof *tokens);
     if (result != KVL_OK)
         kvli_fail(s->cache->ctx, kvli_serr(s), result, "kvl_sched_fork: %s", kvl_result_text(result));
     return result;
@@ -4663,49 +4754,57 @@ KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t
     return r == KVL_NONE ? KVL_INVALID_HANDLE : KVL_OK;
 }
 
-/* ==== >>cpu: attention on the CPU ===========================================================================================
-   The order in which a row is computed is fixed by its position alone, so that its bits do not depend on how rows were chunked,
-   on threads or on other sequences:
-     - keys fall into segments of geo->segment_tokens and, inside, into tiles of KVLI_CPU_TILE tokens, both counted from position 0;
-     - a score is the sum of vector-wide partial sums, each a chain over the dims in order, added up as a binary tree;
-     - a tile is one step of the online softmax (Milakov & Gimelshein 2018); values are added token after token;
+/* ==== >>cpu: attention on the CPU ====
+   The order in which a row is computed is fixed by its position alone, so that its bits do not depend on how
+   rows were chunked, on threads or on other sequences:
+     - keys fall into segments of geo->segment_tokens and, inside, into tiles of KVLI_CPU_TILE tokens, both
+       counted from position 0;
+     - a score is the sum of partial sums, each a chain over the dims in order, added up as a binary tree;
+     - a tile is one step of the online softmax (Milakov & Gimelshein 2018); values are added token by token;
      - segments merge from left to right (split-KV: Dao et al. 2023, Flash-Decoding).
-   Tasks differ only in which rows and segments they take. Kernels take several rows at once, each with the same operations as alone.
-   What a row must not see is left out of loops or replaced by selection, never multiplied by zero: it may be NaN.
-   Scores are kept in base 2: log2(e) is folded into q. */
+   Tasks differ only in which rows and segments they take. Kernels take several rows at once, each with the
+   same operations as alone. What a row must not see is left out of loops or replaced by selection, never
+   multiplied by zero: it may be NaN. Scores are kept in base 2: log2(e) is folded into q. */
 enum {
     KVLI_CPU_TILE = 128,     /* tokens of one softmax step; segments are cut into tiles from their start */
-    KVLI_CPU_STRIDE = 144,   /* floats between score rows: a 16-wide store at the end of an 8-token block may run over */
+    KVLI_CPU_STRIDE = 144,   /* floats between score rows: the last 16-wide store may run over */
     KVLI_CPU_CHUNK = 32,     /* tokens decoded at once where rows are decoded to memory: 1 << 5 */
     KVLI_CPU_MAX_Q = 64,     /* query rows of a task */
     KVLI_CPU_FLOATS = 22016, /* scratch of a task, on its stack: 86 KB */
-    KVLI_CPU_DIRECT_Q = 8    /* up to so many query rows decode in registers, more share rows decoded to memory */
+    KVLI_CPU_DIRECT_Q = 8    /* more query rows than that share K and V decoded to memory */
 };
 static const float KVLI_LOG2E = 1.44269504088896f;
 static const float KVLI_LOW = -3.0e38f; /* below every score; finite, so that differences stay defined */
 
 /* Which tokens of a range a query sees: [0, sink) and [lo, hi), sink <= lo. */
-typedef struct kvli_cpu_run { uint32_t sink, lo, hi; } kvli_cpu_run;
+typedef struct kvli_cpu_run {
+    uint32_t sink, lo, hi;
+} kvli_cpu_run;
 
 /* Softmax state of a query row: maximum and sum of 2^(score - maximum). */
-typedef struct kvli_cpu_stat { float m, l; } kvli_cpu_stat;
+typedef struct kvli_cpu_stat {
+    float m, l;
+} kvli_cpu_stat;
 
 /* Which query rows stand in scratch in the form that a kernel wants, from one block to the next. */
-typedef struct kvli_cpu_spread { const float *q; uint32_t n_q; } kvli_cpu_spread;
+typedef struct kvli_cpu_spread {
+    const float *q;
+    uint32_t n_q;
+} kvli_cpu_spread;
 
-/* The K or V tiles of consecutive blocks and the query rows that read them. Rows of s are KVLI_CPU_STRIDE apart and start at the first
-   token. */
+/* The K or V tiles of consecutive blocks and the query rows that read them. Rows of s are KVLI_CPU_STRIDE
+   apart and start at the first token. */
 typedef struct kvli_cpu_block {
     const kvli_side *side;
     const uint8_t *const *tiles; /* a few more than are needed may be looked at: see kvli_cpu_part */
     uint32_t n_tiles;
-    uint32_t n;           /* tokens that anyone sees */
-    uint32_t first;       /* index of the first token in the range that runs count in */
+    uint32_t n;     /* tokens that anyone sees */
+    uint32_t first; /* index of the first token in the range that runs count in */
     uint32_t n_q;
-    const float *q;       /* keys: [n_q] rows, scaled, rotated as the tile is; one more row may be read */
-    float *s;             /* scores out (keys); probabilities in, may be overwritten (values) */
+    const float *q; /* keys: [n_q] rows, scaled, rotated as the tile is; one more row may be read */
+    float *s;       /* scores out (keys); probabilities in, may be overwritten (values) */
     const kvli_cpu_run *runs;
-    float *acc;           /* values: [n_q] rows to add to */
+    float *acc; /* values: [n_q] rows to add to */
     size_t q_stride, acc_stride;
     float *scratch;
     uint32_t scratch_dim; /* the larger of the two head dims */
@@ -4714,24 +4813,27 @@ typedef struct kvli_cpu_block {
 
 /* A SIMD path. */
 typedef struct kvli_cpu_ops {
-    uint32_t acc_align;  /* accumulators are padded to a multiple of it */
-    bool splits_nibbles; /* 4-bit rows stand with the even elements of each 8 (keys) or 32 (values) before the odd ones, and INT4 values
-                            leave 16 partial sums of probability times zero point per 64 dims behind the accumulator's dims */
+    uint32_t acc_align; /* accumulators are padded to a multiple of it */
+    /* 4-bit rows stand with the even elements of each 8 (keys) or 32 (values) before the odd ones, and INT4
+       values leave 16 partial sums of probability times zero point per 64 dims behind the accumulator's dims.
+     */
+    bool splits_nibbles;
     size_t (*scratch_floats)(const kvli_geometry *geo);
     void (*score)(const kvli_cpu_block *b);
-    /* Scores to probabilities of one or more of n query rows; returns of how many. by: what their accumulators must be multiplied with.
-       cap: 0 or softcap * log2(e). */
-    uint32_t (*softmax)(float *s, const kvli_cpu_run *runs, uint32_t n, float cap, kvli_cpu_stat *st, float *by);
+    /* Scores to probabilities of one or more of n query rows; returns of how many. by: what their
+       accumulators must be multiplied with. cap: 0 or softcap * log2(e). */
+    uint32_t (*softmax)(float *s, const kvli_cpu_run *runs, uint32_t n, float cap, kvli_cpu_stat *st,
+                        float *by);
     void (*values)(const kvli_cpu_block *b);
     float (*exp2)(float x);
 } kvli_cpu_ops;
 
-/* Cuts the block's query rows into groups, and each group's tokens [t0, t1) of the block into what all of it see, done together, and what
-   single rows see before and after that. Every row gets its tokens in order. */
+/* Cuts the block's query rows into groups, and each group's tokens [t0, t1) of the block into what all of it
+   see, done together, and what single rows see before and after that. Every row gets its tokens in order. */
 typedef void (*kvli_cpu_run_fn)(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1);
 
-static void kvli_cpu_group_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1, uint32_t n_q, uint32_t q0,
-                                kvli_cpu_run_fn fn, void *arg) {
+static void kvli_cpu_group_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1,
+                                uint32_t n_q, uint32_t q0, kvli_cpu_run_fn fn, void *arg) {
     uint32_t lo[8], hi[8], a = t0, b = t1;
     for (uint32_t i = 0; i < n_q; i++) {
         const kvli_cpu_run *r = &runs[i];
@@ -4761,8 +4863,8 @@ static uint32_t kvli_cpu_take(uint32_t left, uint32_t widest) {
     return left >= 2 && widest == 2 ? 2 : 1;
 }
 
-static void kvli_cpu_spread_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1, uint32_t n_q, uint32_t widest,
-                                 kvli_cpu_run_fn fn, void *arg) {
+static void kvli_cpu_spread_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1,
+                                 uint32_t n_q, uint32_t widest, kvli_cpu_run_fn fn, void *arg) {
     for (uint32_t i = 0, n; i < n_q; i += n) {
         n = kvli_cpu_take(n_q - i, widest);
         kvli_cpu_group_runs(runs + i, first, t0, t1, n, i, fn, arg);
@@ -4771,7 +4873,10 @@ static void kvli_cpu_spread_runs(const kvli_cpu_run *runs, uint32_t first, uint3
 
 /* ---- scalar: the plain statement of what the other paths do ---- */
 static float kvli_s_exp2(float x) {
-    union { uint32_t u; float f; } two;
+    union {
+        uint32_t u;
+        float f;
+    } two;
     float n, r, p;
     if (x != x) return x;
     if (x < -126.0f) x = -126.0f;
@@ -4807,11 +4912,13 @@ static void kvli_s_score(const kvli_cpu_block *b) {
     for (uint32_t t = 0; t < b->n; t++) {
         if (t % T == 0) kvli_decode_tile(b->side, b->tiles[t / T], b->scratch);
         for (uint32_t i = 0; i < b->n_q; i++)
-            b->s[(size_t)i * KVLI_CPU_STRIDE + t] = kvli_s_dot(b->q + i * b->q_stride, b->scratch + (size_t)(t % T) * dim, dim);
+            b->s[(size_t)i * KVLI_CPU_STRIDE + t] =
+                kvli_s_dot(b->q + i * b->q_stride, b->scratch + (size_t)(t % T) * dim, dim);
     }
 }
 
-static uint32_t kvli_s_softmax(float *s, const kvli_cpu_run *run, uint32_t n, float cap, kvli_cpu_stat *st, float *by) {
+static uint32_t kvli_s_softmax(float *s, const kvli_cpu_run *run, uint32_t n, float cap, kvli_cpu_stat *st,
+                               float *by) {
     float m = st->m, sum = 0;
     (void)n;
     for (uint32_t t = 0; t < run->hi; t++) {
@@ -4850,7 +4957,8 @@ static void kvli_s_values(const kvli_cpu_block *b) {
     }
 }
 
-static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_score, kvli_s_softmax, kvli_s_values, kvli_s_exp2};
+static const kvli_cpu_ops KVLI_CPU_SCALAR = {
+    16, false, kvli_s_scratch, kvli_s_score, kvli_s_softmax, kvli_s_values, kvli_s_exp2};
 
 #if KVLI_X86
 /* ---- AVX-512: rows are decoded in registers where few query rows share them ---- */
@@ -4874,13 +4982,27 @@ static const kvli_cpu_ops KVLI_CPU_SCALAR = {16, false, kvli_s_scratch, kvli_s_s
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-/* Rows of a tile in some format, with its scales as f32 beside it. Values are taken as pairs: 32 dims of one row in two vectors. Keys are
-   taken as quads: 8 dims of four rows in two vectors, each with four dims of row i in its lanes 4i to 4i + 3, so that little is left to
-   add up across lanes. */
+/* Bytes of 8 dims of a row; 0, keys as quads (below): of four rows as f32. */
+KVLI_INLINE uint32_t kvli_bytes8(kvl_format f) {
+    switch (f) {
+    case 0: return 128;
+    case KVL_F32: return 32;
+    case KVL_F16:
+    case KVL_BF16: return 16;
+    case KVL_NVFP4:
+    case KVL_INT4:
+    case KVL_INT4_CHANNEL: return 4;
+    default: return 8;
+    }
+}
+
+/* Rows of a tile in some format, with its scales as f32 beside it. Values are taken as pairs: 32 dims of one
+   row in two vectors. Keys are taken as quads: 8 dims of four rows in two vectors, each with four dims of row
+   i in its lanes 4i to 4i + 3, so that little is left to add up across lanes. */
 typedef struct kvli_z_rows {
     const uint8_t *const *tiles; /* of 1 << shift rows each */
     size_t stride;
-    const float *side;           /* values: row t's scales at t * side_stride; keys: of four rows, kvli_z_side_floats at a time */
+    const float *side; /* values: scales of a row every side_stride; keys: of four every kvli_z_side_floats */
     uint32_t side_stride, dim, shift;
 } kvli_z_rows;
 
@@ -4889,13 +5011,15 @@ enum { KVLI_Z_QUADS = 0 };
 
 /* The parts of a task's scratch. */
 typedef struct kvli_z_scratch {
-    float *rows;     /* [CHUNK][padded dim], or query rows with each four dims repeated four times [DIRECT_Q][dim / 4][4][4] */
-    float *side;     /* [TILE][padded dim / 16] scales of groups */
-    float *token;    /* [TILE] scales, or scales and zeros [2][4][TILE] for INT4 values */
-    float *channel;  /* [2][padded dim] scales, zeros */
-    float *folded;   /* [8][padded dim] q times channel scales */
-    float *p;        /* [8][STRIDE] probabilities times scales */
-    float *spare;    /* accumulators of a row that is not there */
+    /* [CHUNK][padded dim], or query rows with each four dims repeated four times: [DIRECT_Q][dim / 4][4][4]
+     */
+    float *rows;
+    float *side;    /* [TILE][padded dim / 16] scales of groups */
+    float *token;   /* [TILE] scales, or scales and zeros [2][4][TILE] for INT4 values */
+    float *channel; /* [2][padded dim] scales, zeros */
+    float *folded;  /* [8][padded dim] q times channel scales */
+    float *p;       /* [8][STRIDE] probabilities times scales */
+    float *spare;   /* accumulators of a row that is not there */
 } kvli_z_scratch;
 
 static inline uint32_t kvli_z_pad(uint32_t dim) { return (dim + 31u) & ~31u; }
@@ -4918,21 +5042,8 @@ static kvli_z_scratch kvli_z_carve(float *at, uint32_t dim) {
 
 static size_t kvli_z_scratch_floats(const kvli_geometry *geo) {
     uint32_t dim = kvli_z_pad(kvli_max_u32(geo->k_dim, geo->v_dim));
-    return (size_t)(KVLI_CPU_CHUNK + KVLI_CPU_TILE / 16 + 2 + 8 + 1) * dim + 8 * KVLI_CPU_TILE + 8 * KVLI_CPU_STRIDE;
-}
-
-/* Bytes of 8 dims of a row; of a quad where keys stand as quads. */
-KVLI_Z uint32_t kvli_z_bytes8(kvl_format f) {
-    switch (f) {
-    case KVLI_Z_QUADS: return 128;
-    case KVL_F32: return 32;
-    case KVL_F16:
-    case KVL_BF16: return 16;
-    case KVL_NVFP4:
-    case KVL_INT4:
-    case KVL_INT4_CHANNEL: return 4;
-    default: return 8;
-    }
+    return (size_t)(KVLI_CPU_CHUNK + KVLI_CPU_TILE / 16 + 2 + 8 + 1) * dim + 8 * KVLI_CPU_TILE +
+           8 * KVLI_CPU_STRIDE;
 }
 
 KVLI_Z __m512 kvli_z_e2m1(void) {
@@ -4963,9 +5074,10 @@ KVLI_Z __m512 kvli_z_16(kvl_format f, const uint8_t *row, uint32_t i) {
     }
 }
 
-/* Pair j of a row. Nibbles come out as 16 even, then 16 odd elements; vpermps takes the low four bits of a lane as its index. A tail is the
-   last 16 dims where 32 does not divide the dims: the rest becomes zero. */
-KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uint32_t j, bool tail, __m512 *v0, __m512 *v1) {
+/* Pair j of a row. Nibbles come out as 16 even, then 16 odd elements; vpermps takes the low four bits of a
+   lane as its index. A tail is the last 16 dims where 32 does not divide the dims: the rest becomes zero. */
+KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uint32_t j, bool tail,
+                        __m512 *v0, __m512 *v1) {
     const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     if (f == KVL_NVFP4 || f == KVL_INT4_CHANNEL) {
         const __m128i *at = (const __m128i *)(const void *)row + j;
@@ -4985,16 +5097,17 @@ KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uin
     }
 }
 
-/* Calls CALL with each format of values as a constant. INT4 values stand as bare codes, like channel formats. */
-#define KVLI_Z_VALUE_FORMATS(f, CALL)                                                                                  \
-    switch (f) {                                                                                                       \
-    case KVL_F32: CALL(KVL_F32); break;                                                                                \
-    case KVL_F16: CALL(KVL_F16); break;                                                                                \
-    case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
-    case KVL_INT8: CALL(KVL_INT8); break;                                                                              \
-    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;                                                                      \
-    case KVL_NVFP4: CALL(KVL_NVFP4); break;                                                                            \
-    default: CALL(KVL_INT4_CHANNEL); break;                                                                            \
+/* Calls CALL with each format of values as a constant. INT4 values stand as bare codes, like channel formats.
+ */
+#define KVLI_Z_VALUE_FORMATS(f, CALL)             \
+    switch (f) {                                  \
+    case KVL_F32: CALL(KVL_F32); break;           \
+    case KVL_F16: CALL(KVL_F16); break;           \
+    case KVL_BF16: CALL(KVL_BF16); break;         \
+    case KVL_INT8: CALL(KVL_INT8); break;         \
+    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break; \
+    case KVL_NVFP4: CALL(KVL_NVFP4); break;       \
+    default: CALL(KVL_INT4_CHANNEL); break;       \
     }
 
 /* Decodes rows [t0, t0 + n) of values to f32, pairs as they come. */
@@ -5014,7 +5127,8 @@ KVLI_Z void kvli_z_decode_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, ui
     }
 }
 
-static KVLI_TARGET_AVX512 void kvli_z_decode(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
+static KVLI_TARGET_AVX512 void kvli_z_decode(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n,
+                                             float *out){
 #define KVLI_CALL(F) kvli_z_decode_as(F, r, t0, n, out)
     KVLI_Z_VALUE_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
@@ -5022,7 +5136,8 @@ static KVLI_TARGET_AVX512 void kvli_z_decode(kvl_format f, const kvli_z_rows *r,
 
 /* 16 bytes of two rows, one after the other. */
 KVLI_Z __m256i kvli_z_two(const uint8_t *a, const uint8_t *b) {
-    __m128i x = _mm_loadu_si128((const __m128i *)(const void *)a), y = _mm_loadu_si128((const __m128i *)(const void *)b);
+    __m128i x = _mm_loadu_si128((const __m128i *)(const void *)a),
+            y = _mm_loadu_si128((const __m128i *)(const void *)b);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1);
 }
 
@@ -5032,30 +5147,37 @@ KVLI_Z __m128i kvli_z_load32(const uint8_t *at) {
     return _mm_cvtsi32_si128(x);
 }
 
-/* 8 dims of four rows as floats, bytes or nibbles become codes. Nibbles: the four even dims, then the four odd ones. */
+/* 8 dims of four rows as floats, bytes or nibbles become codes. Nibbles: the four even dims, then the four
+ * odd ones. */
 KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, __m512 *v) {
     const uint8_t *r[4] = {row, row + stride, row + 2 * stride, row + 3 * stride};
     if (f == KVLI_Z_QUADS) {
         v[0] = _mm512_loadu_ps((const float *)(const void *)row);
         v[1] = _mm512_loadu_ps((const float *)(const void *)(row + 64));
     } else if (f == KVL_F32) {
-        __m512i x = _mm512_inserti64x4(_mm512_castsi256_si512(kvli_z_two(r[0], r[1])), kvli_z_two(r[2], r[3]), 1);
-        __m512i y = _mm512_inserti64x4(_mm512_castsi256_si512(kvli_z_two(r[0] + 16, r[1] + 16)), kvli_z_two(r[2] + 16, r[3] + 16), 1);
+        __m512i x =
+            _mm512_inserti64x4(_mm512_castsi256_si512(kvli_z_two(r[0], r[1])), kvli_z_two(r[2], r[3]), 1);
+        __m512i y = _mm512_inserti64x4(_mm512_castsi256_si512(kvli_z_two(r[0] + 16, r[1] + 16)),
+                                       kvli_z_two(r[2] + 16, r[3] + 16), 1);
         v[0] = _mm512_castsi512_ps(x);
         v[1] = _mm512_castsi512_ps(y);
     } else if (f == KVL_F16 || f == KVL_BF16) {
         __m256i even = kvli_z_two(r[0], r[2]), odd = kvli_z_two(r[1], r[3]);
         __m256i x[2] = {_mm256_unpacklo_epi64(even, odd), _mm256_unpackhi_epi64(even, odd)};
-        KVLI_UNROLL for (int k = 0; k < 2; k++)
-            v[k] = f == KVL_F16 ? _mm512_cvtph_ps(x[k]) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x[k]), 16));
+        KVLI_UNROLL for (int k = 0; k < 2; k++) v[k] =
+            f == KVL_F16 ? _mm512_cvtph_ps(x[k])
+                         : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x[k]), 16));
     } else if (f == KVL_INT8 || f == KVL_INT8_CHANNEL || f == KVL_FP8_E4M3) {
-        __m128i ab = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[0]), _mm_loadl_epi64((const __m128i *)(const void *)r[1]));
-        __m128i cd = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[2]), _mm_loadl_epi64((const __m128i *)(const void *)r[3]));
+        __m128i ab = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[0]),
+                                        _mm_loadl_epi64((const __m128i *)(const void *)r[1]));
+        __m128i cd = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[2]),
+                                        _mm_loadl_epi64((const __m128i *)(const void *)r[3]));
         v[0] = kvli_z_codes(f, _mm_unpacklo_epi64(ab, cd));
         v[1] = kvli_z_codes(f, _mm_unpackhi_epi64(ab, cd));
     } else {
         const __m512 table = f == KVL_NVFP4 ? kvli_z_e2m1() : kvli_z_u4();
-        __m128i ab = _mm_unpacklo_epi32(kvli_z_load32(r[0]), kvli_z_load32(r[1])), cd = _mm_unpacklo_epi32(kvli_z_load32(r[2]), kvli_z_load32(r[3]));
+        __m128i ab = _mm_unpacklo_epi32(kvli_z_load32(r[0]), kvli_z_load32(r[1])),
+                cd = _mm_unpacklo_epi32(kvli_z_load32(r[2]), kvli_z_load32(r[3]));
         __m512i x = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(ab, cd));
         v[0] = _mm512_permutexvar_ps(x, table);
         v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
@@ -5074,8 +5196,9 @@ KVLI_Z uint32_t kvli_z_side_floats(kvl_format f, uint32_t dim) {
 }
 
 /* Dims 8c to 8c + 7 of the quad at `row`; scales of groups of dims are applied. */
-KVLI_Z void kvli_z_key(kvl_format f, const uint8_t *row, size_t stride, const float *side, uint32_t c, __m512 *v) {
-    kvli_z_quad(f, row + c * kvli_z_bytes8(f), stride, v);
+KVLI_Z void kvli_z_key(kvl_format f, const uint8_t *row, size_t stride, const float *side, uint32_t c,
+                       __m512 *v) {
+    kvli_z_quad(f, row + c * kvli_bytes8(f), stride, v);
     if (f == KVL_NVFP4) {
         const __m512 scale = kvli_z_spread(side + c / 2 * 4);
         v[0] = _mm512_mul_ps(v[0], scale);
@@ -5103,8 +5226,8 @@ KVLI_Z float kvli_z_sum(__m512 a) {
     return _mm512_cvtss_f32(a);
 }
 
-/* Where rows of q stand with each four dims repeated four times: a broadcast would take a shuffle's place (Zen 4). Not so where q changes with
-   each block or where loads are many. */
+/* Where rows of q stand with each four dims repeated four times: a broadcast would take a shuffle's place
+   (Zen 4). Not so where q changes with each block or where loads are many. */
 KVLI_Z bool kvli_z_spreads(kvl_format f) {
     return f != KVL_INT8_CHANNEL && f != KVL_INT4_CHANNEL && f != KVLI_Z_QUADS;
 }
@@ -5118,7 +5241,8 @@ static KVLI_TARGET_AVX512 void kvli_z_spread_q(const kvli_cpu_block *b, float *o
             _mm512_storeu_ps(out, _mm512_broadcast_f32x4(_mm_loadu_ps(b->q + i * b->q_stride + d)));
 }
 
-/* Where query rows are and scores go. The last of a kernel's rows has its own place: it may be one too many. */
+/* Where query rows are and scores go. The last of a kernel's rows has its own place: it may be one too many.
+ */
 typedef struct kvli_z_queries {
     const float *q;
     size_t q_stride;
@@ -5127,12 +5251,16 @@ typedef struct kvli_z_queries {
     float *s, *last;
 } kvli_z_queries;
 
-/* Scores of four query rows with the eight tokens of two quads: a[0], a[1] of the first row, a[step], a[step + 1] of the second. */
-KVLI_Z void kvli_z_score_out(const __m512 *a, const int step, const float *zero, const float *token, float *s, float *last) {
+/* Scores of four query rows with the eight tokens of two quads: a[0], a[1] of the first row, a[step], a[step
+ * + 1] of the second. */
+KVLI_Z void kvli_z_score_out(const __m512 *a, const int step, const float *zero, const float *token, float *s,
+                             float *last) {
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    __m512 x[4] = {a[0], a[step], a[2 * step], a[3 * step]}, y[4] = {a[1], a[step + 1], a[2 * step + 1], a[3 * step + 1]}, low, high;
-    __m512 z = _mm512_castps128_ps512(_mm_loadu_ps(zero)), by = _mm512_broadcast_f32x8(_mm256_loadu_ps(token));
+    __m512 x[4] = {a[0], a[step], a[2 * step], a[3 * step]},
+           y[4] = {a[1], a[step + 1], a[2 * step + 1], a[3 * step + 1]}, low, high;
+    __m512 z = _mm512_castps128_ps512(_mm_loadu_ps(zero)),
+           by = _mm512_broadcast_f32x8(_mm256_loadu_ps(token));
     x[0] = kvli_z_sum4(x);
     y[0] = kvli_z_sum4(y);
     low = _mm512_permutex2var_ps(x[0], turn, y[0]);
@@ -5146,9 +5274,11 @@ KVLI_Z void kvli_z_score_out(const __m512 *a, const int step, const float *zero,
 }
 
 /* Scores of H query rows with tokens [0, n), Q quads at a time: n is rounded up to 4 * Q. */
-KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z_rows *r, uint32_t n,
+                            const kvli_z_queries *w) {
     const size_t wide = kvli_z_spreads(f) ? 4 : 1, stride = r->stride;
-    const uint32_t n_side = kvli_z_side_floats(f, r->dim), bytes = 4 * (uint32_t)Q * kvli_z_bytes8(f), n_lines = (bytes + 63) / 64;
+    const uint32_t n_side = kvli_z_side_floats(f, r->dim), bytes = 4 * (uint32_t)Q * kvli_bytes8(f),
+                   n_lines = (bytes + 63) / 64;
     for (uint32_t t0 = 0; t0 < n; t0 += 4 * (uint32_t)Q) {
         const float *side = r->side + t0 / 4 * n_side;
         const uint8_t *row[4], *ahead = kvli_z_row(r, t0 + (1u << r->shift));
@@ -5158,58 +5288,67 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
         for (uint32_t c = 0; c < r->dim / 8; c++, ahead += bytes) {
             __m512 v[4][2];
             if (f != KVLI_Z_QUADS) {
-                KVLI_UNROLL for (uint32_t i = 0; i < n_lines; i++) _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T0);
+                KVLI_UNROLL for (uint32_t i = 0; i < n_lines; i++)
+                    _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T1);
             }
-            KVLI_UNROLL for (int i = 0; i < Q; i++) kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, v[i]);
+            KVLI_UNROLL for (int i = 0; i < Q; i++)
+                kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, v[i]);
             KVLI_UNROLL for (int h = 0; h < H; h++) {
                 const float *at = w->q + (size_t)h * w->q_stride + 8 * wide * c;
                 KVLI_UNROLL for (int k = 0; k < 2; k++) {
-                    __m512 q = wide == 4 ? _mm512_loadu_ps(at + 16 * k) : _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
+                    __m512 q = wide == 4 ? _mm512_loadu_ps(at + 16 * k)
+                                         : _mm512_broadcast_f32x4(_mm_loadu_ps(at + 4 * k));
                     KVLI_IN_REGISTER(q);
-                    KVLI_UNROLL for (int i = 0; i < Q; i++) a[h * Q + i] = _mm512_fmadd_ps(q, v[i][k], a[h * Q + i]);
+                    KVLI_UNROLL for (int i = 0; i < Q; i++) a[h * Q + i] =
+                        _mm512_fmadd_ps(q, v[i][k], a[h * Q + i]);
                 }
             }
         }
         if (H == 1) {
             const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             __m512 sum = _mm512_permutexvar_ps(turn, kvli_z_sum4(a));
-            _mm512_storeu_ps(w->s + t0, _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0])));
+            _mm512_storeu_ps(
+                w->s + t0, _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0])));
             continue;
         }
         KVLI_UNROLL for (int h = 0; h < H; h += 4) {
-            float *s = w->s + (size_t)h * KVLI_CPU_STRIDE + t0, *last = h + 4 == H ? w->last + t0 : s + 3 * KVLI_CPU_STRIDE;
-            KVLI_UNROLL for (int i = 0; i < Q; i += 2)
-                kvli_z_score_out(a + h * Q + i, Q, w->zero + h, w->token + t0 + 4 * i, s + 4 * i, last + 4 * i);
+            float *s = w->s + (size_t)h * KVLI_CPU_STRIDE + t0,
+                  *last = h + 4 == H ? w->last + t0 : s + 3 * KVLI_CPU_STRIDE;
+            KVLI_UNROLL for (int i = 0; i < Q; i += 2) kvli_z_score_out(
+                a + h * Q + i, Q, w->zero + h, w->token + t0 + 4 * i, s + 4 * i, last + 4 * i);
         }
     }
 }
 
 /* Formats of keys that kernels decode in registers; the rest (F32, INT4) always comes through memory. */
-#define KVLI_Z_KEY_FORMATS(f, CALL)                                                                                    \
-    switch (f) {                                                                                                       \
-    case KVL_F16: CALL(KVL_F16); break;                                                                                \
-    case KVL_BF16: CALL(KVL_BF16); break;                                                                              \
-    case KVL_INT8: CALL(KVL_INT8); break;                                                                              \
-    case KVL_INT8_CHANNEL: CALL(KVL_INT8_CHANNEL); break;                                                              \
-    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;                                                                      \
-    case KVL_NVFP4: CALL(KVL_NVFP4); break;                                                                            \
-    case KVL_INT4_CHANNEL: CALL(KVL_INT4_CHANNEL); break;                                                              \
-    default: CALL(KVLI_Z_QUADS); break;                                                                                \
+#define KVLI_Z_KEY_FORMATS(f, CALL)                       \
+    switch (f) {                                          \
+    case KVL_F16: CALL(KVL_F16); break;                   \
+    case KVL_BF16: CALL(KVL_BF16); break;                 \
+    case KVL_INT8: CALL(KVL_INT8); break;                 \
+    case KVL_INT8_CHANNEL: CALL(KVL_INT8_CHANNEL); break; \
+    case KVL_FP8_E4M3: CALL(KVL_FP8_E4M3); break;         \
+    case KVL_NVFP4: CALL(KVL_NVFP4); break;               \
+    case KVL_INT4_CHANNEL: CALL(KVL_INT4_CHANNEL); break; \
+    default: CALL(KVLI_Z_QUADS); break;                   \
     }
 
-static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n,
+                                             const kvli_z_queries *w) {
 #define KVLI_CALL(F) kvli_z_score_as(F, 1, 4, r, n, w)
     KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
 
-static KVLI_TARGET_AVX512 void kvli_z_score4(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+static KVLI_TARGET_AVX512 void kvli_z_score4(kvl_format f, const kvli_z_rows *r, uint32_t n,
+                                             const kvli_z_queries *w) {
 #define KVLI_CALL(F) kvli_z_score_as(F, 4, 4, r, n, w)
     KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
 
-static KVLI_TARGET_AVX512 void kvli_z_score8(kvl_format f, const kvli_z_rows *r, uint32_t n, const kvli_z_queries *w) {
+static KVLI_TARGET_AVX512 void kvli_z_score8(kvl_format f, const kvli_z_rows *r, uint32_t n,
+                                             const kvli_z_queries *w){
 #define KVLI_CALL(F) kvli_z_score_as(F, 8, 2, r, n, w)
     KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
@@ -5228,7 +5367,8 @@ KVLI_Z void kvli_z_decode_keys_as(kvl_format f, const kvli_z_rows *r, uint32_t t
     }
 }
 
-static KVLI_TARGET_AVX512 void kvli_z_decode_keys(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
+static KVLI_TARGET_AVX512 void kvli_z_decode_keys(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n,
+                                                  float *out) {
 #define KVLI_CALL(F) kvli_z_decode_keys_as(F, r, t0, n, out)
     if (f == KVL_F32)
         KVLI_CALL(KVL_F32);
@@ -5242,11 +5382,14 @@ static KVLI_TARGET_AVX512 void kvli_z_decode_keys(kvl_format f, const kvli_z_row
 static KVLI_TARGET_AVX512 void kvli_z_f16(const uint8_t *src, uint32_t n, float by, float *dst) {
     const __m256 m = _mm256_set1_ps(by);
     for (uint32_t i = 0; i < n; i += 8)
-        _mm256_storeu_ps(dst + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i))), m));
+        _mm256_storeu_ps(
+            dst + i,
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i))), m));
 }
 
 /* NVFP4's scales as f32. Values: [row][groups, padded to even]. Keys: [row / 4][group][row % 4]. */
-static KVLI_TARGET_AVX512 void kvli_z_scales16(const uint8_t *src, uint32_t n, uint32_t groups, float global, bool is_key, float *dst) {
+static KVLI_TARGET_AVX512 void kvli_z_scales16(const uint8_t *src, uint32_t n, uint32_t groups, float global,
+                                               bool is_key, float *dst) {
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512 by = _mm512_set1_ps(256.0f * global);
     uint32_t padded = (groups + 1) & ~1u;
@@ -5254,14 +5397,16 @@ static KVLI_TARGET_AVX512 void kvli_z_scales16(const uint8_t *src, uint32_t n, u
         for (uint32_t t = 0; t < n; t++) {
             if (!is_key) dst[t * padded + groups] = 0;
             for (uint32_t g = 0; g < groups; g++)
-                dst[is_key ? (t / 4 * groups + g) * 4 + t % 4 : t * padded + g] = kvli_e4m3_to_f32(src[t * groups + g]) * global;
+                dst[is_key ? (t / 4 * groups + g) * 4 + t % 4 : t * padded + g] =
+                    kvli_e4m3_to_f32(src[t * groups + g]) * global;
         }
         return;
     }
     for (uint32_t i = 0; i < n * groups; i += 32) {
         __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(src + i));
         __m512 a, b;
-        if (is_key && groups == 8) x = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+        if (is_key && groups == 8)
+            x = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
         a = kvli_z_codes(KVL_FP8_E4M3, _mm256_castsi256_si128(x));
         b = kvli_z_codes(KVL_FP8_E4M3, _mm256_extracti128_si256(x, 1));
         if (is_key) {
@@ -5287,10 +5432,12 @@ static void kvli_z_scales64(const uint8_t *src, uint32_t n, uint32_t groups, flo
 }
 
 /* Splits n × groups × (f16 scale, f16 zero) into scales [4][TILE] and zeros [4][TILE]. */
-static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t n, uint32_t groups, float *dst) {
+static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t n, uint32_t groups,
+                                                   float *dst) {
     const uint32_t zeros = 4 * KVLI_CPU_TILE;
-    const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                          _mm512_set1_epi32((int)groups));
+    const __m512i at =
+        _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                           _mm512_set1_epi32((int)groups));
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     for (uint32_t t = 0; t < n; t += 16) {
         __mmask16 some = (__mmask16)(n - t < 16 ? 0xffu : 0xffffu);
@@ -5305,8 +5452,10 @@ static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t 
                                               _mm512_loadu_si512(src + 8 * t + 64));
             else
                 x = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, at, from, 4);
-            _mm512_mask_storeu_ps(dst + g * KVLI_CPU_TILE + t, some, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
-            _mm512_mask_storeu_ps(dst + zeros + g * KVLI_CPU_TILE + t, some, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
+            _mm512_mask_storeu_ps(dst + g * KVLI_CPU_TILE + t, some,
+                                  _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
+            _mm512_mask_storeu_ps(dst + zeros + g * KVLI_CPU_TILE + t, some,
+                                  _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
         }
     }
 }
@@ -5321,7 +5470,8 @@ static KVLI_TARGET_AVX512 void kvli_z_channels(const uint8_t *src, uint32_t dim,
 }
 
 /* q times channel scales, and q · zeros. */
-static KVLI_TARGET_AVX512 float kvli_z_fold(const float *q, const float *channel, uint32_t dim, float *folded) {
+static KVLI_TARGET_AVX512 float kvli_z_fold(const float *q, const float *channel, uint32_t dim,
+                                            float *folded) {
     __m512 sum = _mm512_setzero_ps();
     for (uint32_t i = 0; i < dim; i += 16) {
         __m512 x = _mm512_loadu_ps(q + i);
@@ -5332,23 +5482,26 @@ static KVLI_TARGET_AVX512 float kvli_z_fold(const float *q, const float *channel
 }
 
 /* Where rows are, and their scales as f32 in scratch. */
-static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_cpu_block *b, bool is_key, const kvli_z_scratch *z) {
+static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_cpu_block *b, bool is_key,
+                                                  const kvli_z_scratch *z) {
     kvli_z_rows r;
     kvl_format f = b->side->format;
     uint32_t T = b->side->tokens, D = b->side->dim;
     size_t at;
     r.tiles = b->tiles;
     for (r.shift = 3; 1u << r.shift < T;) r.shift++;
-    r.stride = D / 8 * kvli_z_bytes8(f);
+    r.stride = D / 8 * kvli_bytes8(f);
     r.side = z->side;
     r.side_stride = f == KVL_NVFP4 ? (D / 16 + 1) & ~1u : 0;
     r.dim = D;
     at = T * r.stride;
     for (uint32_t i = 0; i < b->n_tiles; i++) {
         const uint8_t *scales = b->tiles[i] + at;
-        if (f == KVL_INT8 || f == KVL_FP8_E4M3) kvli_z_f16(scales, T, f == KVL_INT8 ? 1.0f : 256.0f, z->token + i * T);
+        if (f == KVL_INT8 || f == KVL_FP8_E4M3)
+            kvli_z_f16(scales, T, f == KVL_INT8 ? 1.0f : 256.0f, z->token + i * T);
         if (f == KVL_NVFP4)
-            kvli_z_scales16(scales, T, D / 16, b->side->global, is_key, z->side + i * T * (is_key ? D / 16 : r.side_stride));
+            kvli_z_scales16(scales, T, D / 16, b->side->global, is_key,
+                            z->side + i * T * (is_key ? D / 16 : r.side_stride));
         else if (f == KVL_INT4 && is_key)
             kvli_z_scales64(scales, T, (D + 63) / 64, z->side + i * T / 4 * kvli_z_side_floats(f, D));
         else if (f == KVL_INT4)
@@ -5360,7 +5513,8 @@ static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_cpu_block *b, bool 
 }
 
 /* Scores of all query rows with n keys, t tokens into the block. */
-static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_format f, const kvli_z_rows *rows, uint32_t t, uint32_t n,
+static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_format f,
+                                                 const kvli_z_rows *rows, uint32_t t, uint32_t n,
                                                  const kvli_z_scratch *z) {
     uint32_t D = b->side->dim, take;
     bool channel = b->side->format == KVL_INT8_CHANNEL || b->side->format == KVL_INT4_CHANNEL;
@@ -5378,7 +5532,8 @@ static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_fo
             w.q = z->rows + (size_t)4 * D * i;
             w.q_stride = 4 * D;
         } else if (channel) {
-            for (uint32_t h = 0; h < take; h++) zero[h] = kvli_z_fold(w.q + h * w.q_stride, z->channel, D, z->folded + h * D);
+            for (uint32_t h = 0; h < take; h++)
+                zero[h] = kvli_z_fold(w.q + h * w.q_stride, z->channel, D, z->folded + h * D);
             w.q = z->folded;
             w.q_stride = D;
         }
@@ -5396,12 +5551,13 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
     uint32_t D = b->side->dim, T = b->side->tokens, step = b->n;
     kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(b->scratch_dim));
     kvli_z_rows rows = kvli_z_open(b, true, &z), part = rows;
-    bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL, direct = b->n_q <= KVLI_CPU_DIRECT_Q && f != KVL_F32 && f != KVL_INT4;
+    bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL,
+         direct = b->n_q <= KVLI_CPU_DIRECT_Q && f != KVL_F32 && f != KVL_INT4;
     const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
     if (direct && kvli_z_spreads(f)) kvli_z_spread_q(b, z.rows);
     if (!direct) b->spread->n_q = 0;
     if (channel) step = T;
-    if (!direct) step = channel ? kvli_min_u32(T, KVLI_CPU_CHUNK) : KVLI_CPU_CHUNK;
+    if (!direct) step = kvli_min_u32(step, KVLI_CPU_CHUNK);
     for (uint32_t t = 0; t < b->n; t += step) {
         uint32_t n = kvli_min_u32(b->n - t, step);
         if (channel && t % T == 0) {
@@ -5422,7 +5578,8 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
     }
 }
 
-/* 2^x for x <= 0 in [-126, 0]: Taylor-like polynomial of degree 6, relative error about 1e-7; 2^0 is 1 exactly. NaN stays NaN. */
+/* 2^x for x <= 0 in [-126, 0]: Taylor-like polynomial of degree 6, relative error about 1e-7; 2^0 is 1
+ * exactly. NaN stays NaN. */
 KVLI_Z __m512 kvli_z_exp2v(__m512 x) {
     __m512 n, r, p;
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
@@ -5437,14 +5594,18 @@ KVLI_Z __m512 kvli_z_exp2v(__m512 x) {
     return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
 }
 
-static KVLI_TARGET_AVX512 float kvli_z_exp2(float x) { return _mm512_cvtss_f32(kvli_z_exp2v(_mm512_set1_ps(x))); }
+static KVLI_TARGET_AVX512 float kvli_z_exp2(float x) {
+    return _mm512_cvtss_f32(kvli_z_exp2v(_mm512_set1_ps(x)));
+}
 
 /* A row of scores becomes cap * tanh(x), by tanh |x| = (1 - e) / (1 + e), e = exp(-2 |x|). */
 static KVLI_TARGET_AVX512 void kvli_z_softcap(float *s, float cap) {
     const __m512 one = _mm512_set1_ps(1.0f);
     for (uint32_t i = 0; i < KVLI_CPU_TILE; i += 16) {
-        __m512 x = _mm512_loadu_ps(s + i), e = kvli_z_exp2v(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f * KVLI_LOG2E)));
-        __m512 t = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), _mm512_set1_ps(cap));
+        __m512 x = _mm512_loadu_ps(s + i),
+               e = kvli_z_exp2v(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f * KVLI_LOG2E)));
+        __m512 t =
+            _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), _mm512_set1_ps(cap));
         __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
         _mm512_storeu_ps(s + i, _mm512_mask_sub_ps(t, negative, _mm512_setzero_ps(), t));
     }
@@ -5458,9 +5619,11 @@ KVLI_Z __m512 kvli_z_max(__m512 a) { /* to all lanes */
 }
 
 /* R rows, so that one's chain of operations hides another's; whole: they see all tokens. */
-KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvli_cpu_run *run, kvli_cpu_stat *st, float *by) {
+KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvli_cpu_run *run,
+                              kvli_cpu_stat *st, float *by) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i lo = _mm512_set1_epi32((int)run->lo), hi = _mm512_set1_epi32((int)run->hi), sink = _mm512_set1_epi32((int)run->sink);
+    const __m512i lo = _mm512_set1_epi32((int)run->lo), hi = _mm512_set1_epi32((int)run->hi),
+                  sink = _mm512_set1_epi32((int)run->sink);
     __m512 x[2][8], m[2];
     __mmask16 seen[8];
     KVLI_UNROLL for (int r = 0; r < R; r++) {
@@ -5468,7 +5631,8 @@ KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvl
             __m512i t = _mm512_add_epi32(lane, _mm512_set1_epi32(16 * i));
             x[r][i] = _mm512_loadu_ps(s + r * KVLI_CPU_STRIDE + 16 * i);
             if (whole) continue;
-            seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) | _mm512_cmplt_epi32_mask(t, sink));
+            seen[i] = (__mmask16)((_mm512_cmpge_epi32_mask(t, lo) & _mm512_cmplt_epi32_mask(t, hi)) |
+                                  _mm512_cmplt_epi32_mask(t, sink));
             x[r][i] = _mm512_mask_mov_ps(_mm512_set1_ps(KVLI_LOW), seen[i], x[r][i]);
         }
         m[r] = _mm512_max_ps(_mm512_max_ps(_mm512_max_ps(x[r][0], x[r][1]), _mm512_max_ps(x[r][2], x[r][3])),
@@ -5491,7 +5655,8 @@ KVLI_Z void kvli_z_softmax_as(const int R, const bool whole, float *s, const kvl
     }
 }
 
-static KVLI_TARGET_AVX512 uint32_t kvli_z_softmax(float *s, const kvli_cpu_run *runs, uint32_t n, float cap, kvli_cpu_stat *st, float *by) {
+static KVLI_TARGET_AVX512 uint32_t kvli_z_softmax(float *s, const kvli_cpu_run *runs, uint32_t n, float cap,
+                                                  kvli_cpu_stat *st, float *by) {
     bool whole = runs[0].lo == 0 && runs[0].hi == KVLI_CPU_TILE;
     uint32_t rows = whole && n > 1 && runs[1].lo == 0 && runs[1].hi == KVLI_CPU_TILE ? 2 : 1;
     for (uint32_t r = 0; r < rows && cap != 0; r++) kvli_z_softcap(s + r * KVLI_CPU_STRIDE, cap);
@@ -5505,10 +5670,11 @@ static KVLI_TARGET_AVX512 uint32_t kvli_z_softmax(float *s, const kvli_cpu_run *
 }
 
 /* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and NP pairs from pair j on. */
-KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli_z_rows *r, uint32_t t0, uint32_t t1, const float *p,
-                             uint32_t j, float *acc, size_t acc_stride, float *last) {
+KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli_z_rows *r, uint32_t t0,
+                             uint32_t t1, const float *p, uint32_t j, float *acc, size_t acc_stride,
+                             float *last) {
     __m512 a[16];
-    const int W = 2 * NP, n_lines = ((int)kvli_z_bytes8(f) * 2 * W + 63) / 64;
+    const int W = 2 * NP, n_lines = ((int)kvli_bytes8(f) * 2 * W + 63) / 64;
     const float *side = r->side + t0 * r->side_stride;
     p += t0;
     KVLI_UNROLL for (int h = 0; h < H; h++) {
@@ -5516,12 +5682,16 @@ KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli
         KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_loadu_ps(from + 16 * i);
     }
     for (uint32_t t = t0, end; t < t1; t = end) { /* tile by tile */
-        const uint8_t *row = kvli_z_row(r, t), *ahead = kvli_z_row(r, t + (1u << r->shift)) + j * 4 * kvli_z_bytes8(f);
+        const uint8_t *row = kvli_z_row(r, t),
+                      *ahead = kvli_z_row(r, t + (1u << r->shift)) + j * 4 * kvli_bytes8(f);
         end = kvli_min_u32(t1, ((t >> r->shift) + 1) << r->shift);
-        for (uint32_t n = end - t; n > 0; n--, p++, row += r->stride, ahead += r->stride, side += r->side_stride) {
+        for (uint32_t n = end - t; n > 0;
+             n--, p++, row += r->stride, ahead += r->stride, side += r->side_stride) {
             __m512 v[8];
-            KVLI_UNROLL for (int i = 0; i < n_lines; i++) _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T0);
-            KVLI_UNROLL for (int i = 0; i < NP; i++) kvli_z_pair(f, row, side, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
+            KVLI_UNROLL for (int i = 0; i < n_lines; i++)
+                _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T1);
+            KVLI_UNROLL for (int i = 0; i < NP; i++)
+                kvli_z_pair(f, row, side, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
             KVLI_UNROLL for (int h = 0; h < H; h++) {
                 __m512 w = _mm512_set1_ps(p[h * KVLI_CPU_STRIDE]);
                 KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm512_fmadd_ps(w, v[i], a[h * W + i]);
@@ -5544,7 +5714,8 @@ typedef struct kvli_z_values_job {
     uint32_t j0, j1;
 } kvli_z_values_job;
 
-static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1) {
+static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0,
+                                                 uint32_t t1) {
     const kvli_z_values_job *w = (const kvli_z_values_job *)arg;
     const float *p = w->p + (size_t)q * KVLI_CPU_STRIDE;
     float *acc = w->acc + q * w->acc_stride, *last = acc + (n_q - 1) * w->acc_stride;
@@ -5578,9 +5749,10 @@ static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t
     }
 }
 
-/* p times one group's scales, and the sums of p times zeros. A probability of 0 is either not seen or too small to count: its scale and zero
-   are not looked at. */
-static KVLI_TARGET_AVX512 void kvli_z_weigh(const float *p, const float *scale, const float *zero, uint32_t n, float *out, float *sums) {
+/* p times one group's scales, and the sums of p times zeros. A probability of 0 is either not seen or too
+   small to count: its scale and zero are not looked at. */
+static KVLI_TARGET_AVX512 void kvli_z_weigh(const float *p, const float *scale, const float *zero, uint32_t n,
+                                            float *out, float *sums) {
     __m512 sum = _mm512_loadu_ps(sums);
     for (uint32_t t = 0; t < n; t += 16) {
         __mmask16 some = (__mmask16)(n - t < 16 ? 0xffu : 0xffffu);
@@ -5593,11 +5765,14 @@ static KVLI_TARGET_AVX512 void kvli_z_weigh(const float *p, const float *scale, 
 }
 
 static KVLI_TARGET_AVX512 void kvli_z_scale_tokens(float *p, const float *token, uint32_t n) {
-    for (uint32_t t = 0; t < n; t += 8) _mm256_storeu_ps(p + t, _mm256_mul_ps(_mm256_loadu_ps(p + t), _mm256_loadu_ps(token + t)));
+    for (uint32_t t = 0; t < n; t += 8)
+        _mm256_storeu_ps(p + t, _mm256_mul_ps(_mm256_loadu_ps(p + t), _mm256_loadu_ps(token + t)));
 }
 
-/* n tokens, t0 into the block, whose rows are `w->rows`. INT4: eight query rows and one group of 64 dims at a time. */
-static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, const kvli_z_scratch *z, uint32_t t0, uint32_t n) {
+/* n tokens, t0 into the block, whose rows are `w->rows`. INT4: eight query rows and one group of 64 dims at a
+ * time. */
+static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, const kvli_z_scratch *z,
+                                uint32_t t0, uint32_t n) {
     uint32_t dim = kvli_z_pad(b->side->dim), n_pairs = dim / 32;
     w->spare = z->spare;
     w->acc_stride = b->acc_stride;
@@ -5616,8 +5791,8 @@ static void kvli_z_values_chunk(const kvli_cpu_block *b, kvli_z_values_job *w, c
         for (uint32_t g = 0; 2 * g < n_pairs; g++) {
             const float *scale = z->token + g * KVLI_CPU_TILE + t0;
             for (uint32_t h = 0; h < n_q; h++)
-                kvli_z_weigh(b->s + (size_t)(i + h) * KVLI_CPU_STRIDE + t0, scale, scale + 4 * KVLI_CPU_TILE, n,
-                             z->p + h * KVLI_CPU_STRIDE, w->acc + h * b->acc_stride + dim + 16 * g);
+                kvli_z_weigh(b->s + (size_t)(i + h) * KVLI_CPU_STRIDE + t0, scale, scale + 4 * KVLI_CPU_TILE,
+                             n, z->p + h * KVLI_CPU_STRIDE, w->acc + h * b->acc_stride + dim + 16 * g);
             w->j0 = 2 * g;
             w->j1 = kvli_min_u32(w->j0 + 2, n_pairs);
             kvli_cpu_spread_runs(b->runs + i, b->first + t0, 0, n, n_q, 4, kvli_z_values_run, w);
@@ -5633,7 +5808,8 @@ static KVLI_TARGET_AVX512 void kvli_z_values(const kvli_cpu_block *b) {
     const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
     kvli_z_values_job w;
     if (f == KVL_INT8 || f == KVL_FP8_E4M3)
-        for (uint32_t i = 0; i < b->n_q; i++) kvli_z_scale_tokens(b->s + (size_t)i * KVLI_CPU_STRIDE, z.token, b->n);
+        for (uint32_t i = 0; i < b->n_q; i++)
+            kvli_z_scale_tokens(b->s + (size_t)i * KVLI_CPU_STRIDE, z.token, b->n);
     w.format = f;
     w.rows = rows;
     if (b->n_q <= KVLI_CPU_DIRECT_Q && D % 64 == 0) {
@@ -5653,7 +5829,8 @@ static KVLI_TARGET_AVX512 void kvli_z_values(const kvli_cpu_block *b) {
     }
 }
 
-static const kvli_cpu_ops KVLI_CPU_AVX512 = {32, true, kvli_z_scratch_floats, kvli_z_score, kvli_z_softmax, kvli_z_values, kvli_z_exp2};
+static const kvli_cpu_ops KVLI_CPU_AVX512 = {
+    32, true, kvli_z_scratch_floats, kvli_z_score, kvli_z_softmax, kvli_z_values, kvli_z_exp2};
 
 /* ---- AVX2: rows are decoded to memory, with their scales ---- */
 #define KVLI_Y KVLI_INLINE KVLI_TARGET_AVX2
@@ -5662,7 +5839,9 @@ static size_t kvli_y_scratch_floats(const kvli_geometry *geo) {
     return (size_t)(KVLI_CPU_CHUNK + 3) * kvli_max_u32(geo->k_dim, geo->v_dim) + KVLI_CPU_STRIDE;
 }
 
-KVLI_Y __m256 kvli_y_f16(const uint8_t *at) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)at)); }
+KVLI_Y __m256 kvli_y_f16(const uint8_t *at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)at));
+}
 
 KVLI_Y float kvli_y_f16_at(const uint8_t *at) {
     uint16_t h;
@@ -5676,9 +5855,11 @@ KVLI_Y __m128i kvli_y_nibbles(const uint8_t *at) {
     return _mm_unpacklo_epi8(_mm_and_si128(x, low), _mm_and_si128(_mm_srli_epi16(x, 4), low));
 }
 
-/* 16 numbers of a row, scaled. channel: f32 scales and, dim later, zeros of the channel formats. */
-KVLI_Y void kvli_y_16(kvl_format f, const uint8_t *row, uint32_t i, __m256 scale, __m256 zero, __m256 *v0, __m256 *v1) {
-    const __m128i e2m1 = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12); /* twice the value */
+/* 16 numbers of a row, scaled. */
+KVLI_Y void kvli_y_16(kvl_format f, const uint8_t *row, uint32_t i, __m256 scale, __m256 zero, __m256 *v0,
+                      __m256 *v1) {
+    const __m128i e2m1 =
+        _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12); /* twice the value */
     __m128i x;
     switch (f) {
     case KVL_F32:
@@ -5709,34 +5890,36 @@ KVLI_Y void kvli_y_16(kvl_format f, const uint8_t *row, uint32_t i, __m256 scale
         *v0 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), scale);
         *v1 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))), scale);
         return;
-    default: /* INT4, and the channel formats with a scale of one and no zero */
-        x = f == KVL_INT8_CHANNEL ? _mm_loadu_si128((const __m128i *)(const void *)(row + 16 * i)) : kvli_y_nibbles(row + 8 * i);
-        *v0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), scale, zero);
-        *v1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))), scale, zero);
+    default: /* INT4; the channel formats as bare codes */
+        x = f == KVL_INT8_CHANNEL ? _mm_loadu_si128((const __m128i *)(const void *)(row + 16 * i))
+                                  : kvli_y_nibbles(row + 8 * i);
+        *v0 = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x));
+        *v1 = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)));
+        if (f != KVL_INT4) return;
+        *v0 = _mm256_fmadd_ps(*v0, scale, zero);
+        *v1 = _mm256_fmadd_ps(*v1, scale, zero);
         return;
     }
 }
 
 /* Rows [t0, t0 + n), which lie in one tile, as f32. */
-static KVLI_TARGET_AVX2 void kvli_y_decode(const kvli_cpu_block *b, uint32_t t0, uint32_t n) {
-    const kvli_side *side = b->side;
-    const uint8_t *tile = b->tiles[t0 / side->tokens];
-    float *out = b->scratch;
-    kvl_format f = side->format;
-    uint32_t D = side->dim, T = side->tokens, groups = (D + 63) / 64;
-    size_t bits = f == KVL_F32 ? 32 : f == KVL_F16 || f == KVL_BF16 ? 16 : f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL ? 4 : 8;
-    size_t stride = D * bits / 8;
-    const uint8_t *scales = tile + T * stride;
+KVLI_Y void kvli_y_decode_as(kvl_format f, const kvli_cpu_block *b, uint32_t t0, uint32_t n) {
+    uint32_t D = b->side->dim, T = b->side->tokens, groups = (D + 63) / 64;
+    size_t stride = D / 8 * kvli_bytes8(f);
+    const uint8_t *tile = b->tiles[t0 / T], *scales = tile + T * stride;
+    float *out = b->scratch, by = 128.0f * b->side->global;
     t0 %= T;
     for (uint32_t t = t0; t < t0 + n; t++) {
         const uint8_t *row = tile + t * stride;
-        __m256 scale = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
+        __m256 scale = _mm256_setzero_ps(), zero = scale;
         if (f == KVL_INT8) scale = _mm256_set1_ps(kvli_y_f16_at(scales + 2 * t));
         if (f == KVL_FP8_E4M3) scale = _mm256_set1_ps(256.0f * kvli_y_f16_at(scales + 2 * t));
         for (uint32_t i = 0; i < D / 16; i++, out += 16) {
             __m256 v0, v1;
-            if (f == KVL_NVFP4) {
-                scale = _mm256_set1_ps(kvli_e4m3_to_f32(scales[t * (D / 16) + i]) * (0.5f * side->global));
+            if (f == KVL_NVFP4) { /* e4m3 shifted into f16 is 2^-8 of the value; codes are twice theirs */
+                int x = scales[t * (D / 16) + i];
+                scale = _mm256_set1_ps(
+                    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128((x & 127) << 7 | (x & 128) << 8))) * by);
             } else if (f == KVL_INT4 && i % 4 == 0) {
                 scale = _mm256_set1_ps(kvli_y_f16_at(scales + 4 * (t * groups + i / 4)));
                 zero = _mm256_set1_ps(kvli_y_f16_at(scales + 4 * (t * groups + i / 4) + 2));
@@ -5753,17 +5936,32 @@ static KVLI_TARGET_AVX2 void kvli_y_decode(const kvli_cpu_block *b, uint32_t t0,
     }
 }
 
+static KVLI_TARGET_AVX2 void kvli_y_decode(const kvli_cpu_block *b, uint32_t t0, uint32_t n) {
+    switch (b->side->format) {
+    case KVL_F32: kvli_y_decode_as(KVL_F32, b, t0, n); break;
+    case KVL_F16: kvli_y_decode_as(KVL_F16, b, t0, n); break;
+    case KVL_BF16: kvli_y_decode_as(KVL_BF16, b, t0, n); break;
+    case KVL_INT8: kvli_y_decode_as(KVL_INT8, b, t0, n); break;
+    case KVL_INT8_CHANNEL: kvli_y_decode_as(KVL_INT8_CHANNEL, b, t0, n); break;
+    case KVL_FP8_E4M3: kvli_y_decode_as(KVL_FP8_E4M3, b, t0, n); break;
+    case KVL_NVFP4: kvli_y_decode_as(KVL_NVFP4, b, t0, n); break;
+    case KVL_INT4: kvli_y_decode_as(KVL_INT4, b, t0, n); break;
+    default: kvli_y_decode_as(KVL_INT4_CHANNEL, b, t0, n); break;
+    }
+}
+
 /* Lane l of the result is the sum over the lanes of a[l], as the tree (l, l+4), (l, l+2), (l, l+1). */
 KVLI_Y __m256 kvli_y_sum8(__m256 *a) {
-    KVLI_UNROLL for (int i = 0; i < 4; i++)
-        a[i] = _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 4], 0xf0), _mm256_permute2f128_ps(a[i], a[i + 4], 0x21));
-    KVLI_UNROLL for (int i = 0; i < 2; i++)
-        a[i] = _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 2], 0xcc), _mm256_shuffle_ps(a[i], a[i + 2], 0x4e));
+    KVLI_UNROLL for (int i = 0; i < 4; i++) a[i] =
+        _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 4], 0xf0), _mm256_permute2f128_ps(a[i], a[i + 4], 0x21));
+    KVLI_UNROLL for (int i = 0; i < 2; i++) a[i] =
+        _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 2], 0xcc), _mm256_shuffle_ps(a[i], a[i + 2], 0x4e));
     a[2] = _mm256_blend_ps(a[1], a[0], 0xaa);
     return _mm256_add_ps(_mm256_blend_ps(a[0], a[1], 0xaa), _mm256_permute_ps(a[2], 0xb1));
 }
 
-KVLI_Y void kvli_y_score_as(const int H, const float *rows, uint32_t dim, uint32_t n, const float *q, size_t q_stride, float *s) {
+KVLI_Y void kvli_y_score_as(const int H, const float *rows, uint32_t dim, uint32_t n, const float *q,
+                            size_t q_stride, float *s) {
     const uint32_t NT = 8 / (uint32_t)H;
     for (uint32_t t0 = 0; t0 < n; t0 += NT, rows += NT * dim) {
         __m256 a[8], sum;
@@ -5771,8 +5969,8 @@ KVLI_Y void kvli_y_score_as(const int H, const float *rows, uint32_t dim, uint32
         for (uint32_t d = 0; d < dim; d += 8) {
             KVLI_UNROLL for (uint32_t h = 0; h < (uint32_t)H; h++) {
                 __m256 x = _mm256_loadu_ps(q + h * q_stride + d);
-                KVLI_UNROLL for (uint32_t t = 0; t < NT; t++)
-                    a[h * NT + t] = _mm256_fmadd_ps(x, _mm256_loadu_ps(rows + t * dim + d), a[h * NT + t]);
+                KVLI_UNROLL for (uint32_t t = 0; t < NT; t++) a[h * NT + t] =
+                    _mm256_fmadd_ps(x, _mm256_loadu_ps(rows + t * dim + d), a[h * NT + t]);
             }
         }
         sum = kvli_y_sum8(a);
@@ -5817,12 +6015,15 @@ KVLI_Y __m256 kvli_y_exp2v(__m256 x) { /* as kvli_z_exp2v */
     return _mm256_mul_ps(_mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f)), _mm256_castsi256_ps(two));
 }
 
-static KVLI_TARGET_AVX2 float kvli_y_exp2(float x) { return _mm256_cvtss_f32(kvli_y_exp2v(_mm256_set1_ps(x))); }
+static KVLI_TARGET_AVX2 float kvli_y_exp2(float x) {
+    return _mm256_cvtss_f32(kvli_y_exp2v(_mm256_set1_ps(x)));
+}
 
 KVLI_Y __m256 kvli_y_softcap(__m256 x, float cap) { /* as kvli_z_softcap */
     const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
     __m256 e = kvli_y_exp2v(_mm256_mul_ps(_mm256_andnot_ps(sign, x), _mm256_set1_ps(-2.0f * KVLI_LOG2E)));
-    __m256 t = _mm256_mul_ps(_mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e)), _mm256_set1_ps(cap));
+    __m256 t =
+        _mm256_mul_ps(_mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e)), _mm256_set1_ps(cap));
     return _mm256_or_ps(t, _mm256_and_ps(sign, x));
 }
 
@@ -5831,10 +6032,12 @@ KVLI_Y __m256 kvli_y_seen(const kvli_cpu_run *run, uint32_t t) {
     __m256i at = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32((int)t));
     __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->lo), at),
                                      _mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->hi), at));
-    return _mm256_castsi256_ps(_mm256_or_si256(in, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->sink), at)));
+    return _mm256_castsi256_ps(
+        _mm256_or_si256(in, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)run->sink), at)));
 }
 
-static KVLI_TARGET_AVX2 uint32_t kvli_y_softmax(float *s, const kvli_cpu_run *run, uint32_t n, float cap, kvli_cpu_stat *st, float *by) {
+static KVLI_TARGET_AVX2 uint32_t kvli_y_softmax(float *s, const kvli_cpu_run *run, uint32_t n, float cap,
+                                                kvli_cpu_stat *st, float *by) {
     __m256 m = _mm256_set1_ps(st->m), sum[4];
     __m128 half;
     (void)n;
@@ -5852,7 +6055,8 @@ static KVLI_TARGET_AVX2 uint32_t kvli_y_softmax(float *s, const kvli_cpu_run *ru
     KVLI_UNROLL for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
     for (uint32_t t = 0; t < KVLI_CPU_TILE; t += 32) {
         KVLI_UNROLL for (uint32_t i = 0; i < 4; i++) {
-            __m256 x = _mm256_and_ps(kvli_y_seen(run, t + 8 * i), kvli_y_exp2v(_mm256_sub_ps(_mm256_loadu_ps(s + t + 8 * i), m)));
+            __m256 x = _mm256_and_ps(kvli_y_seen(run, t + 8 * i),
+                                     kvli_y_exp2v(_mm256_sub_ps(_mm256_loadu_ps(s + t + 8 * i), m)));
             sum[i] = _mm256_add_ps(sum[i], x);
             _mm256_storeu_ps(s + t + 8 * i, x);
         }
@@ -5867,31 +6071,35 @@ static KVLI_TARGET_AVX2 uint32_t kvli_y_softmax(float *s, const kvli_cpu_run *ru
 }
 
 /* acc[h] += p[h][t] * row t over tokens [t0, t1), for H rows and 8 * W dims. */
-KVLI_Y void kvli_y_values_as(const int H, const int W, const float *rows, uint32_t dim, uint32_t t0, uint32_t t1, const float *p, float *acc,
-                             size_t acc_stride) {
+KVLI_Y void kvli_y_values_as(const int H, const int W, const float *rows, uint32_t dim, uint32_t t0,
+                             uint32_t t1, const float *p, float *acc, size_t acc_stride) {
     __m256 a[8];
     KVLI_UNROLL for (int h = 0; h < H; h++) {
-        KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] = _mm256_loadu_ps(acc + (size_t)h * acc_stride + 8 * i);
+        KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] =
+            _mm256_loadu_ps(acc + (size_t)h * acc_stride + 8 * i);
     }
     for (uint32_t t = t0; t < t1; t++) {
         KVLI_UNROLL for (int h = 0; h < H; h++) {
             __m256 w = _mm256_set1_ps(p[h * KVLI_CPU_STRIDE + (int)t]);
-            KVLI_UNROLL for (int i = 0; i < W; i++)
-                a[h * W + i] = _mm256_fmadd_ps(w, _mm256_loadu_ps(rows + t * dim + 8 * i), a[h * W + i]);
+            KVLI_UNROLL for (int i = 0; i < W; i++) a[h * W + i] =
+                _mm256_fmadd_ps(w, _mm256_loadu_ps(rows + t * dim + 8 * i), a[h * W + i]);
         }
     }
     KVLI_UNROLL for (int h = 0; h < H; h++) {
-        KVLI_UNROLL for (int i = 0; i < W; i++) _mm256_storeu_ps(acc + (size_t)h * acc_stride + 8 * i, a[h * W + i]);
+        KVLI_UNROLL for (int i = 0; i < W; i++)
+            _mm256_storeu_ps(acc + (size_t)h * acc_stride + 8 * i, a[h * W + i]);
     }
 }
 
-static KVLI_TARGET_AVX2 void kvli_y_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0, uint32_t t1) {
+static KVLI_TARGET_AVX2 void kvli_y_values_run(void *arg, uint32_t q, uint32_t n_q, uint32_t t0,
+                                               uint32_t t1) {
     const kvli_cpu_block *b = (const kvli_cpu_block *)arg;
     const float *p = b->s + (size_t)q * KVLI_CPU_STRIDE, *rows = b->scratch;
     float *acc = b->acc + q * b->acc_stride;
     uint32_t dim = b->side->dim, d = 0;
     if (n_q == 2) {
-        for (; d + 32 <= dim; d += 32) kvli_y_values_as(2, 4, rows + d, dim, t0, t1, p, acc + d, b->acc_stride);
+        for (; d + 32 <= dim; d += 32)
+            kvli_y_values_as(2, 4, rows + d, dim, t0, t1, p, acc + d, b->acc_stride);
         if (d < dim) kvli_y_values_as(2, 2, rows + d, dim, t0, t1, p, acc + d, b->acc_stride);
         return;
     }
@@ -5910,7 +6118,8 @@ static KVLI_TARGET_AVX2 void kvli_y_values(const kvli_cpu_block *b) {
     }
 }
 
-static const kvli_cpu_ops KVLI_CPU_AVX2 = {16, false, kvli_y_scratch_floats, kvli_y_score, kvli_y_softmax, kvli_y_values, kvli_y_exp2};
+static const kvli_cpu_ops KVLI_CPU_AVX2 = {
+    16, false, kvli_y_scratch_floats, kvli_y_score, kvli_y_softmax, kvli_y_values, kvli_y_exp2};
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -5919,9 +6128,9 @@ static const kvli_cpu_ops KVLI_CPU_AVX2 = {16, false, kvli_y_scratch_floats, kvl
 /* ---- a step ---- */
 /* One span as tasks: n_blocks query blocks of max_q rows × KV heads × n_parts ranges of segments. */
 typedef struct kvli_cpu_plan {
-    uint32_t first_write, first_unit;  /* tasks before this span's */
+    uint32_t first_write, first_unit;             /* tasks before this span's */
     uint32_t n_query_blocks, n_segments, n_parts; /* n_parts 1: a task goes through all segments */
-    size_t partial;                    /* where the span's partial results start: [KV head][query row][segment][2 + v_dim] */
+    size_t partial; /* where the span's partial results start: [KV head][query row][segment][2 + v_dim] */
 } kvli_cpu_plan;
 
 typedef struct kvli_cpu_job {
@@ -5932,7 +6141,8 @@ typedef struct kvli_cpu_job {
     uint8_t *bad;        /* by write task: a row was not finite */
     float *partial;
     uint32_t max_q, v_pad, acc_floats;
-    bool two_q, two_acc; /* packed tiles want q, or add to accumulators, of their own: rotated, or in another order */
+    bool two_q,
+        two_acc; /* packed tiles want q, or add to accumulators, of their own: rotated, or in another order */
 } kvli_cpu_job;
 
 static uint32_t kvli_cpu_span_of(const kvli_cpu_job *job, uint32_t task, bool write) {
@@ -5950,7 +6160,8 @@ static uint32_t kvli_cpu_span_of(const kvli_cpu_job *job, uint32_t task, bool wr
 static size_t kvli_dtype_size(kvl_dtype t) { return t == KVL_DTYPE_F32 ? 4 : 2; }
 
 static uint8_t *kvli_tensor_at(const kvl_tensor *t, uint32_t row, uint32_t head) {
-    return (uint8_t *)t->data + ((size_t)row * t->row_stride + (size_t)head * t->head_stride) * kvli_dtype_size(t->dtype);
+    return (uint8_t *)t->data +
+           ((size_t)row * t->row_stride + (size_t)head * t->head_stride) * kvli_dtype_size(t->dtype);
 }
 
 /* The K tile of a head in a block or a scratch slot; *cls is its class. */
@@ -5977,7 +6188,8 @@ static void kvli_cpu_seal(const kvli_cpu_job *job, uint32_t own, uint32_t entry,
         return;
     }
     kvli_seal_tile(&L->k[KVLI_PACKED], a->geo->exact, from, to, job->simd);
-    kvli_seal_tile(&L->v[KVLI_PACKED], a->geo->exact, from + L->v_offset[from_cls], to + L->v_offset[to_cls], job->simd);
+    kvli_seal_tile(&L->v[KVLI_PACKED], a->geo->exact, from + L->v_offset[from_cls], to + L->v_offset[to_cls],
+                   job->simd);
 }
 
 /* Task: one head's new rows of one block; seals the block if they complete it. */
@@ -5985,19 +6197,22 @@ static void kvli_cpu_write(void *arg, uint32_t task) {
     const kvli_cpu_job *job = (const kvli_cpu_job *)arg;
     const kvli_attend *a = job->a;
     const kvli_geometry *geo = a->geo;
-    uint32_t si = kvli_cpu_span_of(job, task, true), local = task - job->plan[si].first_write, T = geo->block_tokens, cls;
+    uint32_t si = kvli_cpu_span_of(job, task, true), local = task - job->plan[si].first_write,
+             T = geo->block_tokens, cls;
     const kvli_attend_span *span = &a->spans[si];
     const kvl_span_blocks *blocks = &span->blocks;
-    uint32_t i = local / geo->n_kv_heads, head = local % geo->n_kv_heads, b = blocks->first_own + i, end = span->position + span->n_rows;
+    uint32_t i = local / geo->n_kv_heads, head = local % geo->n_kv_heads, b = blocks->first_own + i,
+             end = span->position + span->n_rows;
     uint32_t from = kvli_max_u32(b * T, span->position), n = kvli_min_u32((b + 1) * T, end) - from;
     uint32_t row = span->first_row + (from - span->position);
     uint8_t *tile = kvli_cpu_tile(a, blocks->own[i], head, &cls);
-    bool ok = kvli_write_rows(geo->exact, geo->k_dim, kvli_tensor_at(&a->k, row, head), a->k.dtype, a->k.row_stride, n, tile, from - b * T,
-                              job->simd);
-    ok &= kvli_write_rows(geo->exact, geo->v_dim, kvli_tensor_at(&a->v, row, head), a->v.dtype, a->v.row_stride, n,
-                          tile + a->layer->v_offset[cls], from - b * T, job->simd);
+    bool ok = kvli_write_rows(geo->exact, geo->k_dim, kvli_tensor_at(&a->k, row, head), a->k.dtype,
+                              a->k.row_stride, n, tile, from - b * T, job->simd);
+    ok &= kvli_write_rows(geo->exact, geo->v_dim, kvli_tensor_at(&a->v, row, head), a->v.dtype,
+                          a->v.row_stride, n, tile + a->layer->v_offset[cls], from - b * T, job->simd);
     job->bad[task] = !ok;
-    if (end >= (b + 1) * T && b < blocks->n_blocks && blocks->table[b] != blocks->own[i] && blocks->table[b] != KVL_NONE)
+    if (end >= (b + 1) * T && b < blocks->n_blocks && blocks->table[b] != blocks->own[i] &&
+        blocks->table[b] != KVL_NONE)
         kvli_cpu_seal(job, blocks->own[i], blocks->table[b], head);
 }
 
@@ -6006,10 +6221,11 @@ typedef struct kvli_cpu_unit {
     const kvli_cpu_job *job;
     const kvli_attend_span *span;
     uint32_t head, q0, n_q;
-    float *q[2], *acc[2], *run_acc, *s, *scratch; /* [KVLI_PACKED], [KVLI_EXACT]: the same array unless two_q, two_acc */
+    float *q[2], *acc[2], *run_acc, *s,
+        *scratch; /* [KVLI_PACKED], [KVLI_EXACT]: the same array unless two_q, two_acc */
     kvli_cpu_stat stat[KVLI_CPU_MAX_Q], run_stat[KVLI_CPU_MAX_Q];
-    kvli_cpu_run runs[KVLI_CPU_MAX_Q];            /* of the tile at hand */
-    bool whole;                                   /* every row sees all of it */
+    kvli_cpu_run runs[KVLI_CPU_MAX_Q]; /* of the tile at hand */
+    bool whole;                        /* every row sees all of it */
     kvli_cpu_spread spread;
 } kvli_cpu_unit;
 
@@ -6052,8 +6268,11 @@ static void kvli_cpu_store(const kvl_tensor *t, uint32_t row, uint32_t head, uin
 
 static bool kvli_is_nibbles(kvl_format f) { return f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL; }
 
-/* Where element d of a row stands where the even elements of each 8 (keys) or 32 (values) come before the odd ones. */
-static inline uint32_t kvli_cpu_split(uint32_t d, uint32_t n) { return (d & ~(n - 1)) + (d & 1) * (n / 2) + (d & (n - 1)) / 2; }
+/* Where element d of a row stands where the even elements of each 8 (keys) or 32 (values) come before the odd
+ * ones. */
+static inline uint32_t kvli_cpu_split(uint32_t d, uint32_t n) {
+    return (d & ~(n - 1)) + (d & 1) * (n / 2) + (d & (n - 1)) / 2;
+}
 
 /* q rows as f32, scaled (softmax scale, softcap, base 2), and once more as packed keys want them. */
 KVLI_NOINLINE void kvli_cpu_prepare_q(kvli_cpu_unit *u) {
@@ -6102,8 +6321,8 @@ KVLI_NOINLINE void kvli_cpu_join(const kvli_cpu_unit *u, uint32_t i) {
 }
 
 /* Folds one segment's result into what came before it. l is 0 where nothing was seen. */
-KVLI_NOINLINE void kvli_cpu_merge(const kvli_cpu_ops *ops, kvli_cpu_stat *st, float *acc, const kvli_cpu_stat *next, const float *next_acc,
-                                  uint32_t dim) {
+KVLI_NOINLINE void kvli_cpu_merge(const kvli_cpu_ops *ops, kvli_cpu_stat *st, float *acc,
+                                  const kvli_cpu_stat *next, const float *next_acc, uint32_t dim) {
     float m = st->m > next->m ? st->m : next->m, a, b;
     if (next->l == 0) return;
     if (st->l == 0) {
@@ -6119,8 +6338,8 @@ KVLI_NOINLINE void kvli_cpu_merge(const kvli_cpu_ops *ops, kvli_cpu_stat *st, fl
 }
 
 /* A finished row: the sink logit joins the sum, then the division. */
-KVLI_NOINLINE void kvli_cpu_finish(const kvli_cpu_job *job, const kvli_attend_span *span, uint32_t at, uint32_t head, kvli_cpu_stat st,
-                                   const float *acc) {
+KVLI_NOINLINE void kvli_cpu_finish(const kvli_cpu_job *job, const kvli_attend_span *span, uint32_t at,
+                                   uint32_t head, kvli_cpu_stat st, const float *acc) {
     const kvli_attend *a = job->a;
     uint32_t gqa = a->geo->gqa, h = head * gqa + at % gqa, dim = a->geo->v_dim;
     float x[256], by = 0;
@@ -6140,7 +6359,8 @@ static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
     const kvli_layer *L = u->job->a->layer;
     const kvli_cpu_run all = {0, 0, n};
     bool any = false;
-    u->whole = kvli_cpu_position(u, 0) + 1 >= t0 + n && (!L->window || kvli_cpu_position(u, u->n_q - 1) < t0 + L->window);
+    u->whole = kvli_cpu_position(u, 0) + 1 >= t0 + n &&
+               (!L->window || kvli_cpu_position(u, u->n_q - 1) < t0 + L->window);
     for (uint32_t i = 0; i < u->n_q && u->whole; i++) u->runs[i] = all;
     for (uint32_t i = 0; i < u->n_q && !u->whole; i++) {
         uint32_t p = kvli_cpu_position(u, i), lo = L->window && p + 1 > L->window ? p + 1 - L->window : 0;
@@ -6155,16 +6375,20 @@ static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
     return any || u->whole;
 }
 
-/* Consecutive blocks of the tile at hand, and the query rows [q0, q0 + n_q) that read this version of them. */
+/* Consecutive blocks of the tile at hand, and the query rows [q0, q0 + n_q) that read this version of them.
+ */
 enum { KVLI_CPU_BLOCKS = KVLI_CPU_TILE / 8 };
 typedef struct kvli_cpu_part {
-    const uint8_t *k[KVLI_CPU_BLOCKS + 1], *v[KVLI_CPU_BLOCKS + 1]; /* one more: kernels prefetch the next, and those of 16 tokens look at two of 8 */
+    const uint8_t *k[KVLI_CPU_BLOCKS + 1],
+        *v[KVLI_CPU_BLOCKS +
+           1]; /* one more: kernels prefetch the next, and those of 16 tokens look at two of 8 */
     uint32_t cls, n_tiles, first, n, q0, n_q;
 } kvli_cpu_part;
 
-/* Adds block b, read by query rows [q0, q1) less those at both ends that see none of it: those may have no such block any more. */
-static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t next, uint32_t first, uint32_t q0, uint32_t q1, kvli_cpu_part *parts,
-                               uint32_t *n_parts) {
+/* Adds block b, read by query rows [q0, q1) less those at both ends that see none of it: those may have no
+ * such block any more. */
+static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t next, uint32_t first,
+                               uint32_t q0, uint32_t q1, kvli_cpu_part *parts, uint32_t *n_parts) {
     const kvli_layer *L = u->job->a->layer;
     const kvli_cpu_run *r = u->runs;
     uint32_t T = u->job->a->geo->block_tokens, n = 0, cls;
@@ -6201,11 +6425,15 @@ static uint32_t kvli_cpu_tile_parts(const kvli_cpu_unit *u, uint32_t t0, uint32_
     for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
         uint32_t later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
         uint32_t next = b + 1 < blocks->n_blocks ? blocks->table[b + 1] : KVL_NONE;
-        if (later < u->n_q) kvli_cpu_add_block(u, blocks->table[b], next, b * T - t0, later, u->n_q, parts, &n_parts);
+        if (later < u->n_q)
+            kvli_cpu_add_block(u, blocks->table[b], next, b * T - t0, later, u->n_q, parts, &n_parts);
     }
     for (uint32_t b = kvli_max_u32(t0 / T, blocks->first_own); b * T < t0 + n; b++) {
-        uint32_t own = kvli_cpu_first_at(u, (uint64_t)b * T), later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
-        if (own < later) kvli_cpu_add_block(u, blocks->own[b - blocks->first_own], KVL_NONE, b * T - t0, own, later, parts, &n_parts);
+        uint32_t own = kvli_cpu_first_at(u, (uint64_t)b * T),
+                 later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
+        if (own < later)
+            kvli_cpu_add_block(u, blocks->own[b - blocks->first_own], KVL_NONE, b * T - t0, own, later, parts,
+                               &n_parts);
     }
     return n_parts;
 }
@@ -6252,11 +6480,14 @@ static void kvli_cpu_tile_step(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
         float by[2];
         done = 1;
         if (r->sink == 0 && r->lo == r->hi) continue;
-        done = job->ops->softmax(u->s + (size_t)i * KVLI_CPU_STRIDE, r, u->n_q - i, L->softcap * KVLI_LOG2E, &u->stat[i], by);
+        done = job->ops->softmax(u->s + (size_t)i * KVLI_CPU_STRIDE, r, u->n_q - i, L->softcap * KVLI_LOG2E,
+                                 &u->stat[i], by);
         for (uint32_t k = 0; k < done; k++) {
             if (by[k] == 1.0f) continue;
             kvli_cpu_scale(u->acc[KVLI_EXACT] + (size_t)(i + k) * job->acc_floats, job->acc_floats, by[k]);
-            if (job->two_acc) kvli_cpu_scale(u->acc[KVLI_PACKED] + (size_t)(i + k) * job->acc_floats, job->acc_floats, by[k]);
+            if (job->two_acc)
+                kvli_cpu_scale(u->acc[KVLI_PACKED] + (size_t)(i + k) * job->acc_floats, job->acc_floats,
+                               by[k]);
         }
     }
     for (uint32_t i = 0; i < n_parts; i++) {
@@ -6271,7 +6502,8 @@ static void kvli_cpu_segment(kvli_cpu_unit *u, uint32_t segment) {
     const kvli_layer *L = job->a->layer;
     uint32_t length = job->a->geo->segment_tokens, start = segment * length, first = kvli_cpu_position(u, 0);
     uint32_t end = kvli_min_u32(kvli_cpu_position(u, u->n_q - 1) + 1, start + length);
-    uint32_t lo = L->window && first + 1 > L->window ? first + 1 - L->window : 0, sinks = L->window ? L->sink_tokens : 0;
+    uint32_t lo = L->window && first + 1 > L->window ? first + 1 - L->window : 0,
+             sinks = L->window ? L->sink_tokens : 0;
     size_t floats = (size_t)u->n_q * job->acc_floats;
     for (uint32_t i = 0; i < u->n_q; i++) {
         u->stat[i].m = KVLI_LOW;
@@ -6291,13 +6523,15 @@ static void kvli_cpu_segment(kvli_cpu_unit *u, uint32_t segment) {
 static bool kvli_cpu_segment_unseen(const kvli_cpu_unit *u, uint32_t segment) {
     const kvli_layer *L = u->job->a->layer;
     uint32_t length = u->job->a->geo->segment_tokens, first = kvli_cpu_position(u, 0);
-    return L->window && segment * length >= L->sink_tokens && (uint64_t)(segment + 1) * length + L->window <= (uint64_t)first + 1;
+    return L->window && segment * length >= L->sink_tokens &&
+           (uint64_t)(segment + 1) * length + L->window <= (uint64_t)first + 1;
 }
 
-static float *kvli_cpu_partial(const kvli_cpu_job *job, const kvli_cpu_plan *plan, const kvli_attend_span *span, uint32_t head, uint32_t at,
-                               uint32_t segment) {
+static float *kvli_cpu_partial(const kvli_cpu_job *job, const kvli_cpu_plan *plan,
+                               const kvli_attend_span *span, uint32_t head, uint32_t at, uint32_t segment) {
     size_t rows = (size_t)span->n_rows * job->a->geo->gqa;
-    return job->partial + plan->partial + ((head * rows + at) * plan->n_segments + segment) * (2 + job->a->geo->v_dim);
+    return job->partial + plan->partial +
+           ((head * rows + at) * plan->n_segments + segment) * (2 + job->a->geo->v_dim);
 }
 
 static void kvli_cpu_unit_run(kvli_cpu_unit *u, const kvli_cpu_plan *plan, uint32_t part) {
@@ -6321,7 +6555,8 @@ static void kvli_cpu_unit_run(kvli_cpu_unit *u, const kvli_cpu_plan *plan, uint3
                 to[1] = unseen ? 0 : u->stat[i].l;
                 if (!unseen) memcpy(to + 2, acc, dim * sizeof(float));
             } else if (!unseen) {
-                kvli_cpu_merge(job->ops, &u->run_stat[i], u->run_acc + (size_t)i * dim, &u->stat[i], acc, dim);
+                kvli_cpu_merge(job->ops, &u->run_stat[i], u->run_acc + (size_t)i * dim, &u->stat[i], acc,
+                               dim);
             }
         }
     }
@@ -6389,14 +6624,16 @@ static void kvli_cpu_shape(kvli_cpu_job *job) {
     job->two_q = k->rotated || (split && kvli_is_nibbles(k->format));
     job->two_acc = v->rotated || (split && kvli_is_nibbles(v->format));
     job->acc_floats = job->v_pad + (split && v->format == KVL_INT4 ? 16 * kvli_div_up(geo->v_dim, 64) : 0);
-    row = (job->two_q ? 2 : 1) * geo->k_dim + (job->two_acc ? 2 : 1) * job->acc_floats + geo->v_dim + KVLI_CPU_STRIDE;
+    row = (job->two_q ? 2 : 1) * geo->k_dim + (job->two_acc ? 2 : 1) * job->acc_floats + geo->v_dim +
+          KVLI_CPU_STRIDE;
     left = KVLI_CPU_FLOATS - job->ops->scratch_floats(geo) - 2 * geo->k_dim - KVLI_CPU_STRIDE;
     job->max_q = (uint32_t)(left / row);
     if (job->max_q > KVLI_CPU_MAX_Q) job->max_q = KVLI_CPU_MAX_Q;
     if (job->max_q > 4) job->max_q &= ~3u;
 }
 
-/* Cuts spans into tasks. A span whose tasks are long against all work over the threads is cut along segments as well. */
+/* Cuts spans into tasks. A span whose tasks are long against all work over the threads is cut along segments
+ * as well. */
 static uint32_t kvli_cpu_split_units(const kvli_cpu_job *job, uint32_t n_threads, size_t partial_floats) {
     const kvli_attend *a = job->a;
     const kvli_geometry *geo = a->geo;
@@ -6449,10 +6686,14 @@ static void kvli_cpu_write_all(struct kvl_context *ctx, kvli_cpu_job *job) {
 
 static size_t kvli_cpu_align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
-/* Plans and flags of a step, and room for the partial results of as many query rows as splitting along segments can pay for. */
-static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens, uint32_t max_seq_tokens) {
-    size_t fixed = kvli_cpu_align64(max_step_tokens * sizeof(kvli_cpu_plan)) + kvli_cpu_align64((size_t)max_step_tokens * geo->n_kv_heads);
-    uint64_t row = (uint64_t)kvli_div_up(max_seq_tokens, geo->segment_tokens) * (2 + geo->v_dim) * sizeof(float);
+/* Plans and flags of a step, and room for the partial results of as many query rows as splitting along
+ * segments can pay for. */
+static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens,
+                                 uint32_t max_seq_tokens) {
+    size_t fixed = kvli_cpu_align64(max_step_tokens * sizeof(kvli_cpu_plan)) +
+                   kvli_cpu_align64((size_t)max_step_tokens * geo->n_kv_heads);
+    uint64_t row =
+        (uint64_t)kvli_div_up(max_seq_tokens, geo->segment_tokens) * (2 + geo->v_dim) * sizeof(float);
     uint64_t rows = (uint64_t)kvli_min_u32(max_step_tokens, 4 * n_threads) * geo->n_q_heads;
     uint64_t most = 16u << 20, partial = row * rows < most ? row * rows : most;
     return fixed + (n_threads > 1 ? (size_t)partial : 0);
@@ -6489,9 +6730,7 @@ static bool kvli_null_supports(kvl_format f, bool is_key, uint32_t tokens, uint3
     return kvli_side_supported(f, is_key, tokens, dim, why);
 }
 static uint64_t kvli_null_alloc(kvl_context *ctx, size_t bytes) {
-    uint64_t at = ctx->null_address;
-    ctx->null_address += (bytes + 127) & ~(size_t)127;
-    return at;
+    return 4096ull * (1 + (uint64_t)kvli_atomic_add(&ctx->null_pages, (uint32_t)(bytes / 4096 + 1)));
 }
 static void kvli_null_free(kvl_context *ctx, uint64_t address, size_t bytes) {
     (void)ctx;
@@ -6641,7 +6880,6 @@ KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context 
     if (!local.backend)
         return kvli_fail(&local, err, KVL_NO_BACKEND, "backend: %d is not in this build",
                          (int)local.desc.backend);
-    local.null_address = 4096;
     if (local.backend->kind == KVL_BACKEND_CPU)
         snprintf(local.name, sizeof local.name, "cpu (%s)", simd_names[local.simd]);
     else
@@ -6799,7 +7037,10 @@ static kvl_result kvli_layer_make(kvl_cache *c, const kvl_geometry *g, uint32_t 
         layer->v_offset[e] = layer->k[e].tile_bytes;
         layer->head_stride[e] = layer->k[e].tile_bytes + layer->v[e].tile_bytes;
         layer->offset[e] = group->bytes[e];
-        group->bytes[e] += layer->head_stride[e] * g->n_kv_heads;
+        uint64_t bytes = group->bytes[e] + (uint64_t)layer->head_stride[e] * g->n_kv_heads;
+        if (bytes > 1u << 30)
+            return KVLI_ERROR(c, KVL_LIMIT, "geometry: a block of more than 1 GiB; lower block_tokens");
+        group->bytes[e] = (size_t)bytes;
     }
     size_t slot = layer->head_stride[KVLI_EXACT] * g->n_kv_heads;
     if (slot > c->scratch_slot) c->scratch_slot = slot;
@@ -6830,6 +7071,9 @@ static kvl_result kvli_geometry_make(kvl_cache *c) {
         c->geo.layers = KVLI_CARVE(&a, kvli_layer, g->n_layers);
         sinks = KVLI_CARVE(&a, float, (size_t)g->n_layers * g->n_q_heads);
         if (pass) break;
+        if (c->desc.host_bytes && a.used > c->desc.host_bytes)
+            return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY,
+                              "host_bytes: metadata of the layers alone takes %zu bytes", a.used);
         c->layer_bytes = a.used;
         c->layer_arena = a.base = (uint8_t *)kvli_alloc(c->ctx, a.used);
         if (!a.base)
@@ -6851,6 +7095,13 @@ static size_t kvli_largest_block(const kvl_cache *c) {
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++)
         if (c->classes[k].bytes > largest) largest = c->classes[k].bytes;
     return largest;
+}
+
+static size_t kvli_smallest_block(const kvl_cache *c) {
+    size_t smallest = kvli_largest_block(c);
+    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++)
+        if (c->classes[k].bytes && c->classes[k].bytes < smallest) smallest = c->classes[k].bytes;
+    return smallest;
 }
 
 static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes,
@@ -6934,16 +7185,20 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
     uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES];
     bool two = false;
     for (uint32_t g = 0; g < c->geo.n_groups; g++) two = two || c->groups[g].two_class;
+    if (two && (uint64_t)c->scratch_slot * (d->max_step_tokens / T) > SIZE_MAX / 2)
+        return KVLI_ERROR(c, KVL_LIMIT, "max_step_tokens: %u rows take more scratch than can be addressed",
+                          d->max_step_tokens);
     c->scratch_bytes = two ? c->scratch_slot * (d->max_step_tokens / T) : 0;
     c->workspace_bytes =
         c->ctx->backend->workspace(&c->geo, kvli_threads(c->ctx), d->max_step_tokens, d->max_seq_tokens);
     c->fixed_bytes = (uint64_t)c->scratch_bytes + c->workspace_bytes;
+    if (d->max_device_bytes / kvli_smallest_block(c) >= KVL_ENTRY_ID)
+        return KVLI_ERROR(c, KVL_LIMIT, "max_device_bytes: %llu bytes are more than 2^30 blocks",
+                          (unsigned long long)d->max_device_bytes);
     uint64_t room = d->max_device_bytes > c->fixed_bytes ? d->max_device_bytes - c->fixed_bytes : 0,
              least = 0, slabs;
     kvli_need(c, 2 * T, T, need);
     slabs = kvli_slab_set(c, kvli_slab_size(c, room), room);
-    if (slabs * c->max_per_slab > KVL_ENTRY_ID - 1)
-        return KVLI_ERROR(c, KVL_LIMIT, "max_device_bytes: more than 2^30 blocks");
     if (!kvli_fits(c, need, (uint32_t)slabs, true, NULL))
         slabs = kvli_slab_set(c, kvli_largest_block(c), room);
     if (!kvli_fits(c, need, (uint32_t)slabs, true, &least))
@@ -6960,6 +7215,7 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
     c->max_spans = kvli_min_u32(c->max_seqs, d->max_step_tokens);
     c->max_logits = d->max_step_tokens + c->max_seqs;
     c->max_nodes = c->max_blocks + c->max_seqs + 64;
+    c->n_ghosts = 4096;
     for (c->n_buckets = 64; c->n_buckets < c->max_nodes; c->n_buckets *= 2) {
     }
     return KVL_OK;
@@ -6998,6 +7254,7 @@ static void kvli_cache_carve(kvl_cache *c, kvli_arena *a) {
     c->node_tokens = KVLI_CARVE(a, int32_t, (size_t)c->max_nodes * T);
     c->node_slots = KVLI_CARVE(a, uint32_t, (size_t)c->max_nodes * G);
     c->buckets = KVLI_CARVE(a, uint32_t, c->n_buckets);
+    c->ghosts = KVLI_CARVE(a, uint64_t, c->n_ghosts);
     c->seqs = KVLI_CARVE(a, kvli_seq, c->max_seqs);
     c->tables = KVLI_CARVE(a, uint32_t, (size_t)c->max_seqs * G * c->seq_blocks);
     c->tails = KVLI_CARVE(a, int32_t, (size_t)c->max_seqs * T);
@@ -7031,6 +7288,7 @@ static void kvli_cache_lists(kvl_cache *c) { /* everything free */
         c->nodes[i].next = i + 1 < c->max_nodes ? i + 1 : KVL_NONE;
     }
     c->roots = KVL_NONE;
+    memset(c->ghosts, 0, (size_t)c->n_ghosts * sizeof *c->ghosts);
     memset(c->buckets, 0xff, (size_t)c->n_buckets * sizeof *c->buckets);
     for (uint32_t i = 0; i < c->max_seqs; i++) {
         c->seqs[i].open = false;
@@ -7043,7 +7301,7 @@ static void kvli_cache_lists(kvl_cache *c) { /* everything free */
 
 static void kvli_step_views(kvl_cache *c) { /* the public step's arrays stay where they are */
     kvli_step_state *st = &c->step;
-    kvl_step *v = &st->view;
+    kvl_step *v = &st->views[0];
     v->tokens = st->tokens;
     v->positions = st->positions;
     v->row_span = st->row_span;
@@ -7056,6 +7314,9 @@ static void kvli_step_views(kvl_cache *c) { /* the public step's arrays stay whe
     v->block_address = c->address;
     v->layer_group = c->layer_group;
     v->copies = st->copies;
+    v->scratch_slot_bytes = c->scratch_slot;
+    st->views[1] = *v;
+    st->view = v;
 }
 
 /* ---- slabs from and to the backend ---- */
@@ -7117,7 +7378,6 @@ KVL_API void kvl_cache_destroy(kvl_cache *c) {
     kvli_free(ctx, c->arena, c->arena_bytes);
     kvli_free(ctx, c->layer_arena, c->layer_bytes);
     kvli_mutex_free(&c->lock);
-    kvli_atomic_add(&ctx->caches, (uint32_t)-1);
     kvli_free(ctx, c, sizeof *c);
     if (own) kvl_context_destroy(ctx);
 }
@@ -7185,7 +7445,6 @@ static kvl_result kvli_cache_new(const kvl_cache_desc *desc, bool plan_only, kvl
         if (!desc->context) kvl_context_destroy(ctx);
         return r;
     }
-    kvli_atomic_add(&ctx->caches, 1);
     r = plan_only ? kvli_cache_plan(c) : kvli_cache_build(c);
     if (r != KVL_OK) {
         if (err.at && err.size) snprintf(err.at, err.size, "%s", c->error);
@@ -7257,6 +7516,7 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
     c->stats.device_budget =
         r == KVL_NO_BLOCKS ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : device_bytes;
     kvli_publish(c);
+    kvli_sched_resized(c);
     return r;
 }
 
@@ -7267,12 +7527,9 @@ KVL_API kvl_result kvl_can_fit(kvl_cache *c, uint32_t n_sequences, uint32_t n_to
     if (!c || !n_sequences || !n_tokens || n_sequences > c->max_seqs) return KVL_INVALID_ARG;
     memset(none, 0, sizeof none);
     kvli_need(c, kvli_min_u32(n_tokens, 1u << 28), c->geo.block_tokens, need);
-    for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
-        if (need[k] > 0xffffffffu / n_sequences) return KVL_NEVER_FITS;
-        need[k] *= n_sequences;
-    }
-    bool fits = kvli_fits(c, need, c->n_slabs, false, &slabs);
-    bool ever = kvli_fits(c, need, c->max_slabs, true, &alone) && n_tokens <= c->desc.max_seq_tokens;
+    bool fits = kvli_fits_n(c, need, n_sequences, c->n_slabs, false, &slabs);
+    bool ever =
+        kvli_fits_n(c, need, n_sequences, c->max_slabs, true, &alone) && n_tokens <= c->desc.max_seq_tokens;
     kvli_fits(c, none, c->n_slabs, false, &used);
     if (fit) {
         fit->need_bytes = alone * c->slab_bytes;
@@ -7296,6 +7553,7 @@ KVL_API kvl_result kvl_cache_layout(const kvl_cache *c, uint32_t layer, bool exa
     out->layer_offset = l->offset[e];
     out->head_stride = l->head_stride[e];
     out->v_offset = l->v_offset[e];
+    out->max_blocks = c->max_blocks;
     return KVL_OK;
 }
 
@@ -7577,16 +7835,28 @@ static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim,
     return true;
 }
 
+/* May this layer of this step run? */
+static kvl_result kvli_layer_open(kvl_cache *c, const kvl_step *step, uint32_t layer, const char *call) {
+    kvl_result r = kvli_step_is(c, step, call);
+    if (r != KVL_OK) return r;
+    if (layer >= c->geo.n_layers)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "%s: layer %u of %u", call, layer, c->geo.n_layers);
+    if (c->step.done[layer])
+        return KVLI_ERROR(c, KVL_MISMATCH, "%s: layer %u has run in this step", call, layer);
+    return KVL_OK;
+}
+
+static void kvli_layer_done(kvl_cache *c, uint32_t layer) {
+    c->step.done[layer] = 1;
+    c->step.layers_done++;
+}
+
 KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer, const kvl_tensor *q,
                               const kvl_tensor *k, const kvl_tensor *v, const kvl_tensor *out) {
     kvli_attend a;
     if (!c) return KVL_INVALID_ARG;
-    kvl_result r = kvli_step_is(c, step, "kvl_attend");
+    kvl_result r = kvli_layer_open(c, step, layer, "kvl_attend");
     if (r != KVL_OK) return r;
-    if (layer >= c->geo.n_layers)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: layer %u of %u", layer, c->geo.n_layers);
-    if (c->step.done[layer])
-        return KVLI_ERROR(c, KVL_MISMATCH, "kvl_attend: layer %u has run in this step", layer);
     bool memory = c->ctx->backend->has_memory;
     memset(&a, 0, sizeof a);
     const char *bad = !kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, memory, &a.q)       ? "q"
@@ -7608,8 +7878,17 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
     a.workspace_bytes = c->workspace_bytes;
     a.taint = c->step.taint;
     c->ctx->backend->attend(c->ctx, &a);
-    c->step.done[layer] = 1;
-    c->step.layers_done++;
+    kvli_layer_done(c, layer);
+    return KVL_OK;
+}
+
+KVL_API kvl_result kvl_step_layer_done(kvl_cache *c, const kvl_step *step, uint32_t layer,
+                                       const uint8_t *tainted) {
+    if (!c) return KVL_INVALID_ARG;
+    kvl_result r = kvli_layer_open(c, step, layer, "kvl_step_layer_done");
+    if (r != KVL_OK) return r;
+    for (uint32_t s = 0; tainted && s < c->step.n_spans; s++) c->step.taint[s] |= tainted[s] != 0;
+    kvli_layer_done(c, layer);
     return KVL_OK;
 }
 

@@ -31,7 +31,8 @@ static KT_UNUSED const char *kt_why(const kvl_cache *cache) {
     return cache ? kvl_last_error(cache) : kt_error;
 }
 
-static KT_UNUSED void kt_failed(const char *file, int line, const char *what, const char *format, ...) {
+static KT_UNUSED __attribute__((noreturn)) void kt_failed(const char *file, int line, const char *what,
+                                                          const char *format, ...) {
     va_list args;
     fprintf(stderr, "%s:%d: %s", file, line, what);
     if (kt_where[0]) fprintf(stderr, " [%s]", kt_where);
@@ -41,6 +42,7 @@ static KT_UNUSED void kt_failed(const char *file, int line, const char *what, co
     va_end(args);
     fprintf(stderr, "\n");
     _fail(file, line);
+    abort(); /* not reached: _fail jumps */
 }
 
 #define KT_CHECK(condition, ...)                                                  \
@@ -211,7 +213,7 @@ static KT_UNUSED size_t kt_largest_block(const kvl_cache *cache, uint32_t n_laye
     size_t largest = 0;
     for (uint32_t l = 0; l < n_layers; l++) {
         for (int exact = 0; exact < 2; exact++) {
-            kvl_block_layout layout;
+            kvl_block_layout layout = {0};
             KT_OK(cache, kvl_cache_layout(cache, l, exact != 0, &layout));
             if (layout.block_bytes > largest) largest = layout.block_bytes;
         }
@@ -224,7 +226,7 @@ static KT_UNUSED size_t kt_largest_block(const kvl_cache *cache, uint32_t n_laye
 static KT_UNUSED uint64_t kt_budget(const kvl_cache_desc *desc, uint32_t n_slabs) {
     kvl_cache_desc probe = *desc;
     kvl_cache *cache = NULL;
-    kvl_stats stats;
+    kvl_stats stats = {0};
     uint64_t fixed, slab;
     probe.max_device_bytes = 0;
     probe.device_bytes = 8u << 20;

@@ -126,7 +126,7 @@ static KT_UNUSED kt_answer *kt_world_fork(kt_world *w, kt_answer *parent, uint64
 }
 
 static KT_UNUSED kvl_req_info kt_info(kt_world *w, const kt_answer *a) {
-    kvl_req_info info;
+    kvl_req_info info = {0};
     KT_OK(w->cache, kvl_sched_info(w->sched, a->req, &info));
     KT_CHECK(info.user == a, "user pointer of request %x", a->req.id);
     return info;

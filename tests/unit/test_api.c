@@ -118,7 +118,7 @@ static void test_tile_arguments(void **state) {
     assert_int_equal(kvl_tile_encode(KVL_INT8, 32, 64, 0, rows, tile), KVL_OK);
     rows[70] = 0.0f;
     assert_int_equal(kvl_tile_decode(KVL_INT8, 32, 64, 0, tile, true, rows), KVL_OK);
-    assert_true(fabs(rows[70] - 1.0f) < 1e-2);
+    assert_true(fabsf(rows[70] - 1.0f) < 1e-2f);
     assert_true(rows[71] == 0.0f);
 }
 
@@ -147,7 +147,7 @@ static void test_cache_defaults(void **state) {
     assert_int_equal(kvl_cache_defaults(&desc, &full), KVL_OK);
     assert_int_equal(full.geometry.n_kv_heads, 4);
     assert_int_equal(full.geometry.v_dim, 64);
-    assert_true(fabs(full.geometry.scale - 0.125f) < 1e-7);
+    assert_true(fabsf(full.geometry.scale - 0.125f) < 1e-7f);
     assert_int_equal(full.geometry.block_tokens, 32);
     assert_string_equal(full.geometry.preset, "int8");
     assert_int_equal(full.geometry.k_format, KVL_INT8);

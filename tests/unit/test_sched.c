@@ -267,8 +267,8 @@ static void test_decodes_first(void **state) {
 
 typedef struct gap_case {
     uint32_t decoders, step_tokens, min_chunk;
-    double max_gap_ms;
     kvl_class klass; /* of the prompt; an interactive one would wait where one more stream breaks the bound */
+    double max_gap_ms;
     kvl_cost cost;
 } gap_case;
 
@@ -277,18 +277,18 @@ typedef struct gap_case {
 static void test_max_gap(void **state) {
     kt_world *w = (kt_world *)*state;
     static const gap_case cases[] = {
-        {4, 128, 0, 8.0, KVL_INTERACTIVE, {2.0, 0.1, 0.5, 0}}, /* 40 tokens fit beside the decodes */
-        {4, 128, 0, 8.0, KVL_BACKGROUND, {2.0, 0.1, 0.5, 0}},
+        {4, 128, 0, KVL_INTERACTIVE, 8.0, {2.0, 0.1, 0.5, 0}}, /* 40 tokens fit beside the decodes */
+        {4, 128, 0, KVL_BACKGROUND, 8.0, {2.0, 0.1, 0.5, 0}},
         {4,
          128,
          0,
          4.2,
          KVL_BACKGROUND,
          {2.0, 0.1, 0.5, 0}}, /* only 2 do: the smallest chunk goes all the same */
-        {1, 128, 0, 0.5, KVL_BACKGROUND, {2.0, 0.1, 0.5, 0}},    /* broken by the decode alone */
-        {6, 128, 4, 5.75, KVL_INTERACTIVE, {2.0, 0.1, 0.5, 0}},  /* 7, with a smaller smallest chunk */
-        {1, 128, 0, 100.0, KVL_INTERACTIVE, {2.0, 0.1, 0.5, 0}}, /* bound by the tokens of a step */
-        {8, 64, 16, 20.0, KVL_INTERACTIVE, {1.0, 0.5, 0.25, 0}},
+        {1, 128, 0, KVL_BACKGROUND, 0.5, {2.0, 0.1, 0.5, 0}},    /* broken by the decode alone */
+        {6, 128, 4, KVL_INTERACTIVE, 5.75, {2.0, 0.1, 0.5, 0}},  /* 7, with a smaller smallest chunk */
+        {1, 128, 0, KVL_INTERACTIVE, 100.0, {2.0, 0.1, 0.5, 0}}, /* bound by the tokens of a step */
+        {8, 64, 16, KVL_INTERACTIVE, 20.0, {1.0, 0.5, 0.25, 0}},
     };
     for (size_t i = 0; i < KT_COUNT(cases); i++) {
         const gap_case *c = &cases[i];
@@ -1152,15 +1152,15 @@ static void test_close_and_drain(void **state) {
     }
 }
 
-typedef struct helper {
+typedef struct delayed {
     kt_world *w;
     kvl_request q;
     int kind;
     uint32_t sleep_ms;
-} helper;
+} delayed;
 
 static void *later(void *arg) {
-    helper *h = (helper *)arg;
+    delayed *h = (delayed *)arg;
     struct timespec t = {0, (long)h->sleep_ms * 1000000};
     nanosleep(&t, NULL);
     kvl_req req;
@@ -1184,7 +1184,7 @@ static void test_wait(void **state) {
     assert_false(kvl_sched_wait(w->sched, 0));
     for (int kind = 0; kind < 2; kind++) {
         pthread_t thread;
-        helper h = {w, {0}, kind, 40};
+        delayed h = {w, {0}, kind, 40};
         h.q.tokens = &token;
         h.q.n_tokens = 1;
         h.q.max_new_tokens = 1;
