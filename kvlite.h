@@ -983,7 +983,7 @@ typedef struct kvli_pool {
     void *arg;
 } kvli_pool;
 
-enum { KVLI_SPINS = 20000 };
+enum { KVLI_SPINS = 4000 };
 
 static void kvli_pool_work(kvli_pool *p) {
     for (;;) {

@@ -310,7 +310,8 @@ static void conf_geometry_make(conf_geometry *g, const conf_case *c, bool preset
     }
     g->geo.n_layers = kind == LAYERS_ONE ? 1 : kind == LAYERS_TWO ? 2 : 3;
     g->geo.layers = l;
-    for (i = 0; i < 64; i++) g->sink_logits[i] = (float)conf_random(&rng, 8) - 3;
+    for (i = 0; i < 64; i++)
+        g->sink_logits[i] = i % 7 == 6 ? 40 : i % 7 == 5 ? -90 : (float)conf_random(&rng, 8) - 3;
     for (i = 0; i < g->geo.n_layers; i++) {
         l[i].window = conf_value(c, F_WINDOW);
         l[i].sink_tokens = conf_value(c, F_SINK_TOKENS);
@@ -415,11 +416,11 @@ static float conf_normal(uint64_t x) {
 }
 
 /* A query, key or value of one head, made from the seed alone. Keys have a few channels that are large, biased or
-   constant; some rows of keys and values are zero, constant, tiny or large. */
+   constant; some rows are zero, constant, tiny or large: large queries saturate softmax and softcap. */
 static void conf_row(float *out, char what, uint64_t seed, uint32_t layer, uint32_t head, uint32_t dim) {
     uint64_t base = conf_mix64(seed * 131 + (uint64_t)what + layer * 977u + head * 7919u);
-    uint32_t e, odd = what == 'q' ? 99 : (uint32_t)(base >> 40) % 64;
-    float size = odd == 1 ? 1e-6f : odd == 2 ? 3e-4f : odd == 3 && what == 'v' ? 60 : 1;
+    uint32_t e, odd = (uint32_t)(base >> 40) % 64;
+    float size = odd == 1 ? 1e-6f : odd == 2 ? 3e-4f : odd == 3 && what != 'k' ? 60 : 1;
     for (e = 0; e < dim; e++) {
         float x = conf_normal(base + e * 0x9e3779b9u);
         if (what == 'k') {
