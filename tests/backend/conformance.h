@@ -21,7 +21,7 @@ typedef struct conf_backend {
     uint32_t n_threads;
     bool presets_only; /* the presets' format pairs instead of every pair */
     bool full;         /* the cross product of formats and shapes instead of the covering selection: hours */
-    double tolerance;  /* 0 = 8e-7: of (1 + |q||k| scale) * sum of p|v|, see ref_attend */
+    double tolerance;  /* 0 = 2e-6: of (1 + |q||k| scale) * sum of p|v|, see ref_attend */
 } conf_backend;
 
 /* Under a sanitizer every fourth case of the table: its time is the tests' limit. */
@@ -858,7 +858,7 @@ static bool conf_run_case(const conf_backend *b, const conf_case *c, double *wor
     r->c = c;
     r->backend = b;
     r->rng = c->seed;
-    r->tolerance = b->tolerance > 0 ? b->tolerance : 8e-7;
+    r->tolerance = b->tolerance > 0 ? b->tolerance : 2e-6;
     r->q_dtype = dtype < 3 ? (kvl_dtype)dtype : KVL_DTYPE_F32;
     r->kv_dtype = dtype < 3 ? (kvl_dtype)dtype : KVL_DTYPE_F16;
     r->out_dtype = dtype < 3 ? (kvl_dtype)dtype : KVL_DTYPE_BF16;
