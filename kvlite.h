@@ -36,7 +36,7 @@
      3. Loop: kvl_sched_plan() says which tokens run now. Embed them; in each layer make q, k, v (q and k
         after RoPE) and call kvl_attend(), which appends k and v to the pages and attends; sample the rows
         in step->logit_rows; kvl_sched_commit() the tokens.
-     examples/minimal.c is the whole of it in 73 lines.
+     examples/minimal.c is the whole of it in 77 lines.
      With a scheduler of your own: kvl_seq_open(), then kvl_step_begin(), kvl_attend() for every layer,
      kvl_step_end() or kvl_step_abort().
      With kernels of your own: block tables, slot places, copies and addresses are in kvl_step;
@@ -696,8 +696,7 @@ KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
 #ifdef KVL_IMPLEMENTATION
 #ifndef KVLITE_IMPLEMENTED
 #define KVLITE_IMPLEMENTED
-/* ==== >>config: what the implementation is compiled with
- * ================================================================ */
+/* ==== >>config: what the implementation is compiled with ==== */
 #include <math.h>
 #include <string.h>
 #include <stdlib.h>
@@ -826,8 +825,7 @@ static size_t kvli_cpu_workspace(const kvli_geometry *geo, uint32_t n_threads, u
                                  uint32_t max_seq_tokens);
 static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a); /* write, seal, attend, merge */
 
-/* ==== >>platform: threads, clock, atomics, cpu features
- * ================================================================== */
+/* ==== >>platform: threads, clock, atomics, cpu features ==== */
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
 #define WIN32_LEAN_AND_MEAN
@@ -1042,8 +1040,7 @@ static void kvli_pool_run(kvli_pool *p, uint32_t n, void (*fn)(void *arg, uint32
     kvli_unlock(&p->job);
 }
 
-/* ==== >>log: errors as text
- * ============================================================================================== */
+/* ==== >>log: errors as text ==== */
 struct kvli_backend;
 
 struct kvl_context {
@@ -1088,8 +1085,7 @@ kvli_fail(const kvl_context *ctx, kvli_text text, kvl_result r, const char *form
     return r;
 }
 
-/* ==== >>mem: allocation through the context, and one arena an object
- * ======================================================= */
+/* ==== >>mem: allocation through the context, and one arena an object ==== */
 static void *kvli_default_alloc(void *user, void *ptr, size_t old_size, size_t new_size) {
     (void)user;
     (void)old_size;
@@ -2264,8 +2260,7 @@ KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t
     return KVL_OK;
 }
 
-/* ==== >>backend: what a backend must do
- * ================================================================================== */
+/* ==== >>backend: what a backend must do ==== */
 /* All calls come from the owner thread, between or inside steps. Addresses are the backend's own (host
  * pointers on the CPU). */
 typedef struct kvli_backend {
@@ -2282,8 +2277,7 @@ typedef struct kvli_backend {
     void (*attend)(kvl_context *ctx, const kvli_attend *args);
 } kvli_backend;
 
-/* ==== >>blocks: slabs, classes, block ids
- * ================================================================================ */
+/* ==== >>blocks: slabs, classes, block ids ==== */
 enum {
     KVLI_MAX_GROUPS = 16,
     KVLI_MAX_CLASSES = 2 * KVLI_MAX_GROUPS,
@@ -2691,8 +2685,7 @@ static void kvli_need(const kvl_cache *c, uint32_t n_tokens, uint32_t chunk, uin
     }
 }
 
-/* ==== >>prefix: the tree of cached blocks
- * ================================================================================ */
+/* ==== >>prefix: the tree of cached blocks ==== */
 static uint64_t kvli_chain(const kvl_cache *c, uint64_t h, const int32_t *tokens) {
     for (uint32_t i = 0; i < c->geo.block_tokens; i += 2) { /* block_tokens is even */
         uint64_t pair = (uint32_t)tokens[i] | (uint64_t)(uint32_t)tokens[i + 1] << 32;
@@ -3280,8 +3273,7 @@ static void kvli_growth(kvl_cache *c, uint32_t i, uint32_t end, uint32_t *need) 
     }
 }
 
-/* ==== >>steps: rows into pages
- * =========================================================================================== */
+/* ==== >>steps: rows into pages ==== */
 static void kvli_step_reset(kvl_cache *c) {
     kvli_step_state *st = &c->step;
     st->open = true;
@@ -3589,8 +3581,7 @@ static void kvli_publish(kvl_cache *c) {
     kvli_unlock(&c->lock);
 }
 
-/* ==== >>sched: which tokens run next
- * ===================================================================================== */
+/* ==== >>sched: which tokens run next ==== */
 enum { KVLI_MAX_STOP = 8, KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES, KVLI_LOOKAHEAD = 32, KVLI_PASSED_OVER = 64 };
 
 typedef struct kvli_req {
@@ -4373,8 +4364,7 @@ KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
     return KVL_OK;
 }
 
-/* ==== >>public: scheduler
- * ================================================================================================ */
+/* ==== >>public: scheduler ==== */
 static void kvli_sched_desc_fill(const kvl_cache *c, kvl_sched_desc *d) {
     if (!d->max_running || d->max_running > c->max_spans) d->max_running = c->max_spans;
     if (!d->max_waiting) d->max_waiting = 4096;
@@ -6724,8 +6714,7 @@ static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a) {
     if (merge) kvli_parallel(ctx, a->n_spans * a->geo->n_kv_heads, kvli_cpu_merge_task, &job);
 }
 
-/* ==== >>null: no math and no memory: scheduler tests, capacity planning
- * ===================================================== */
+/* ==== >>null: no math and no memory: scheduler tests, capacity planning ==== */
 static bool kvli_null_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
     return kvli_side_supported(f, is_key, tokens, dim, why);
 }
@@ -6787,8 +6776,7 @@ static const kvli_backend kvli_backends[] = {
      kvli_null_free, kvli_null_workspace, kvli_null_attend},
 };
 
-/* ==== >>public: context
- * ================================================================================================== */
+/* ==== >>public: context ==== */
 KVL_API const char *kvl_result_name(kvl_result r) {
     switch ((int)r) {
 #define KVL_RESULT_NAME_(name, value, text) \
@@ -6910,8 +6898,7 @@ KVL_API void kvl_context_destroy(kvl_context *ctx) {
 KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? ctx->name : ""; }
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
 
-/* ==== >>public: cache create
- * ============================================================================================= */
+/* ==== >>public: cache create ==== */
 static bool kvli_finite(float x) { return x > -1e30f && x < 1e30f; }
 
 static bool kvli_side_make(kvl_cache *c, kvli_side *side, const char *field, uint32_t layer, kvl_format f,
@@ -7557,8 +7544,7 @@ KVL_API kvl_result kvl_cache_layout(const kvl_cache *c, uint32_t layer, bool exa
     return KVL_OK;
 }
 
-/* ==== >>public: sequences and steps
- * ====================================================================================== */
+/* ==== >>public: sequences and steps ==== */
 static bool kvli_desc_tokens_ok(const kvl_seq_desc *d) {
     return d && (d->tokens || !d->n_tokens) && d->priority < KVLI_PRIORITIES;
 }
@@ -7892,8 +7878,7 @@ KVL_API kvl_result kvl_step_layer_done(kvl_cache *c, const kvl_step *step, uint3
     return KVL_OK;
 }
 
-/* ==== >>validate: every invariant
- * ======================================================================================== */
+/* ==== >>validate: every invariant ==== */
 #define KVLI_MUST(condition, ...)                                         \
     do {                                                                  \
         if (!(condition)) return KVLI_ERROR(c, KVL_CORRUPT, __VA_ARGS__); \

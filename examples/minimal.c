@@ -15,11 +15,13 @@ static float number(uint32_t x) { /* weights of the toy: a hash in -1..1 */
 static void project(uint32_t what, const kvl_step *step, const float *x, uint32_t heads, float *out) {
     for (uint32_t r = 0; r < step->n_tokens; r++)
         for (uint32_t i = 0; i < heads * DIM; i++)
-            out[r * heads * DIM + i] = number(what * 7919u + (uint32_t)step->tokens[r] * 131u + i) + 0.1f * x[r] + 0.01f * (float)step->positions[r];
+            out[r * heads * DIM + i] = number(what * 7919u + (uint32_t)step->tokens[r] * 131u + i) +
+                                       0.1f * x[r] + 0.01f * (float)step->positions[r];
 }
 
 int main(void) {
-    static float q[MAX_ROWS * Q_HEADS * DIM], k[MAX_ROWS * KV_HEADS * DIM], v[MAX_ROWS * KV_HEADS * DIM], out[MAX_ROWS * Q_HEADS * DIM];
+    static float q[MAX_ROWS * Q_HEADS * DIM], k[MAX_ROWS * KV_HEADS * DIM], v[MAX_ROWS * KV_HEADS * DIM],
+        out[MAX_ROWS * Q_HEADS * DIM];
     static float x[MAX_ROWS];
     const int32_t prompts[2][5] = {{11, 22, 33, 44, 55}, {11, 22, 33, 44, 66}};
     char error[256] = "";
@@ -52,13 +54,15 @@ int main(void) {
     const kvl_step *step;
     while (kvl_sched_plan(sched, &step) == KVL_OK) { /* which tokens run now */
         int32_t next[MAX_ROWS];
-        kvl_tensor tq = {q, KVL_DTYPE_F32, 0, 0}, tk = {k, KVL_DTYPE_F32, 0, 0}, tv = {v, KVL_DTYPE_F32, 0, 0}, to = {out, KVL_DTYPE_F32, 0, 0};
+        kvl_tensor tq = {q, KVL_DTYPE_F32, 0, 0}, tk = {k, KVL_DTYPE_F32, 0, 0},
+                   tv = {v, KVL_DTYPE_F32, 0, 0}, to = {out, KVL_DTYPE_F32, 0, 0};
         for (uint32_t r = 0; r < step->n_tokens; r++) x[r] = (float)step->tokens[r] / VOCAB;
         for (uint32_t layer = 0; layer < LAYERS; layer++) {
             project(3 * layer, step, x, Q_HEADS, q);
             project(3 * layer + 1, step, x, KV_HEADS, k);
             project(3 * layer + 2, step, x, KV_HEADS, v);
-            if (kvl_attend(cache, step, layer, &tq, &tk, &tv, &to) != KVL_OK) return 1; /* append k, v; attend */
+            if (kvl_attend(cache, step, layer, &tq, &tk, &tv, &to) != KVL_OK)
+                return 1; /* append k, v; attend */
             for (uint32_t r = 0; r < step->n_tokens; r++) x[r] += out[r * Q_HEADS * DIM + layer];
         }
         for (uint32_t i = 0; i < step->n_logits; i++) { /* "sample": one token for each row that wants one */

@@ -625,8 +625,8 @@ static void test_eviction_by_recency(void **state) {
     leave(f, 0, 64, 0); /* 4 blocks each */
     leave(f, 1000, 64, 0);
     leave(f, 2000, 64, 0);
-    reopen(f, 0, 64, 1);                               /* the oldest is used again: 12 full, and a leaf */
-    leave(f, 3000, 32, 0);                             /* takes 2: the tail of 1000 */
+    reopen(f, 0, 64, 1);   /* the oldest is used again: 12 full, and a leaf */
+    leave(f, 3000, 32, 0); /* takes 2: the tail of 1000 */
     REUSED(reopen(f, 1000, 64, 1), 32, KVL_MATCH_EVICTED);
     unmake(f);
     make(f, desc);
