@@ -56,10 +56,17 @@ TEST_SOURCES := $(foreach d,$(TESTS),$(wildcard tests/$d/test_*.c tests/$d/fuzz_
 TEST_PROGRAMS := $(patsubst %.c,$(B)/%,$(TEST_SOURCES))
 TEST_HELPERS := $(patsubst %.c,$(B)/%,$(foreach d,$(TESTS),$(wildcard tests/$d/dump_*.c)))
 TEST_SCRIPTS := $(foreach d,$(TESTS),$(wildcard tests/$d/test_*.sh tests/$d/test_*.py))
-BENCH_SOURCES := $(wildcard tests/*/bench_*.c)
-BENCH_PROGRAMS := $(patsubst %.c,$(B)/bench/%,$(notdir $(BENCH_SOURCES)))
-C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c)
-FORMAT_FILES := kvlite.h $(C_SOURCES) $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h)
+
+# Every folder tools/NAME with a main.c is the program build/NAME, every tools/bench/bench_*.c a benchmark. Those of
+# peers (llama.cpp, ggml) need `make peers`.
+TOOLS := $(patsubst tools/%/main.c,$(B)/%,$(wildcard tools/*/main.c))
+PEER_PROGRAMS := $(patsubst tools/bench/%.c,$(B)/%,$(wildcard tools/bench/bench_peer*.c))
+BENCH_PROGRAMS := $(filter-out $(PEER_PROGRAMS),$(patsubst tools/bench/%.c,$(B)/%,$(wildcard tools/bench/bench_*.c)))
+PEERS := build/peers
+
+C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
+FORMAT_FILES := kvlite.h $(C_SOURCES) \
+  $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h)
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
 
 # A goal named after `deps` waits for it, in a parallel build too.
@@ -67,7 +74,7 @@ ifneq ($(filter deps,$(MAKECMDGOALS)),)
 $(filter-out deps,$(MAKECMDGOALS)) $(OBJECTS) $(VENV)/.made: | deps
 endif
 
-all: $(PROGRAMS) ## build the programs: minimal, complete, chat, demo (default)
+all: $(PROGRAMS) $(TOOLS) ## build the programs: minimal, complete, chat, demo; and the tools (default)
 .PHONY: all
 
 ## Getting started
@@ -85,7 +92,7 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+test: $(PROGRAMS) $(TOOLS) $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
 	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS)
 
@@ -181,13 +188,14 @@ $(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlit
 	@mkdir -p $(@D)
 	$(call say,LINK  $@)$(LINK) -lcmocka $(LIBS) -o $@
 
-$(foreach s,$(BENCH_SOURCES),$(eval $(B)/bench/$(notdir $(s:.c=)): $(B)/obj/$(s:.c=.o)))
-$(BENCH_PROGRAMS): $(B)/libkvlite.a
-	@mkdir -p $(@D)
-	$(call say,LINK  $@)$(LINK) $(LIBS) -o $@
+$(BENCH_PROGRAMS): $(B)/%: $(B)/obj/tools/bench/%.o $(B)/libllm.a $(B)/libkvlite.a
+	$(call say,LINK  $@)$(LINK) -lcjson $(LIBS) -o $@
+
+$(foreach t,$(TOOLS),$(eval $t: $(patsubst %.c,$(B)/obj/%.o,$(wildcard tools/$(notdir $t)/*.c))))
+$(TOOLS): $(B)/libllm.a $(B)/libkvlite.a
+	$(call say,LINK  $@)$(LINK) -lcjson $(LIBS) -o $@
 
 $(LLM_PROGRAMS) $(filter $(B)/tests/e2e/% $(B)/tests/fuzz/%,$(TEST_PROGRAMS) $(TEST_HELPERS)): $(B)/libllm.a
-$(patsubst tests/e2e/%.c,$(B)/bench/%,$(filter tests/e2e/%,$(BENCH_SOURCES))): $(B)/libllm.a
 
 $(VENV)/.made:
 	@rm -rf $(VENV)

@@ -2,10 +2,10 @@
 # Installs what `make` and `make test` need, on Debian 12 and its relatives. Quick when all of it is there.
 set -eu
 
-# compilers and build; then lint and format; then tests (cmocka, the Python oracle)
+# compilers and build; then lint and format; then tests and tools (cmocka, cJSON, the Python oracle)
 required='gcc g++ clang make libc6-dev
 clang-format clang-tidy cppcheck
-libcmocka-dev python3 python3-venv ca-certificates'
+libcmocka-dev libcjson-dev python3 python3-venv ca-certificates'
 
 # 32-bit compile check on amd64. (gcc-multilib would conflict with the cross compilers.)
 optional=''
@@ -17,6 +17,7 @@ make deps: this system has no apt-get, so nothing was installed. kvlite's build 
   gcc and g++ (or set CC and CXX), GNU make
   for `make model` and the end-to-end tests: Python >= 3.10 with venv and pip
   for the tests: cmocka (headers and library), clang
+  for the tools: cJSON (headers and library)
   for `make lint` and `make format`: clang-tidy, cppcheck, clang-format
 Install them with your package manager; then `make demo` and `make test` work without `make deps`.
 EOF
