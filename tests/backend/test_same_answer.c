@@ -336,6 +336,11 @@ static void fork_and_trim(const char *preset, kvl_simd simd) {
         p.length[s] = reached;
     }
     feed_all(&p, STREAMS, true);
+    for (uint32_t s = 0; s < STREAMS; s++) { /* what forks wrote is found again under their tokens */
+        close_stream(&p, s);
+        assert_true(open_stream(&p, s, TOKENS, true) >= 192);
+    }
+    feed_all(&p, STREAMS, false);
     for (uint32_t round = 0; round < 2; round++) {
         for (uint32_t s = 0; s < STREAMS; s++) {
             uint32_t want = pick(&p.rng, TOKENS + 1), reached = KVL_NONE;
