@@ -7,7 +7,7 @@
 
 #include <cjson/cJSON.h>
 
-enum { MAX_CONTENDERS = 20, MOST = 8 };
+enum { MAX_CONTENDERS = 20, MOST = 8, CELL_SECONDS = 20 };
 #define END UINT32_MAX /* of a list */
 
 static const char usage[] =
@@ -166,8 +166,8 @@ typedef struct bench {
     FILE *table;
     cJSON *json_rows;
     case_rows rows;
-    contender all[MAX_CONTENDERS];
-    uint32_t n;
+    contender all[MAX_CONTENDERS]; /* kvlite's, then ggml's */
+    uint32_t n, first_peer;
     rounds read, convert; /* GB/s */
 } bench;
 
@@ -190,7 +190,10 @@ static void open_contenders(bench *b, const cell *c, float *q) {
         snprintf(t->name, sizeof t->name, "kvlite %s", presets[i].name);
         case_open(&t->kv, b->ctx, &b->rows, &presets[i], c->gqa, c->n_context, c->n_new, q);
     }
+    b->first_peer = b->n;
     for (int i = 0; i < 6; i++) {
+        if (c->prefill && i > 2 && i % 2)
+            continue; /* Q8_0 and Q4_0 take seconds; their better layout is enough */
         contender *t = &b->all[b->n++];
         *t = (contender){.peer = {.type = peer_types[i / 2], .by_token = i % 2, .threads = b->threads}};
         snprintf(t->name, sizeof t->name, "ggml %s %s", ggml_type_name(t->peer.type),
@@ -203,8 +206,9 @@ static void run_rounds(bench *b, const cell *c) {
     static uint8_t warm[16384] __attribute__((aligned(64)));
     const contender *f16 =
         &b->all[b->n - 6]; /* ggml's F16, in one piece: what reading the same bytes takes */
+    double start = runtime_now();
     b->read.n = b->convert.n = 0;
-    for (uint32_t r = 0; r < b->n_rounds; r++) {
+    for (uint32_t r = 0; r < b->n_rounds && (r < 2 || runtime_now() - start < CELL_SECONDS); r++) {
         for (uint32_t i = 0; i < b->n; i++) {
             contender *t = &b->all[i];
             bench_settle();
@@ -268,7 +272,7 @@ static cJSON *json_row(const cell *c, const contender *t, spread us) {
     cJSON_AddStringToObject(row, "kv", t->name);
     cJSON_AddNumberToObject(row, "bytes", (double)contender_bytes(t));
     json_spread(row, "us", us);
-    cJSON_AddNumberToObject(row, "gbs", (double)contender_bytes(t) / us.median * 1e-3);
+    if (!c->prefill) cJSON_AddNumberToObject(row, "gbs", (double)contender_bytes(t) / us.median * 1e-3);
     cJSON_AddNumberToObject(row, "error", t->error);
     return row;
 }
@@ -289,24 +293,31 @@ static void report_ceiling(bench *b, const contender *t, cJSON *row, char *text,
              read.median < convert.median ? "read" : "convert");
 }
 
+static void report_ratio(FILE *table, cJSON *row, const char *key, const rounds *peer, const rounds *us) {
+    spread s = rounds_ratio(peer, us);
+    if (peer->n) json_spread(row, key, s);
+    if (peer->n)
+        fprintf(table, "  %6.2f (%5.2f-%5.2f)", s.median, s.least, s.most);
+    else
+        fprintf(table, "  %20s", "");
+}
+
 static void report_one(bench *b, const cell *c, const contender *t) {
     spread us = rounds_spread(&t->us);
     cJSON *row = json_row(c, t, us);
-    char peers[64], ceiling_text[64] = "";
-    fprintf(b->table, "%-7s %4u %4u %6u  %-16s %10.1f %7.2f %8.5f", c->prefill ? "prefill" : "decode", c->dim,
-            c->gqa, c->n_context, t->name, us.median, (double)contender_bytes(t) / us.median * 1e-3,
-            t->error);
+    char peers[64], text[64] = "";
+    if (!c->prefill) snprintf(text, sizeof text, "%.2f", (double)contender_bytes(t) / us.median * 1e-3);
+    fprintf(b->table, "%-7s %4u %4u %6u  %-16s %10.1f %7s %8.5f", c->prefill ? "prefill" : "decode", c->dim,
+            c->gqa, c->n_context, t->name, us.median, text, t->error);
     if (t->preset) {
         rounds cache = peer_best(b, t->preset->name, true, peers, sizeof peers);
         rounds best = peer_best(b, t->preset->name, false, peers, sizeof peers);
-        spread ratio = rounds_ratio(&best, &t->us), cache_ratio = rounds_ratio(&cache, &t->us);
+        text[0] = 0;
         cJSON_AddStringToObject(row, "peer", peers);
-        json_spread(row, "ratio", ratio);
-        json_spread(row, "cache_ratio", cache_ratio);
-        if (!c->prefill && strcmp(t->preset->name, "f16") == 0)
-            report_ceiling(b, t, row, ceiling_text, sizeof ceiling_text);
-        fprintf(b->table, "  %6.2f (%5.2f-%5.2f)  %6.2f (%5.2f-%5.2f)  %s%s", ratio.median, ratio.least,
-                ratio.most, cache_ratio.median, cache_ratio.least, cache_ratio.most, peers, ceiling_text);
+        report_ratio(b->table, row, "ratio", &best, &t->us);
+        report_ratio(b->table, row, "cache_ratio", &cache, &t->us);
+        if (!c->prefill && strcmp(t->preset->name, "f16") == 0) report_ceiling(b, t, row, text, sizeof text);
+        fprintf(b->table, "  %s%s", peers, text);
     }
     fprintf(b->table, "\n");
     fflush(b->table);
