@@ -104,7 +104,20 @@ asan ubsan tsan: ## run the tests that need no model under a sanitizer
 
 bench: $(BENCH_PROGRAMS) ## measure, as ratios to what the same run measures on this machine
 	@for b in $(sort $^); do echo "== $$b"; $$b || exit 1; done
-.PHONY: test sanitized-test asan ubsan tsan bench
+
+peers: ## compile llama.cpp (llama-cpp-python from PyPI) into build/peers: 80 MB, some minutes
+	@PYTHON=$(PYTHON) tools/peers.sh $(PEERS)
+
+bench-peers: $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure against llama.cpp (QUICK=1: fewer cases); JSON into build/results
+	@if [ -f $(PEERS)/.made ]; then $(MAKE) --no-print-directory run-bench-peers; \
+	else echo "SKIP bench-peers: llama.cpp is not there; make peers compiles it"; fi
+
+RESULTS := $(B)/results
+run-bench-peers: $(PEER_PROGRAMS) model
+	@mkdir -p $(RESULTS)
+	@for b in $(sort $(PEER_PROGRAMS)); do echo "== $$b"; \
+	  $$b $(if $(QUICK),--quick) --json $(RESULTS)/$${b##*/bench_}.json || exit 1; done
+.PHONY: test sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
 
 ## Keeping the code in order
 
@@ -116,9 +129,10 @@ format-check: ## fail where `make format` would change something
 
 lint: tidy cppcheck ## clang-tidy and cppcheck
 
-LINTED := $(filter-out tests/compile/%,$(C_SOURCES)) # the compile tests break style on purpose
+# The compile tests break style on purpose; the benchmarks of peers need their headers.
+LINTED := $(filter-out tests/compile/% $(if $(wildcard $(PEERS)/include),,tools/bench/bench_peer%),$(C_SOURCES))
 TIDY := $(addprefix tidy/,$(LINTED))
-TIDY_FLAGS = $(filter-out -MMD -MP -O2 -g,$(KVL_CFLAGS)) -DFUZZ_STANDALONE
+TIDY_FLAGS = $(filter-out -MMD -MP -O2 -g,$(KVL_CFLAGS)) -DFUZZ_STANDALONE -isystem $(PEERS)/include
 tidy: $(TIDY) tidy/kvlite.h
 $(TIDY): tidy/%:
 	$(call say,TIDY  $(@:tidy/%=%))$(CLANG_TIDY) --quiet $* -- $(TIDY_FLAGS)
@@ -148,8 +162,8 @@ install: ## install kvlite.h, its documents and kvlite.pc (PREFIX=/usr/local, DE
 	  'Cflags: -I$${includedir}' 'Libs: -lpthread -lm' >$(DATADIR)/pkgconfig/kvlite.pc
 	chmod 644 $(DATADIR)/pkgconfig/kvlite.pc
 
-clean: ## remove what was built; the fetched model and the Python packages stay
-	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name models ! -name venv -exec rm -rf {} +; fi
+clean: ## remove what was built; the fetched model, the Python packages and llama.cpp stay
+	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name models ! -name venv ! -name peers -exec rm -rf {} +; fi
 
 distclean: ## remove build/ whole
 	rm -rf build
@@ -190,6 +204,12 @@ $(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlit
 
 $(BENCH_PROGRAMS): $(B)/%: $(B)/obj/tools/bench/%.o $(B)/libllm.a $(B)/libkvlite.a
 	$(call say,LINK  $@)$(LINK) -lcjson $(LIBS) -o $@
+
+# Libraries of peers are linked from where `make peers` put them. They have a gguf_type_name too, hence --exclude-libs.
+$(PEER_PROGRAMS:$(B)/%=$(B)/obj/tools/bench/%.o): KVL_CFLAGS += -isystem $(PEERS)/include
+$(PEER_PROGRAMS): $(B)/%: $(B)/obj/tools/bench/%.o $(B)/libllm.a $(B)/libkvlite.a
+	$(call say,LINK  $@)$(LINK) -Wl,--exclude-libs,ALL -L$(PEERS)/lib -Wl,-rpath,$(abspath $(PEERS)/lib) -lllama -lggml-cpu -lggml-base \
+	  -lcjson $(LIBS) -o $@
 
 $(foreach t,$(TOOLS),$(eval $t: $(patsubst %.c,$(B)/obj/%.o,$(wildcard tools/$(notdir $t)/*.c))))
 $(TOOLS): $(B)/libllm.a $(B)/libkvlite.a
