@@ -10,12 +10,20 @@ typedef struct row_score {
     bool same;
 } row_score;
 
-/* Rows of a step, a task each: the variant's logits against the reference's. */
+/* What the first variant makes of the rows of a step. */
+typedef struct reference {
+    float *logits;         /* [SCORED_ROWS][n_vocab] */
+    double *probabilities; /* the same shape */
+    double log_sum[SCORED_ROWS];
+    uint32_t top[SCORED_ROWS];
+} reference;
+
+/* Rows of a step, a task each. */
 typedef struct comparison {
-    runtime *rt;
-    const float *reference; /* [rows][n_vocab] */
-    const int32_t *next;    /* [rows] the token that the text goes on with */
-    row_score *scores;      /* [rows] */
+    const runtime *rt;
+    reference *reference;
+    const int32_t *next; /* [rows] the token that the text goes on with */
+    row_score *scores;   /* [rows] */
 } comparison;
 
 /* ln of the sum of e^logit; *top is the likeliest token. */
@@ -29,18 +37,29 @@ static double log_sum_exp(const float *logits, uint32_t n, uint32_t *top) {
     return most + log(sum);
 }
 
-static void compare_row(void *ctx, uint32_t row) {
+static void take_reference(void *ctx, uint32_t row) {
     const comparison *c = ctx;
     const uint32_t n = c->rt->config->n_vocab;
-    const float *p = c->reference + (size_t)row * n, *q = runtime_logits(c->rt, row);
-    uint32_t p_top, q_top;
-    const double p_sum = log_sum_exp(p, n, &p_top), q_sum = log_sum_exp(q, n, &q_top);
+    float *logits = c->reference->logits + (size_t)row * n;
+    double *p = c->reference->probabilities + (size_t)row * n;
+    memcpy(logits, runtime_logits(c->rt, row), n * sizeof *logits);
+    const double sum = log_sum_exp(logits, n, &c->reference->top[row]);
+    for (uint32_t i = 0; i < n; i++) p[i] = exp(logits[i] - sum);
+    c->reference->log_sum[row] = sum;
+}
+
+static void compare_row(void *ctx, uint32_t row) {
+    const comparison *c = ctx;
+    const reference *r = c->reference;
+    const uint32_t n = c->rt->config->n_vocab;
+    const float *logits = r->logits + (size_t)row * n, *tested = runtime_logits(c->rt, row);
+    const double *p = r->probabilities + (size_t)row * n;
+    uint32_t top;
+    const double log_sum = r->log_sum[row], tested_sum = log_sum_exp(tested, n, &top);
     double kld = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        const double p_log = p[i] - p_sum;
-        kld += exp(p_log) * (p_log - (q[i] - q_sum));
-    }
-    c->scores[row] = (row_score){.nll = q_sum - q[c->next[row]], .kld = kld, .same = p_top == q_top};
+    for (uint32_t i = 0; i < n; i++) kld += p[i] * ((logits[i] - log_sum) - (tested[i] - tested_sum));
+    c->scores[row] =
+        (row_score){.nll = tested_sum - tested[c->next[row]], .kld = kld, .same = top == r->top[row]};
 }
 
 static bool failed(kvl_cache *cache, kvl_result r, char *err, size_t n) {
@@ -96,7 +115,7 @@ typedef struct scoring {
     kvl_cache **caches; /* [n], NULL for a variant with another's scores */
     kvl_seq *seqs;      /* [n] */
     int32_t *tokens;    /* [ctx] of the chunk */
-    float *reference;   /* [SCORED_ROWS][n_vocab] */
+    reference reference;
     row_score rows[SCORED_ROWS];
 } scoring;
 
@@ -107,10 +126,8 @@ static bool score_step(scoring *s, uint32_t index, uint32_t at, uint32_t rows, c
     if (!run_tokens(v->rt, s->caches[index], s->seqs[index], s->tokens + at, rows, counts ? rows : 0, err, n))
         return false;
     if (!counts) return true;
-    const size_t row_bytes = v->rt->config->n_vocab * sizeof(float);
-    for (uint32_t i = 0; index == 0 && i < rows; i++)
-        memcpy((char *)s->reference + i * row_bytes, runtime_logits(v->rt, i), row_bytes);
-    comparison c = {.rt = v->rt, .reference = s->reference, .next = s->tokens + at + 1, .scores = s->rows};
+    comparison c = {v->rt, &s->reference, s->tokens + at + 1, s->rows};
+    if (index == 0) pool_run(v->rt->threads, rows, take_reference, &c);
     pool_run(v->rt->threads, rows, compare_row, &c);
     for (uint32_t i = 0; i < rows; i++) {
         v->nll += s->rows[i].nll;
@@ -173,8 +190,10 @@ static bool prepare(scoring *s, char *err, size_t n) {
     s->caches = calloc(s->n, sizeof *s->caches);
     s->seqs = calloc(s->n, sizeof *s->seqs);
     s->tokens = calloc(p->ctx, sizeof *s->tokens);
-    s->reference = malloc(sizeof(float) * SCORED_ROWS * s->v[0].rt->config->n_vocab);
-    if (!s->caches || !s->seqs || !s->tokens || !s->reference)
+    const size_t logits = (size_t)SCORED_ROWS * s->v[0].rt->config->n_vocab;
+    s->reference.logits = malloc(logits * sizeof(float));
+    s->reference.probabilities = malloc(logits * sizeof(double));
+    if (!s->caches || !s->seqs || !s->tokens || !s->reference.logits || !s->reference.probabilities)
         return llm_fail(err, n, "no memory for %u caches", s->n);
     for (uint32_t i = 0; i < s->n; i++) {
         variant *v = &s->v[i];
@@ -203,7 +222,8 @@ bool score_passage(const passage *p, variant *v, uint32_t n_variants, bool progr
     free(s.caches);
     free(s.seqs);
     free(s.tokens);
-    free(s.reference);
+    free(s.reference.logits);
+    free(s.reference.probabilities);
     if (!ok) free_scores(v, n_variants);
     return ok;
 }
