@@ -113,7 +113,9 @@ static void describe(program *p) { /* for the screen and the report */
     r->model = slash ? slash + 1 : r->path;
     r->seed = p->o.sampling.seed;
     r->budget = c->device_bytes;
-    if (!c->k_format && !c->v_format)
+    if (c->kv_file)
+        snprintf(r->kv, sizeof r->kv, "%s", c->kv_file);
+    else if (!c->k_format && !c->v_format)
         snprintf(r->kv, sizeof r->kv, "%s", preset->name);
     else
         snprintf(r->kv, sizeof r->kv, "%s/%s", kvl_format_name(c->k_format ? c->k_format : preset->k),

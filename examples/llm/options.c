@@ -87,7 +87,8 @@ const char options_help[] =
     "  -m FILE          model, a GGUF file (required)\n"
     "  --threads N      threads (default: one for each processor)\n"
     "  --act int8|f32   activations (default int8; f32 is slower and exact)\n"
-    "  --kv PRESET      KV format: f32 f16 bf16 int8 int8+ fp8 nvfp4 balanced int4 (default int8)\n"
+    "  --kv NAME|FILE   KV format: f32 f16 bf16 int8 int8+ fp8 nvfp4 balanced int4 (default int8),\n"
+    "                   or a file that names formats by layer (llm/kv_file.h says how)\n"
     "  --kv-k FORMAT    format of keys alone\n"
     "  --kv-v FORMAT    format of values alone\n"
     "  --kv-bytes N     KV memory in bytes, or with K, M, G\n"
@@ -95,21 +96,30 @@ const char options_help[] =
     "  --top-k N  --top-p P  --min-p P  --seed N\n"
     "                   sampling, with a temperature above 0\n";
 
-static bool take_preset(options *o, args *a, char *err, size_t err_len) {
-    const char *name;
+static bool readable(const char *path) {
+    FILE *f = fopen(path, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+bool options_kv(runtime_cache_desc *c, const char *option, const char *name, char *err, size_t err_len) {
     char known[160] = "";
     uint32_t n;
-    if (!args_value(a, &name, err, err_len)) return false;
-    if (kvl_preset_find(name)) {
-        o->cache.preset = name;
-        return true;
-    }
+    const kvl_preset *preset = kvl_preset_find(name);
+    c->preset = preset ? preset->name : NULL;
+    c->kv_file = preset ? NULL : name;
+    if (preset || readable(name)) return true;
     const kvl_preset *all = kvl_presets(&n);
     for (uint32_t i = 0; i < n; i++) {
         size_t at = strlen(known);
         snprintf(known + at, sizeof known - at, " %s", all[i].name);
     }
-    return llm_fail(err, err_len, "%s '%.40s' is unknown; there are:%s", a->name, name, known);
+    return llm_fail(err, err_len, "%s '%.40s' is unknown and no file; there are:%s", option, name, known);
+}
+
+static bool take_kv(options *o, args *a, char *err, size_t err_len) {
+    const char *name;
+    return args_value(a, &name, err, err_len) && options_kv(&o->cache, a->name, name, err, err_len);
 }
 
 static bool take_format(args *a, kvl_format *format, char *err, size_t err_len) {
@@ -143,7 +153,7 @@ bool options_take(options *o, args *a, bool *taken, char *err, size_t err_len) {
     *taken = true;
     if (args_is(a, "-m") || args_is(a, "--model")) return args_value(a, &o->runtime.path, err, err_len);
     if (args_is(a, "--act")) return take_act(o, a, err, err_len);
-    if (args_is(a, "--kv")) return take_preset(o, a, err, err_len);
+    if (args_is(a, "--kv")) return take_kv(o, a, err, err_len);
     if (args_is(a, "--kv-k")) return take_format(a, &o->cache.k_format, err, err_len);
     if (args_is(a, "--kv-v")) return take_format(a, &o->cache.v_format, err, err_len);
     if (args_is(a, "--kv-bytes")) return args_bytes(a, &o->cache.device_bytes, err, err_len);

@@ -30,6 +30,10 @@ bool args_float(args *a, float min, float max, float *value, char *err, size_t e
 bool args_bytes(args *a, uint64_t *value, char *err, size_t err_len); /* 64M, 1G, 4096K, 1000000 */
 bool args_flag(args *a, char *err, size_t err_len);                   /* refuses an =value */
 
+/* `name` of a KV preset, or else a file that can be read: the one or the other is set in *c. `option` is for
+ * the error, which names the presets. */
+bool options_kv(runtime_cache_desc *c, const char *option, const char *name, char *err, size_t err_len);
+
 /* -m, --threads, --act, --kv, --kv-k, --kv-v, --kv-bytes, --temp, --top-k, --top-p, --min-p, --seed */
 typedef struct options {
     runtime_desc runtime;

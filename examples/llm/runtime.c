@@ -1,4 +1,5 @@
 #include "runtime.h"
+#include "kv_file.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -108,6 +109,9 @@ static kvl_cache_desc cache_desc(const runtime *rt, const runtime_cache_desc *d,
                                          .k_format = d->k_format,
                                          .v_format = d->v_format,
                                          .exact_format = exact_for(d->k_format, d->v_format),
+                                         .sink_blocks = d->sink_blocks,
+                                         .block_tokens = d->block_tokens,
+                                         .layers = d->layers,
                                          .fingerprint = rt->fingerprint},
                             .device_bytes = d->device_bytes,
                             .max_seq_tokens = seq_tokens,
@@ -161,12 +165,12 @@ static bool refuse_budget(const kvl_cache_desc *desc, uint32_t tokens, char *err
                     desc->device_bytes, tokens, need, (double)need / (1 << 20));
 }
 
-bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len) {
+static bool make_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err,
+                       size_t err_len) {
     uint32_t n_ctx = rt->config->n_ctx, seq_tokens = desc->seq_tokens, n = desc->n_sequences;
     if (!seq_tokens || seq_tokens > n_ctx) seq_tokens = n_ctx;
     uint32_t least = desc->least_tokens && desc->least_tokens < seq_tokens ? desc->least_tokens : seq_tokens;
     kvl_cache_desc d = cache_desc(rt, desc, seq_tokens);
-    *out = NULL;
     if (!d.device_bytes && find_budget(&d, n ? n : 1, seq_tokens, &d.device_bytes) != KVL_OK)
         d.device_bytes = 1; /* create says what is wrong */
     d.error = err;
@@ -179,6 +183,21 @@ bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out,
     }
     if (r == KVL_NO_BLOCKS) return refuse_budget(&d, least, err, err_len);
     return r == KVL_OK;
+}
+
+bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len) {
+    *out = NULL;
+    if (!desc->kv_file) return make_cache(rt, desc, out, err, err_len);
+    runtime_cache_desc d = *desc;
+    kv_file f;
+    if (!kv_file_read(desc->kv_file, rt->config->n_layers, &f, err, err_len)) return false;
+    d.preset = f.preset;
+    d.sink_blocks = f.sink_blocks;
+    d.block_tokens = f.block_tokens;
+    d.layers = f.layers;
+    bool ok = make_cache(rt, &d, out, err, err_len);
+    kv_file_free(&f);
+    return ok;
 }
 
 uint64_t runtime_contiguous_bytes(const runtime *rt, uint64_t n_tokens) {

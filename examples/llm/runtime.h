@@ -52,15 +52,18 @@ bool runtime_load(runtime *rt, const runtime_desc *desc, char *err,
 void runtime_free(runtime *rt);    /* after its caches; leaves {0} */
 
 typedef struct runtime_cache_desc {
-    const char *preset;            /* NULL: "int8" */
-    kvl_format k_format, v_format; /* 0: the preset's */
+    const char *preset;  /* NULL: "int8" */
+    const char *kv_file; /* geometry override (kv_file.h) in place of preset, sink_blocks and layers */
+    kvl_format k_format, v_format;      /* 0: the preset's */
+    uint32_t sink_blocks, block_tokens; /* as in kvl_geometry */
+    const kvl_layer *layers;            /* as in kvl_geometry: [n_layers] or NULL */
     uint64_t device_bytes; /* budget; 0: what n_sequences of seq_tokens take, and no prefix left to evict */
     uint32_t n_sequences;  /* 0 = 1 */
     uint32_t seq_tokens;   /* longest sequence; 0 or too many: the model's context length */
     uint32_t least_tokens; /* a given budget must hold one sequence of so many; 0: seq_tokens */
 } runtime_cache_desc;
 
-/* A cache for this model. Where a given budget does not hold a sequence of least_tokens, the error says how
+/* A cache for this model; a wrong kv_file is named with its line. Where a given budget does not hold a sequence of least_tokens, the error says how
  * much it takes; what it holds beyond that is kvl_can_fit's fit.max_tokens. */
 bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len);
 
