@@ -549,9 +549,10 @@ typedef enum kvl_req_state {
 } kvl_req_state;
 
 /* What a step costs, in milliseconds: step + prefill_token·rows of prefill + decode·rows of decode +
- * kv_megatoken·(KV tokens read / 1e6). */
+ * (kv_megatoken·tokens that decodes attend to + prefill_kv_megatoken·tokens that rows of prefill attend to) / 1e6.
+ * (Decodes read their KV once a row; a chunk reads it once for many rows, so that a token costs it far less.) */
 typedef struct kvl_cost {
-    double step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms;
+    double step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms, prefill_kv_megatoken_ms;
 } kvl_cost;
 
 typedef struct kvl_sched_desc {
@@ -3582,7 +3583,7 @@ static void kvli_publish(kvl_cache *c) {
 }
 
 /* ==== >>sched: which tokens run next ==== */
-enum { KVLI_MAX_STOP = 8, KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES, KVLI_LOOKAHEAD = 32, KVLI_PASSED_OVER = 64 };
+enum { KVLI_MAX_STOP = 8, KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES, KVLI_LOOKAHEAD = 32, KVLI_PASSED_OVER = 64, KVLI_COSTS = 5 };
 
 typedef struct kvli_req {
     uint32_t generation;
@@ -3610,7 +3611,7 @@ typedef struct kvli_budget { /* of the step being planned */
     uint32_t rows;           /* left */
     double ms, bound;        /* predicted so far; what it may reach, 0 = no bound */
     uint32_t prefill_rows, decode_rows, background_rows;
-    double kv_tokens; /* read */
+    double kv_tokens, prefill_kv_tokens; /* that decodes and prefills attend to */
     bool starved;     /* somebody found no blocks: admit nobody */
 } kvli_budget;
 
@@ -3627,7 +3628,7 @@ struct kvl_sched {
     uint64_t plan_ns;
     kvli_budget budget;
     kvl_cost cost;
-    double a[4][4], b[4], margin; /* decayed sums of the regression; how far steps overrun its prediction */
+    double a[KVLI_COSTS][KVLI_COSTS], b[KVLI_COSTS], margin; /* decayed sums of the regression; how far steps overrun its prediction */
     kvli_cond wake;
     kvl_output *outputs; /* [max_logits] for the short form of commit */
     kvl_stats stats;
@@ -3669,58 +3670,53 @@ static kvl_percentiles kvli_percentiles(const kvli_histogram *h) {
 }
 
 /* ---- the cost of a step, learnt: ridge regression on decayed sums, weights kept non-negative ---- */
-static void kvli_cost_solve(double a[4][4], const double *b, const bool *used,
+static void kvli_cost_solve(double a[KVLI_COSTS][KVLI_COSTS], const double *b,
                             double *w) { /* Gauss-Seidel with projection: a is small and convex */
     for (int round = 0; round < 60; round++)
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < KVLI_COSTS; i++) {
             double r = b[i];
-            if (!used[i]) continue;
-            for (int j = 0; j < 4; j++) r -= j == i ? 0 : a[i][j] * w[j];
+            for (int j = 0; j < KVLI_COSTS; j++) r -= j == i ? 0 : a[i][j] * w[j];
             w[i] = r > 0 ? r / a[i][i] : 0;
         }
 }
 
 static void kvli_cost_learn(kvl_sched *s, double ms) {
-    static const double unit[4] = {1, 64, 8, 0.05}; /* features of about one */
+    static const double unit[KVLI_COSTS] = {1, 64, 8, 0.05, 0.05}; /* features of about one */
     const kvli_budget *u = &s->budget;
-    double x[4] = {1, u->prefill_rows / unit[1], u->decode_rows / unit[2], u->kv_tokens / 1e6 / unit[3]};
-    double old[4] = {s->cost.step_ms, s->cost.prefill_token_ms * unit[1], s->cost.decode_ms * unit[2],
-                     s->cost.kv_megatoken_ms * unit[3]};
-    double a[4][4], b[4], w[4], predicted = u->ms;
-    bool used[4];
+    const double x[KVLI_COSTS] = {1, u->prefill_rows / unit[1], u->decode_rows / unit[2],
+                                  u->kv_tokens / 1e6 / unit[3], u->prefill_kv_tokens / 1e6 / unit[4]};
+    double *const known[KVLI_COSTS] = {&s->cost.step_ms, &s->cost.prefill_token_ms, &s->cost.decode_ms,
+                                       &s->cost.kv_megatoken_ms, &s->cost.prefill_kv_megatoken_ms};
+    double a[KVLI_COSTS][KVLI_COSTS], b[KVLI_COSTS], w[KVLI_COSTS], predicted = u->ms;
     if (predicted > 0 && ms > predicted * s->margin)
         s->margin += 0.25 * (ms / predicted - s->margin);
     else
         s->margin += 0.02 * (1 - s->margin);
     if (s->margin > 2) s->margin = 2;
-    for (int i = 0; i < 4; i++) {
-        for (int j = 0; j < 4; j++) s->a[i][j] = 0.97 * s->a[i][j] + x[i] * x[j];
+    for (int i = 0; i < KVLI_COSTS; i++) {
+        for (int j = 0; j < KVLI_COSTS; j++) s->a[i][j] = 0.97 * s->a[i][j] + x[i] * x[j];
         s->b[i] = 0.97 * s->b[i] + x[i] * ms;
     }
-    for (int i = 0; i < 4; i++) { /* a weak pull to what was known keeps directions that do not occur */
-        for (int j = 0; j < 4; j++) a[i][j] = s->a[i][j] + (i == j ? 1e-2 : 0);
-        b[i] = s->b[i] + 1e-2 * old[i];
-        w[i] = old[i];
-        used[i] = true;
+    for (int i = 0; i < KVLI_COSTS; i++) { /* a weak pull to what was known keeps directions that do not occur */
+        for (int j = 0; j < KVLI_COSTS; j++) a[i][j] = s->a[i][j] + (i == j ? 1e-2 : 0);
+        w[i] = *known[i] * unit[i];
+        b[i] = s->b[i] + 1e-2 * w[i];
     }
-    kvli_cost_solve(a, b, used, w);
-    s->cost.step_ms = w[0];
-    s->cost.prefill_token_ms = w[1] / unit[1];
-    s->cost.decode_ms = w[2] / unit[2];
-    s->cost.kv_megatoken_ms = w[3] / unit[3];
+    kvli_cost_solve(a, b, w);
+    for (int i = 0; i < KVLI_COSTS; i++) *known[i] = w[i] / unit[i];
 }
 
 static double kvli_rows_cost(const kvl_sched *s, uint32_t position, uint32_t rows, bool decode) {
     double kv = (double)rows * position + 0.5 * (double)rows * rows;
     return s->margin * (rows * (decode ? s->cost.decode_ms : s->cost.prefill_token_ms) +
-                        kv * s->cost.kv_megatoken_ms / 1e6);
+                        kv * (decode ? s->cost.kv_megatoken_ms : s->cost.prefill_kv_megatoken_ms) / 1e6);
 }
 
 static void kvli_budget_take(kvl_sched *s, uint32_t position, uint32_t rows, bool decode, bool background) {
     kvli_budget *u = &s->budget;
     u->rows -= rows;
     u->ms += kvli_rows_cost(s, position, rows, decode);
-    u->kv_tokens += (double)rows * position + 0.5 * (double)rows * rows;
+    *(decode ? &u->kv_tokens : &u->prefill_kv_tokens) += (double)rows * position + 0.5 * (double)rows * rows;
     if (decode)
         u->decode_rows += rows;
     else
@@ -4383,7 +4379,8 @@ static kvl_result kvli_sched_desc_check(kvl_cache *c, const kvl_sched_desc *d) {
     if (!(d->max_gap_ms >= 0 && d->max_gap_ms < 1e12))
         return KVLI_ERROR(c, KVL_INVALID_ARG, "max_gap_ms is negative or not finite");
     const kvl_cost *k = &d->cost;
-    if (!(k->step_ms >= 0 && k->prefill_token_ms >= 0 && k->decode_ms >= 0 && k->kv_megatoken_ms >= 0))
+    if (!(k->step_ms >= 0 && k->prefill_token_ms >= 0 && k->decode_ms >= 0 && k->kv_megatoken_ms >= 0 &&
+          k->prefill_kv_megatoken_ms >= 0))
         return KVLI_ERROR(c, KVL_INVALID_ARG, "cost: a coefficient is negative or not a number");
     return KVL_OK;
 }
