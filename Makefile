@@ -215,6 +215,8 @@ $(foreach t,$(TOOLS),$(eval $t: $(patsubst %.c,$(B)/obj/%.o,$(wildcard tools/$(n
 $(TOOLS): $(B)/libllm.a $(B)/libkvlite.a
 	$(call say,LINK  $@)$(LINK) -lcjson $(LIBS) -o $@
 
+$(B)/tests/unit/test_events: $(B)/obj/tools/trace/replay.o
+
 $(LLM_PROGRAMS) $(filter $(B)/tests/e2e/% $(B)/tests/fuzz/%,$(TEST_PROGRAMS) $(TEST_HELPERS)): $(B)/libllm.a
 
 $(VENV)/.made:

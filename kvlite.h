@@ -15,6 +15,7 @@
      >>backend                     what a backend must do
      >>blocks >>prefix >>steps     slabs and blocks; the prefix tree; sequences and rows into pages
      >>sched                       which tokens run next
+     >>events                      the recording of what plans depend on
      >>cpu >>null                  backends
      >>public >>validate           create, destroy, checks of arguments; every invariant
 
@@ -555,6 +556,9 @@ typedef struct kvl_cost {
     double step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms, prefill_kv_megatoken_ms;
 } kvl_cost;
 
+/* Takes the next bytes of a recording, as fwrite does: fewer than size = it failed. */
+typedef size_t (*kvl_write_fn)(void *user, const void *data, size_t size);
+
 typedef struct kvl_sched_desc {
     kvl_policy policy;
     uint32_t max_running; /* requests with KV at once; 0 or more: the cache's max_sequences or step_tokens,
@@ -567,7 +571,9 @@ typedef struct kvl_sched_desc {
                           the whole budget */
     bool refuse_over_gap; /* refuse interactive work that decodes alone would breach; else it queues */
     kvl_cost cost;        /* to start from; all 0 = learn from the steps */
-    bool fixed_cost;      /* do not learn: replays and simulations */
+    bool fixed_cost;      /* do not learn: simulations */
+    kvl_write_fn record;  /* gets the event trace (below); null = none */
+    void *record_user;
 } kvl_sched_desc;
 
 /* One scheduler per cache. Errors: INVALID_ARG, OUT_OF_HOST_MEMORY, BUSY (the cache has one). */
@@ -576,6 +582,60 @@ KVL_API void kvl_sched_destroy(
     kvl_sched *sched); /* aborts an open step, closes all sequences; no other thread may be inside a call */
 KVL_API kvl_result kvl_sched_defaults(kvl_cache *cache, const kvl_sched_desc *desc, kvl_sched_desc *out);
 KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owner thread's calls */
+
+/* clang-format off */
+/* THE EVENT TRACE. With kvl_sched_desc.record the scheduler writes down all that its plans depend on, and the plans:
+   whoever does the same calls with the same clock readings on the null backend gets the same bytes (tools/trace does).
+   The callback runs on the owner's thread, in plan, commit, abort, fork, create and destroy and in calls on the cache,
+   never under a lock; it may not call kvlite. A write that fails is logged, kvl_stats.record_failed is set, and the
+   recording stops: nothing else changes. It takes 64 KB of memory, nothing where it is off.
+     Everything is recorded in the order in which the owner's thread acts: a submit, cancel or close of another thread
+   where plan takes it in. Calls on the cache beside the scheduler (kvl_seq_*, kvl_step_*, kvl_prefix_unpin, resize) are
+   recorded too, and which rows were tainted, so that a recording of any backend replays on the null one. What was done
+   with the cache before its scheduler was created is not: then `fresh` is 0 and there is no replay. Learnt costs are
+   sums of doubles: a build that rounds otherwise (fused multiply-add) may plan otherwise; fixed costs carry over.
+     Bytes: "KVLEVENT", u32 1 (little-endian as all here), then chunks: u32 size, u32 checksum (h = 0; for each 8 bytes,
+   the last ones filled up with 0: h = (h ^ them) * 0xD6E8FEB86659FD93, h ^= h >> 32; its low half), size bytes. Those of
+   all chunks together: the description, then events. A number is a LEB128 varint (7 bits a byte, the lowest first; top
+   bit: more follow); ~ marks zigzag ones (2n, or -2n - 1 below 0); "tokens" are ~differences to the one before, the
+   first to 0; clock is the ~difference to the last reading recorded, the first to 0; double and digest take 8 bytes.
+     description: u32 KVL_VERSION; fresh; of the geometry n_layers, n_q_heads, n_kv_heads, k_dim, v_dim, block_tokens,
+       k_format, v_format, exact_format, sink_blocks, segment_tokens, fingerprint; of each layer window, sink_tokens,
+       k_format, v_format; of the cache's desc device_bytes and max_device_bytes, both without the memory that attention
+       takes on the backend, max_sequences, max_seq_tokens, max_step_tokens, lookup_hash_bits, no_prefix_cache; of the
+       scheduler's desc policy, max_running, max_waiting, token_pool_bytes, step_tokens, min_chunk, refuse_over_gap,
+       fixed_cost, double max_gap_ms, step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms
+   Requests are numbered as they arrive, forks too, from 0. A sequence is 2 * its slot or, if the scheduler's, 2 * its
+   request + 1. What the calls gave (after "gives") is not needed for a replay but compared by it. */
+typedef enum kvl_event {
+    KVL_EVENT_END = 0,     /* the scheduler is destroyed; gives digest */
+    KVL_EVENT_SUBMIT,      /* clock, flags (1 background, 2 no_match, 4 no_keep, 8 * priority), name_space, salt,
+                              n_stop_tokens, tokens, n_tokens, tokens, max_new_tokens */
+    KVL_EVENT_FORK,        /* clock, request */
+    KVL_EVENT_CANCEL,      /* request */
+    KVL_EVENT_CLOSE,
+    KVL_EVENT_PLAN,        /* clock; gives result, how many were preempted and refused since the last plan and, if OK,
+                              n_spans, n_logits, n_copies; of each span 2 * ~(request - that of the span before) + (1 if
+                              it decodes, else 0 and its position, rows, 2 * logits + (1 if admitted just now));
+                              digest of rows, block tables, places to write, logits, copies, of this and all before */
+    KVL_EVENT_COMMIT,      /* clock, flags (1 some finish, 2 some are tainted), n, tokens; with 1: of each 1 * no_token +
+                              2 * finish; with 2: how many spans were tainted, which */
+    KVL_EVENT_ABORT,
+    KVL_EVENT_RESIZE,      /* bytes (as in the description, no more than the device gave); gives slabs */
+    KVL_EVENT_SEQ_OPEN,    /* flags (2, 4, 8 as above), name_space, salt, n_tokens, tokens; gives slot, length */
+    KVL_EVENT_SEQ_EXTEND,  /* sequence, n_tokens; gives 1 if there were no blocks */
+    KVL_EVENT_SEQ_FORK,    /* sequence; gives slot, length */
+    KVL_EVENT_SEQ_TRIM,    /* sequence, n_tokens; gives length */
+    KVL_EVENT_SEQ_PIN,     /* sequence, pin */
+    KVL_EVENT_SEQ_CLOSE,   /* sequence */
+    KVL_EVENT_UNPIN,       /* as SEQ_OPEN; gives n_tokens */
+    KVL_EVENT_STEP_BEGIN,  /* n_spans; of each sequence, n_tokens, n_logits, tokens; gives ~result */
+    KVL_EVENT_STEP_END,    /* flags (2 some are tainted); with 2: as COMMIT */
+    KVL_EVENT_STEP_ABORT,
+    KVL_EVENT_COUNT,
+    KVL_EVENT_FORCE_INT_ = 0x7fffffff
+} kvl_event;
+/* clang-format on */
 
 typedef struct kvl_request {
     const int32_t *tokens;   /* [n_tokens], copied */
@@ -684,6 +744,8 @@ typedef struct kvl_stats {
     kvl_percentiles ttft_ms; /* submit to first token */
     kvl_percentiles step_ms; /* plan to commit */
     kvl_cost cost;           /* as learnt */
+    uint64_t record_bytes;   /* of the event trace, written so far */
+    bool record_failed;      /* a write failed and the trace ends there */
 } kvl_stats;
 /* A snapshot as of the last plan, commit, or other call of the owner thread. Any thread. */
 KVL_API kvl_result kvl_get_stats(kvl_cache *cache, kvl_stats *out);
@@ -3615,6 +3677,13 @@ typedef struct kvli_budget { /* of the step being planned */
     bool starved;     /* somebody found no blocks: admit nobody */
 } kvli_budget;
 
+typedef struct kvli_recorder { /* the owner's thread alone touches it */
+    bool on, failed;
+    uint8_t *buffer; /* the chunk being filled, after room for its head */
+    uint32_t used;
+    uint64_t bytes, clock, digest, preemptions, refused; /* as last written */
+} kvli_recorder;
+
 struct kvl_sched {
     kvl_cache *cache;
     kvl_sched_desc desc;
@@ -3622,9 +3691,10 @@ struct kvl_sched {
     kvli_req *reqs;
     uint32_t max_reqs, *running, n_running, n_active, n_streams; /* active = neither free nor finished */
     kvli_list waiting[KVLI_WAIT_LISTS], inbox, finished;
-    uint32_t free_req, n_records, n_waiting, n_joining, n_cancels; /* records = active and finished */
+    uint32_t free_req, n_records, n_inbox, n_waiting, n_joining,
+        n_cancels; /* records = active and finished */
     uint64_t arrivals, token_bytes, finished_bytes, events, seen_events, n_preemptions;
-    bool closed, step_open;
+    bool closed, closing, step_open; /* closing: plan has seen that it was closed and all are taken in */
     uint64_t plan_ns;
     kvli_budget budget;
     kvl_cost cost;
@@ -3633,10 +3703,19 @@ struct kvl_sched {
     kvl_output *outputs; /* [max_logits] for the short form of commit */
     kvl_stats stats;
     kvli_histogram gap, ttft, step;
+    kvli_recorder record;
     char error[256];
 };
 
 static kvli_text kvli_serr(kvl_sched *s) { return kvli_text_at(s->error, sizeof s->error); }
+
+/* >>events: each writes one event if the scheduler is being recorded */
+static void kvli_record_submit(kvl_sched *s, const kvli_req *q);
+static void kvli_record_fork(kvl_sched *s, const kvli_req *q, uint64_t parent);
+static void kvli_record_request(kvl_sched *s, kvl_event e, uint64_t request);
+static void kvli_record_event(kvl_sched *s, kvl_event e);
+static void kvli_record_plan(kvl_sched *s, kvl_result r);
+static void kvli_record_commit(kvl_sched *s, const kvl_output *outputs, uint64_t now);
 
 /* ---- percentiles: eight buckets a power of two, from a microsecond on ---- */
 static void kvli_histogram_add(kvli_histogram *h, double ms) {
@@ -3909,23 +3988,45 @@ static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preem
 static bool kvli_sched_owns_step(const kvl_cache *c) { return c->sched && c->sched->step_open; }
 
 /* ---- planning ---- */
+/* Takes in the submits that came before `arrival`. Under the lock, which a recording lets go for each: nobody else
+   takes from the inbox, and who is in it stays as it is. */
+static void kvli_inbox_take(kvl_sched *s, uint64_t arrival) {
+    while (s->inbox.head != KVL_NONE && s->reqs[s->inbox.head].arrival < arrival) {
+        uint32_t r = s->inbox.head;
+        if (s->record.on) {
+            kvli_unlock(&s->cache->lock);
+            kvli_record_submit(s, &s->reqs[r]);
+            kvli_lock(&s->cache->lock);
+        }
+        kvli_list_remove(s, &s->inbox, r);
+        s->n_inbox--;
+        kvli_wait_push(s, r);
+    }
+}
+
 static uint32_t kvli_sched_intake(
     kvl_sched *s) { /* what other threads asked for since the last plan; returns how many requests live */
     kvli_lock(&s->cache->lock);
     s->seen_events = s->events;
-    while (s->inbox.head != KVL_NONE) {
-        uint32_t r = s->inbox.head;
-        kvli_list_remove(s, &s->inbox, r);
-        kvli_wait_push(s, r);
-    }
+    kvli_inbox_take(s, s->arrivals);
     for (uint32_t r = 0; s->n_cancels && r < s->max_reqs; r++) {
         kvli_req *q = &s->reqs[r];
-        if (!q->used || !q->cancel || q->finished) continue;
+        if (!q->used || !q->cancel || q->finished ||
+            (s->n_inbox && q->arrival >= s->reqs[s->inbox.head].arrival))
+            continue;
+        if (s->record.on) {
+            kvli_unlock(&s->cache->lock);
+            kvli_record_request(s, KVL_EVENT_CANCEL, q->arrival);
+            kvli_lock(&s->cache->lock);
+        }
         if (q->seq == KVL_NONE && q->parent == KVL_NONE) kvli_wait_remove(s, r);
         kvli_req_end(s, r, KVL_FINISH_CANCELLED);
     }
-    uint32_t n = s->n_active;
+    uint32_t n = s->n_active - s->n_inbox;
+    bool closing = s->closed && !s->n_inbox, closes = closing && !s->closing;
+    s->closing = closing;
     kvli_unlock(&s->cache->lock);
+    if (closes) kvli_record_event(s, KVL_EVENT_CLOSE);
     return n;
 }
 
@@ -4159,6 +4260,8 @@ static void kvli_sched_publish(kvl_sched *s) { /* under the lock */
     s->stats.preemptions = s->n_preemptions;
     s->stats.cost = s->cost;
     s->stats.bytes_tokens = s->token_bytes;
+    s->stats.record_bytes = s->record.bytes;
+    s->stats.record_failed = s->record.failed;
 }
 
 static void kvli_sched_stats(kvl_cache *c, kvl_stats *out) { /* under the lock */
@@ -4178,6 +4281,8 @@ static void kvli_sched_stats(kvl_cache *c, kvl_stats *out) { /* under the lock *
     out->aborts = t->aborts;
     out->cost = t->cost;
     out->bytes_tokens = s->token_bytes;
+    out->record_bytes = t->record_bytes;
+    out->record_failed = t->record_failed;
     out->gap_ms = kvli_percentiles(&s->gap);
     out->ttft_ms = kvli_percentiles(&s->ttft);
     out->step_ms = kvli_percentiles(&s->step);
@@ -4225,8 +4330,9 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     }
     kvli_lock(&c->lock);
     kvli_sched_publish(s);
-    if (!*out && s->closed && !s->n_active) r = KVL_DRAINED;
+    if (!*out && s->closing && !s->n_active) r = KVL_DRAINED;
     kvli_unlock(&c->lock);
+    kvli_record_plan(s, r);
     kvli_publish(c);
     return r;
 }
@@ -4298,6 +4404,7 @@ KVL_API kvl_result kvl_sched_commit_ex(kvl_sched *s, const kvl_step *step, const
     double ms = (double)(now - s->plan_ns) / 1e6;
     kvli_step_commit(c);
     s->step_open = false;
+    kvli_record_commit(s, outputs, now);
     if (!s->desc.fixed_cost) kvli_cost_learn(s, ms);
     kvli_lock(&c->lock);
     kvli_histogram_add(&s->step, ms);
@@ -4352,12 +4459,359 @@ KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
         q->seq = KVL_NONE;
         kvli_wait_push(s, r);
     }
+    kvli_record_event(s, KVL_EVENT_ABORT);
     kvli_lock(&c->lock);
     s->stats.aborts++;
     kvli_sched_publish(s);
     kvli_unlock(&c->lock);
     kvli_publish(c);
     return KVL_OK;
+}
+
+/* ==== >>events: the recording of what plans depend on (bytes: see kvl_event) ==== */
+enum { KVLI_RECORD_BYTES = 1 << 16, KVLI_CHUNK_HEAD = 8 };
+
+static uint64_t kvli_mix(uint64_t h, uint64_t x) {
+    h = (h ^ x) * 0xD6E8FEB86659FD93ull;
+    return h ^ h >> 32;
+}
+
+static void kvli_put_le(uint8_t *to, uint64_t x, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) to[i] = (uint8_t)(x >> 8 * i);
+}
+
+static void kvli_record_write(kvl_sched *s, const uint8_t *data, size_t n) {
+    kvli_recorder *rec = &s->record;
+    size_t done = s->desc.record(s->desc.record_user, data, n);
+    rec->bytes += done < n ? done : n;
+    if (done == n) return;
+    rec->on = false;
+    rec->failed = true;
+    kvli_fail(s->cache->ctx, kvli_text_at(NULL, 0), KVL_LIMIT,
+              "record: the callback took %zu of %zu bytes after %llu: the event trace ends here", done, n,
+              (unsigned long long)rec->bytes);
+}
+
+static void kvli_record_flush(kvl_sched *s) {
+    kvli_recorder *rec = &s->record;
+    uint32_t n = rec->used - KVLI_CHUNK_HEAD;
+    uint64_t h = 0, word;
+    if (rec->on && n) {
+        memset(rec->buffer + rec->used, 0, 8);
+        for (uint32_t i = KVLI_CHUNK_HEAD; i < rec->used; i += 8) {
+            word = 0;
+            for (uint32_t k = 0; k < 8; k++) word |= (uint64_t)rec->buffer[i + k] << 8 * k;
+            h = kvli_mix(h, word);
+        }
+        kvli_put_le(rec->buffer, n, 4);
+        kvli_put_le(rec->buffer + 4, h, 4);
+        kvli_record_write(s, rec->buffer, rec->used);
+    }
+    rec->used = KVLI_CHUNK_HEAD;
+}
+
+static uint8_t *kvli_record_room(kvl_sched *s) { /* for one number */
+    if (s->record.used + 10 > KVLI_RECORD_BYTES) kvli_record_flush(s);
+    return s->record.buffer + s->record.used;
+}
+
+static void kvli_put(kvl_sched *s, uint64_t x) {
+    uint8_t *at = kvli_record_room(s);
+    for (; x > 127; x >>= 7) *at++ = (uint8_t)(x | 128);
+    *at++ = (uint8_t)x;
+    s->record.used = (uint32_t)(at - s->record.buffer);
+}
+static void kvli_put_signed(kvl_sched *s, int64_t x) {
+    kvli_put(s, (uint64_t)x << 1 ^ (x < 0 ? UINT64_MAX : 0));
+}
+static void kvli_put_fixed(kvl_sched *s, uint64_t x) {
+    kvli_put_le(kvli_record_room(s), x, 8);
+    s->record.used += 8;
+}
+static void kvli_put_double(kvl_sched *s, double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    kvli_put_fixed(s, bits);
+}
+static void kvli_put_tokens(kvl_sched *s, const int32_t *tokens, uint32_t n) {
+    int64_t last = 0;
+    for (uint32_t i = 0; i < n; last = tokens[i++]) kvli_put_signed(s, tokens[i] - last);
+}
+static void kvli_put_clock(kvl_sched *s, uint64_t now) {
+    kvli_put_signed(s, (int64_t)(now - s->record.clock));
+    s->record.clock = now;
+}
+
+/* ---- the description ---- */
+static void kvli_record_geometry(kvl_sched *s) {
+    const kvl_cache *c = s->cache;
+    const kvl_geometry *g = &c->desc.geometry;
+    const uint32_t shape[] = {g->n_layers,     g->n_q_heads,    g->n_kv_heads,    g->k_dim,
+                              g->v_dim,        g->block_tokens, g->k_format,      g->v_format,
+                              g->exact_format, g->sink_blocks,  g->segment_tokens};
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) kvli_put(s, shape[i]);
+    kvli_put(s, g->fingerprint);
+    for (uint32_t l = 0; l < g->n_layers; l++) {
+        const kvli_layer *layer = &c->geo.layers[l];
+        const kvli_side *k = &layer->k[KVLI_PACKED], *v = &layer->v[KVLI_PACKED];
+        kvli_put(s, layer->window);
+        kvli_put(s, layer->sink_tokens);
+        kvli_put(s, k->format | (k->rotated ? (kvl_format)KVL_ROTATED : 0));
+        kvli_put(s, v->format | (v->rotated ? (kvl_format)KVL_ROTATED : 0));
+    }
+}
+
+static uint64_t kvli_less_workspace(const kvl_cache *c, uint64_t bytes) {
+    return bytes > c->workspace_bytes ? bytes - c->workspace_bytes : 0;
+}
+
+static void kvli_record_begin(kvl_sched *s) {
+    const kvl_cache *c = s->cache;
+    const kvl_sched_desc *d = &s->desc;
+    uint8_t *head = s->record.buffer;
+    bool fresh = !c->step.id && !c->stats.opened && c->epoch == c->n_slabs; /* epoch: of mapping the slabs */
+    s->record.on = true;
+    memcpy(head, "KVLEVENT", 8);
+    kvli_put_le(head + 8, 1, 4);
+    kvli_record_write(s, head, 12);
+    s->record.used = KVLI_CHUNK_HEAD;
+    kvli_put_le(head + KVLI_CHUNK_HEAD, KVL_VERSION, 4);
+    s->record.used += 4;
+    kvli_put(s, fresh);
+    kvli_record_geometry(s);
+    uint64_t now = kvli_less_workspace(c, c->desc.device_bytes);
+    const uint64_t of_cache[] = {now ? now : 1,           kvli_less_workspace(c, c->desc.max_device_bytes),
+                                 c->desc.max_sequences,   c->desc.max_seq_tokens,
+                                 c->desc.max_step_tokens, c->desc.lookup_hash_bits,
+                                 c->desc.no_prefix_cache};
+    const uint64_t of_sched[] = {(uint64_t)d->policy, d->max_running, d->max_waiting,     d->token_pool_bytes,
+                                 d->step_tokens,      d->min_chunk,   d->refuse_over_gap, d->fixed_cost};
+    const double costs[] = {d->max_gap_ms, d->cost.step_ms, d->cost.prefill_token_ms, d->cost.decode_ms,
+                            d->cost.kv_megatoken_ms};
+    for (size_t i = 0; i < sizeof of_cache / sizeof *of_cache; i++) kvli_put(s, of_cache[i]);
+    for (size_t i = 0; i < sizeof of_sched / sizeof *of_sched; i++) kvli_put(s, of_sched[i]);
+    for (size_t i = 0; i < sizeof costs / sizeof *costs; i++) kvli_put_double(s, costs[i]);
+}
+
+/* ---- events ---- */
+static void kvli_record_event(kvl_sched *s, kvl_event e) {
+    if (!s->record.on) return;
+    kvli_put(s, (uint64_t)e);
+    if (e == KVL_EVENT_END) kvli_put_fixed(s, s->record.digest);
+    if (e != KVL_EVENT_CLOSE) kvli_record_flush(s);
+}
+
+static void kvli_record_request(kvl_sched *s, kvl_event e, uint64_t request) {
+    if (!s->record.on) return;
+    kvli_put(s, (uint64_t)e);
+    kvli_put(s, request);
+}
+
+static void kvli_put_opening(kvl_sched *s, const kvl_seq_desc *d, bool background) {
+    kvli_put(s, background | d->no_match * 2u | d->no_keep * 4u | d->priority * 8);
+    kvli_put(s, d->name_space);
+    kvli_put(s, d->salt);
+}
+
+static void kvli_record_submit(kvl_sched *s, const kvli_req *q) {
+    kvl_seq_desc d = kvli_req_desc(q);
+    if (!s->record.on) return;
+    kvli_put(s, KVL_EVENT_SUBMIT);
+    kvli_put_clock(s, q->submit_ns);
+    kvli_put_opening(s, &d, q->klass == KVL_BACKGROUND);
+    kvli_put(s, q->n_stop);
+    kvli_put_tokens(s, q->stop, q->n_stop);
+    kvli_put(s, q->n_prompt);
+    kvli_put_tokens(s, q->tokens, q->n_prompt);
+    kvli_put(s, q->capacity - q->n_prompt);
+}
+
+static void kvli_record_fork(kvl_sched *s, const kvli_req *q, uint64_t parent) {
+    if (!s->record.on) return;
+    kvli_put(s, KVL_EVENT_FORK);
+    kvli_put_clock(s, q->submit_ns);
+    kvli_put(s, parent);
+}
+
+/* Into the digest: a sequence's table from block `from` up to `end`. */
+static void kvli_digest_table(kvl_sched *s, uint32_t seq, uint32_t from, uint32_t end) {
+    uint64_t h = s->record.digest;
+    for (uint32_t g = 0; g < s->cache->geo.n_groups; g++) {
+        const uint32_t *table = kvli_table(s->cache, seq, g);
+        for (uint32_t j = from; j < end; j++) h = kvli_mix(h, table[j]);
+    }
+    s->record.digest = h;
+}
+
+/* Into the digest: the step's rows, where they go and what they see that was not there before. */
+static void kvli_digest_step(kvl_sched *s) {
+    kvl_cache *c = s->cache;
+    const kvli_step_state *st = &c->step;
+    for (uint32_t i = 0; i < st->n_spans; i++) {
+        const kvl_step_span *span = &st->spans[i];
+        const kvl_span_blocks *b = &st->attend[i].blocks;
+        kvl_req h;
+        h.id = span->request;
+        uint32_t seq = (span->seq.id & 0xffff) - 1, r = kvli_req_index(s, h);
+        bool admitted = r != KVL_NONE && s->reqs[r].admitted_step == st->id;
+        s->record.digest = kvli_mix(s->record.digest, (uint64_t)span->position << 32 | span->n_rows);
+        kvli_digest_table(s, seq, admitted ? 0 : b->first_own, b->n_blocks);
+    }
+    uint64_t h = s->record.digest;
+    for (uint32_t i = 0; i < st->n_own; i++) h = kvli_mix(h, st->own[i]);
+    for (uint32_t i = 0; i < st->n_rows; i++) h = kvli_mix(h, (uint32_t)st->tokens[i]);
+    for (uint32_t i = 0; i < st->n_logits; i++) {
+        kvl_req q;
+        q.id = st->logit_requests[i];
+        uint32_t r = kvli_req_index(s, q);
+        h = kvli_mix(h, (r == KVL_NONE ? 0 : s->reqs[r].arrival) << 20 ^ st->logit_rows[i]);
+    }
+    for (uint32_t i = 0; i < st->n_copies; i++)
+        h = kvli_mix(h, (uint64_t)st->copies[i].src << 32 | st->copies[i].dst);
+    s->record.digest = kvli_mix(h, st->view->graph_key);
+}
+
+static void kvli_record_plan(kvl_sched *s, kvl_result r) {
+    const kvli_step_state *st = &s->cache->step;
+    kvli_recorder *rec = &s->record;
+    uint64_t last = 0;
+    if (!rec->on) return;
+    kvli_put(s, KVL_EVENT_PLAN);
+    kvli_put_clock(s, s->plan_ns);
+    kvli_put(s, (uint64_t)r);
+    kvli_put(s, s->n_preemptions - rec->preemptions);
+    kvli_put(s, s->stats.refused - rec->refused);
+    rec->preemptions = s->n_preemptions;
+    rec->refused = s->stats.refused;
+    if (r != KVL_OK) return;
+    kvli_put(s, st->n_spans);
+    kvli_put(s, st->n_logits);
+    kvli_put(s, st->n_copies);
+    for (uint32_t i = 0; i < st->n_spans; i++) {
+        const kvl_step_span *span = &st->spans[i];
+        const kvli_req *q = &s->reqs[(span->request & 0xfffff) - 1];
+        int64_t step = (int64_t)(q->arrival - last);
+        last = q->arrival;
+        kvli_put(s, ((uint64_t)step << 1 ^ (step < 0 ? UINT64_MAX : 0)) << 1 | q->decode);
+        if (q->decode) continue;
+        kvli_put(s, span->position);
+        kvli_put(s, span->n_rows);
+        kvli_put(s, span->n_logits * 2u + (q->admitted_step == st->id));
+    }
+    kvli_digest_step(s);
+    kvli_put_fixed(s, rec->digest);
+}
+
+/* What a step leaves behind: where its blocks stand in the end, and who saw a number that is not finite. */
+static uint32_t kvli_digest_left(kvl_sched *s) {
+    const kvli_step_state *st = &s->cache->step;
+    uint32_t tainted = 0;
+    for (uint32_t i = 0; i < st->n_spans; i++) {
+        const kvl_span_blocks *b = &st->attend[i].blocks;
+        kvli_digest_table(s, (st->spans[i].seq.id & 0xffff) - 1, b->first_own, b->n_blocks);
+        tainted += st->taint[i] != 0;
+    }
+    return tainted;
+}
+static void kvli_put_tainted(kvl_sched *s, uint32_t n) {
+    const kvli_step_state *st = &s->cache->step;
+    if (n) kvli_put(s, n);
+    for (uint32_t i = 0; n && i < st->n_spans; i++)
+        if (st->taint[i]) kvli_put(s, i);
+}
+
+static void kvli_record_commit(kvl_sched *s, const kvl_output *outputs, uint64_t now) {
+    uint32_t n = s->cache->step.n_logits, tainted;
+    int64_t last = 0;
+    bool finish = false;
+    if (!s->record.on) return;
+    tainted = kvli_digest_left(s);
+    for (uint32_t i = 0; i < n; i++) finish = finish || outputs[i].finish;
+    kvli_put(s, KVL_EVENT_COMMIT);
+    kvli_put_clock(s, now);
+    kvli_put(s, finish | (tainted ? 2u : 0));
+    kvli_put(s, n);
+    for (uint32_t i = 0; i < n; i++) {
+        int64_t token = outputs[i].no_token ? last : outputs[i].token;
+        kvli_put_signed(s, token - last);
+        last = token;
+    }
+    for (uint32_t i = 0; finish && i < n; i++) kvli_put(s, outputs[i].no_token | outputs[i].finish * 2u);
+    kvli_put_tainted(s, tainted);
+    kvli_record_flush(s);
+}
+
+/* ---- calls on the cache beside the scheduler ---- */
+static kvl_sched *kvli_recorded(const kvl_cache *c) {
+    return c->sched && c->sched->record.on ? c->sched : NULL;
+}
+
+static void kvli_put_seq(kvl_sched *s, uint32_t seq) {
+    uint64_t name = 2ull * seq;
+    for (uint32_t i = 0; i < s->n_running; i++)
+        if (s->reqs[s->running[i]].seq == seq) name = 2 * s->reqs[s->running[i]].arrival + 1;
+    kvli_put(s, name);
+}
+
+/* n_args of a, b. The table of `changed`, unless KVL_NONE, goes into the digest. */
+static void kvli_record_call(kvl_cache *c, kvl_event e, uint32_t seq, uint32_t n_args, uint64_t a, uint64_t b,
+                             uint32_t changed) {
+    kvl_sched *s = kvli_recorded(c);
+    if (!s) return;
+    kvli_put(s, (uint64_t)e);
+    kvli_put_seq(s, seq);
+    if (n_args > 0) kvli_put(s, a);
+    if (n_args > 1) kvli_put(s, b);
+    if (changed != KVL_NONE) kvli_digest_table(s, changed, 0, c->seqs[changed].n_blocks);
+}
+
+static void kvli_record_desc(kvl_cache *c, kvl_event e, const kvl_seq_desc *d, uint32_t seq, uint32_t n) {
+    kvl_sched *s = kvli_recorded(c);
+    if (!s) return;
+    kvli_put(s, (uint64_t)e);
+    kvli_put_opening(s, d, false);
+    kvli_put(s, d->n_tokens);
+    kvli_put_tokens(s, d->tokens, d->n_tokens);
+    if (seq != KVL_NONE) kvli_put(s, seq);
+    if (seq != KVL_NONE) kvli_digest_table(s, seq, 0, c->seqs[seq].n_blocks);
+    kvli_put(s, n);
+}
+
+static void kvli_record_step(kvl_cache *c, const kvl_span *spans, uint32_t n, kvl_result r) {
+    kvl_sched *s = kvli_recorded(c);
+    if (!s) return;
+    kvli_put(s, KVL_EVENT_STEP_BEGIN);
+    kvli_put(s, n);
+    for (uint32_t i = 0; i < n; i++) {
+        kvli_put_seq(s, kvli_seq_index(c, spans[i].seq));
+        kvli_put(s, spans[i].n_tokens);
+        kvli_put(s, spans[i].n_logits);
+        kvli_put_tokens(s, spans[i].tokens, spans[i].n_tokens);
+    }
+    kvli_put_signed(s, r);
+    if (r == KVL_OK) kvli_digest_step(s);
+}
+
+static void kvli_record_step_end(kvl_cache *c) {
+    kvl_sched *s = kvli_recorded(c);
+    if (!s) return;
+    uint32_t tainted = kvli_digest_left(s);
+    kvli_put(s, KVL_EVENT_STEP_END);
+    kvli_put(s, tainted ? 2 : 0);
+    kvli_put_tainted(s, tainted);
+    kvli_record_flush(s);
+}
+
+static void kvli_record_resize(kvl_cache *c, uint64_t bytes, kvl_result r) {
+    kvl_sched *s = kvli_recorded(c);
+    if (!s) return;
+    bytes = kvli_less_workspace(c, bytes);
+    if (r == KVL_OUT_OF_DEVICE_MEMORY)
+        bytes = c->n_slabs ? (uint64_t)c->n_slabs * c->slab_bytes + c->scratch_bytes : 0;
+    kvli_put(s, KVL_EVENT_RESIZE);
+    kvli_put(s, bytes);
+    kvli_put(s, c->n_slabs);
+    kvli_record_flush(s);
 }
 
 /* ==== >>public: scheduler ==== */
@@ -4423,6 +4877,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         kvli_req *reqs = KVLI_CARVE(&a, kvli_req, d.max_waiting);
         uint32_t *running = KVLI_CARVE(&a, uint32_t, d.max_running + 1);
         kvl_output *outputs = KVLI_CARVE(&a, kvl_output, c->max_logits);
+        uint8_t *buffer = KVLI_CARVE(&a, uint8_t, d.record ? KVLI_RECORD_BYTES + 8 : 0);
         if (!pass) {
             if (c->desc.host_bytes && c->stats.bytes_metadata + a.used > c->desc.host_bytes)
                 return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: the scheduler takes %zu bytes more",
@@ -4437,6 +4892,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         s->reqs = reqs;
         s->running = running;
         s->outputs = outputs;
+        s->record.buffer = buffer;
     }
     s->cache = c;
     s->desc = d;
@@ -4449,8 +4905,10 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_sched_create: no condition variable");
     }
     c->stats.bytes_metadata += a.used;
+    if (d.record) kvli_record_begin(s);
     kvli_lock(&c->lock);
     c->sched = s;
+    kvli_sched_publish(s);
     kvli_unlock(&c->lock);
     kvli_publish(c);
     *out = s;
@@ -4469,6 +4927,7 @@ KVL_API void kvl_sched_destroy(kvl_sched *s) {
     if (!s) return;
     kvl_cache *c = s->cache;
     if (s->step_open) kvl_sched_abort(s, c->step.view);
+    kvli_record_event(s, KVL_EVENT_END);
     for (uint32_t r = 0; r < s->max_reqs; r++) {
         kvli_req *q = &s->reqs[r];
         if (q->used && !q->finished && q->seq != KVL_NONE) kvli_seq_stop(c, q->seq);
@@ -4595,6 +5054,7 @@ KVL_API kvl_result kvl_sched_submit_ex(kvl_sched *s, const kvl_request *request,
         q->no_keep = request->no_keep;
         q->user = request->user;
         kvli_list_append(s, &s->inbox, r);
+        s->n_inbox++;
         *out = kvli_req_handle(s, r);
         s->events++;
         kvli_cond_broadcast(&s->wake);
@@ -4626,6 +5086,7 @@ KVL_API kvl_result kvl_sched_cancel(kvl_sched *s, kvl_req req) {
 
 KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req *out) {
     uint32_t r = 0, capacity = 0;
+    uint64_t of = 0;
     int32_t *tokens = NULL;
     if (out) out->id = 0;
     if (!s || !out) return KVL_INVALID_ARG;
@@ -4658,6 +5119,7 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
         q->no_match = p->no_match;
         q->no_keep = p->no_keep;
         q->user = user;
+        of = p->arrival;
         while (s->reqs[parent].parent != KVL_NONE)
             parent = s->reqs[parent].parent; /* a fork that has not joined yet: join with it */
         q->parent = parent;
@@ -4666,8 +5128,10 @@ KVL_API kvl_result kvl_sched_fork(kvl_sched *s, kvl_req req, void *user, kvl_req
         *out = kvli_req_handle(s, r);
         s->events++;
         kvli_cond_broadcast(&s->wake);
+        kvli_inbox_take(s, q->arrival); /* in order of arrival into the recording */
     }
     kvli_unlock(&s->cache->lock);
+    if (result == KVL_OK) kvli_record_fork(s, &s->reqs[r], of);
     if (result != KVL_OK) kvli_free(s->cache->ctx, tokens, (size_t)capacity * sizeof *tokens);
     if (result != KVL_OK)
         kvli_fail(s->cache->ctx, kvli_serr(s), result, "kvl_sched_fork: %s", kvl_result_text(result));
@@ -7499,6 +7963,7 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
     }
     c->stats.device_budget =
         r == KVL_NO_BLOCKS ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : device_bytes;
+    kvli_record_resize(c, device_bytes, r);
     kvli_publish(c);
     kvli_sched_resized(c);
     return r;
@@ -7559,7 +8024,9 @@ KVL_API kvl_result kvl_seq_open(kvl_cache *c, const kvl_seq_desc *desc, kvl_seq 
                           c->desc.max_seq_tokens);
     if (!c->n_free_seqs) return KVLI_ERROR(c, KVL_LIMIT, "max_sequences: all %u are open", c->max_seqs);
     kvli_match m = kvli_match_find(c, desc);
-    *out = kvli_seq_handle(c, kvli_seq_start(c, desc, &m));
+    uint32_t i = kvli_seq_start(c, desc, &m);
+    *out = kvli_seq_handle(c, i);
+    kvli_record_desc(c, KVL_EVENT_SEQ_OPEN, desc, i, m.length);
     if (reuse) kvli_reuse_report(desc, &m, reuse);
     kvli_publish(c);
     return KVL_OK;
@@ -7610,6 +8077,7 @@ KVL_API kvl_result kvl_seq_extend(kvl_cache *c, kvl_seq h, uint32_t n_tokens) {
             reserve->count--;
             kvli_unref(c, id);
         }
+    kvli_record_call(c, KVL_EVENT_SEQ_EXTEND, i, 2, n_tokens, r != KVL_OK, KVL_NONE);
     if (r == KVL_OK) c->seqs[i].extended = kvli_max_u32(c->seqs[i].extended, c->seqs[i].length + n_tokens);
     kvli_publish(c);
     return r == KVL_OK ? r : KVLI_ERROR(c, r, "kvl_seq_extend: no blocks for %u more tokens", n_tokens);
@@ -7622,7 +8090,9 @@ KVL_API kvl_result kvl_seq_fork(kvl_cache *c, kvl_seq h, kvl_seq *out, uint32_t 
     if (r != KVL_OK) return r;
     if (!out) return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_seq_fork: out is null");
     if (!c->n_free_seqs) return KVLI_ERROR(c, KVL_LIMIT, "max_sequences: all %u are open", c->max_seqs);
-    *out = kvli_seq_handle(c, kvli_seq_copy(c, i));
+    uint32_t copy = kvli_seq_copy(c, i);
+    *out = kvli_seq_handle(c, copy);
+    kvli_record_call(c, KVL_EVENT_SEQ_FORK, i, 2, copy, c->seqs[i].length, copy);
     if (length) *length = c->seqs[i].length;
     kvli_publish(c);
     return KVL_OK;
@@ -7634,6 +8104,7 @@ KVL_API kvl_result kvl_seq_trim(kvl_cache *c, kvl_seq h, uint32_t n_tokens, uint
     if (r != KVL_OK) return r;
     uint32_t reached = kvli_seq_shorten(c, i, n_tokens);
     if (length) *length = reached;
+    kvli_record_call(c, KVL_EVENT_SEQ_TRIM, i, 2, n_tokens, reached, i);
     kvli_publish(c);
     return KVL_OK;
 }
@@ -7675,6 +8146,7 @@ KVL_API kvl_result kvl_seq_pin(kvl_cache *c, kvl_seq h, bool pin) {
     if (pin) kvli_pin_path(c, node);
     if (old != KVL_NONE) kvli_unpin_path(c, old);
     c->seqs[i].pin_node = pin ? node : KVL_NONE;
+    kvli_record_call(c, KVL_EVENT_SEQ_PIN, i, 1, pin, 0, KVL_NONE);
     kvli_publish(c);
     return KVL_OK;
 }
@@ -7701,6 +8173,7 @@ KVL_API kvl_result kvl_prefix_unpin(kvl_cache *c, const kvl_seq_desc *d, uint32_
     }
     if (deepest == KVL_NONE) return KVL_OK;
     if (n_tokens) *n_tokens = c->nodes[deepest].depth * T;
+    kvli_record_desc(c, KVL_EVENT_UNPIN, d, KVL_NONE, c->nodes[deepest].depth * T);
     kvli_unpin_path(c, deepest);
     kvli_publish(c);
     return KVL_OK;
@@ -7710,6 +8183,7 @@ KVL_API kvl_result kvl_seq_close(kvl_cache *c, kvl_seq h) {
     uint32_t i;
     kvl_result r = kvli_seq_mine(c, h, "kvl_seq_close", &i);
     if (r != KVL_OK) return r;
+    kvli_record_call(c, KVL_EVENT_SEQ_CLOSE, i, 0, 0, 0, KVL_NONE);
     kvli_seq_stop(c, i);
     kvli_publish(c);
     return KVL_OK;
@@ -7782,6 +8256,7 @@ KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t 
         kvli_step_rollback(c);
     else
         *out = kvli_step_finish(c);
+    kvli_record_step(c, spans, n_spans, r);
     kvli_publish(c);
     return r;
 }
@@ -7793,6 +8268,7 @@ KVL_API kvl_result kvl_step_end(kvl_cache *c, const kvl_step *step) {
     if (kvli_sched_owns_step(c))
         return KVLI_ERROR(c, KVL_MISMATCH, "kvl_step_end: the scheduler's step is ended by kvl_sched_commit");
     kvli_step_commit(c);
+    kvli_record_step_end(c);
     kvli_publish(c);
     return KVL_OK;
 }
@@ -7805,6 +8281,7 @@ KVL_API kvl_result kvl_step_abort(kvl_cache *c, const kvl_step *step) {
         return KVLI_ERROR(c, KVL_MISMATCH,
                           "kvl_step_abort: the scheduler's step is aborted by kvl_sched_abort");
     kvli_step_rollback(c);
+    if (c->sched) kvli_record_event(c->sched, KVL_EVENT_STEP_ABORT);
     kvli_publish(c);
     return KVL_OK;
 }
@@ -8135,8 +8612,8 @@ static kvl_result kvli_check_sched(kvl_cache *c) { /* under the lock */
     KVLI_MUST(active == s->n_active && running == s->n_running && streams == s->n_streams,
               "scheduler: %u active, %u running, %u streams; counted %u, %u, %u", s->n_active, s->n_running,
               s->n_streams, active, running, streams);
-    KVLI_MUST(waiting == s->n_waiting && waiting + running + forks + queued == active &&
-                  joining == s->n_joining,
+    KVLI_MUST(waiting == s->n_waiting && queued == s->n_inbox &&
+                  waiting + running + forks + queued == active && joining == s->n_joining,
               "scheduler: %u waiting, %u queued, %u forks, %u joining", waiting, queued, forks, joining);
     KVLI_MUST(bytes == s->token_bytes, "scheduler: token bytes %llu, counted %llu",
               (unsigned long long)s->token_bytes, (unsigned long long)bytes);
