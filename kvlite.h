@@ -5497,17 +5497,26 @@ static size_t kvli_z_scratch_floats(const kvli_geometry *geo) {
            8 * KVLI_CPU_STRIDE;
 }
 
-KVLI_Z __m512 kvli_z_e2m1(void) {
-    return _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+/* What is taken from codes whose zeros are summed apart, so that the two sums do not cancel: zeros are given back as
+   much times the scale. */
+KVLI_INLINE float kvli_z_centre(kvl_format f) {
+    return f == KVL_INT8_CHANNEL ? 128.0f : f == KVL_INT4_CHANNEL ? 7.5f : 0.0f;
 }
 
-KVLI_Z __m512 kvli_z_u4(void) { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+/* What codes of 4 bits stand for. */
+KVLI_Z __m512 kvli_z_nibbles(kvl_format f) {
+    if (f == KVL_NVFP4)
+        return _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+    return _mm512_sub_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                         _mm512_set1_ps(kvli_z_centre(f)));
+}
 
 /* 16 bytes as numbers. FP8 shifted into f16 is 2^-8 of its value: the scale makes up for that. */
 KVLI_Z __m512 kvli_z_codes(kvl_format f, __m128i x) {
     __m256i h;
     if (f == KVL_INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
-    if (f == KVL_INT8_CHANNEL) return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
+    if (f == KVL_INT8_CHANNEL)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_xor_si128(x, _mm_set1_epi8(-128))));
     h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7);
     return _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16((short)0xbfff)));
 }
@@ -5533,7 +5542,7 @@ KVLI_Z void kvli_z_pair(kvl_format f, const uint8_t *row, const float *side, uin
     if (f == KVL_NVFP4 || f == KVL_INT4_CHANNEL) {
         const __m128i *at = (const __m128i *)(const void *)row + j;
         __m512i x = _mm512_cvtepu8_epi32(tail ? _mm_loadl_epi64(at) : _mm_loadu_si128(at));
-        const __m512 table = f == KVL_NVFP4 ? kvli_z_e2m1() : kvli_z_u4();
+        const __m512 table = kvli_z_nibbles(f);
         *v0 = _mm512_permutexvar_ps(x, table);
         *v1 = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
         if (f == KVL_NVFP4) {
@@ -5626,7 +5635,7 @@ KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, __m512 
         v[0] = kvli_z_codes(f, _mm_unpacklo_epi64(ab, cd));
         v[1] = kvli_z_codes(f, _mm_unpackhi_epi64(ab, cd));
     } else {
-        const __m512 table = f == KVL_NVFP4 ? kvli_z_e2m1() : kvli_z_u4();
+        const __m512 table = kvli_z_nibbles(f);
         __m128i ab = _mm_unpacklo_epi32(kvli_z_load32(r[0]), kvli_z_load32(r[1])),
                 cd = _mm_unpacklo_epi32(kvli_z_load32(r[2]), kvli_z_load32(r[3]));
         __m512i x = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(ab, cd));
@@ -5882,10 +5891,11 @@ static void kvli_z_scales64(const uint8_t *src, uint32_t n, uint32_t groups, flo
     }
 }
 
-/* Splits n × groups × (f16 scale, f16 zero) into scales [4][TILE] and zeros [4][TILE]. */
+/* Splits n × groups × (f16 scale, f16 zero) into scales [4][TILE] and zeros of centred codes [4][TILE]. */
 static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t n, uint32_t groups,
                                                    float *dst) {
     const uint32_t zeros = 4 * KVLI_CPU_TILE;
+    const __m512 centre = _mm512_set1_ps(kvli_z_centre(KVL_INT4_CHANNEL));
     const __m512i at =
         _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                            _mm512_set1_epi32((int)groups));
@@ -5894,6 +5904,7 @@ static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t 
         __mmask16 some = (__mmask16)(n - t < 16 ? 0xffu : 0xffffu);
         for (uint32_t g = 0; g < groups; g++) {
             const uint8_t *from = src + 4 * (t * groups + g);
+            __m512 scale, zero;
             __m512i x;
             if (groups == 1)
                 x = _mm512_maskz_loadu_epi32(some, from);
@@ -5903,20 +5914,28 @@ static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t 
                                               _mm512_loadu_si512(src + 8 * t + 64));
             else
                 x = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, at, from, 4);
-            _mm512_mask_storeu_ps(dst + g * KVLI_CPU_TILE + t, some,
-                                  _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
+            scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+            zero = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+            _mm512_mask_storeu_ps(dst + g * KVLI_CPU_TILE + t, some, scale);
             _mm512_mask_storeu_ps(dst + zeros + g * KVLI_CPU_TILE + t, some,
-                                  _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
+                                  _mm512_fmadd_ps(scale, centre, zero));
         }
     }
 }
 
-/* Channel scales or zeros as f32, in the order in which kvli_z_quad gives dims. */
-static KVLI_TARGET_AVX512 void kvli_z_channels(const uint8_t *src, uint32_t dim, bool split, float *dst) {
+/* Channel scales and zeros of centred codes as f32, in the order in which kvli_z_quad gives dims. */
+static KVLI_TARGET_AVX512 void kvli_z_channels(kvl_format f, const uint8_t *src, uint32_t dim, float *dst) {
     const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m512 centre = _mm512_set1_ps(kvli_z_centre(f));
     for (uint32_t i = 0; i < dim; i += 16) {
-        __m512 x = kvli_z_16(KVL_F16, src + 2 * i, 0);
-        _mm512_storeu_ps(dst + i, split ? _mm512_permutexvar_ps(order, x) : x);
+        __m512 scale = kvli_z_16(KVL_F16, src + 2 * i, 0), zero = kvli_z_16(KVL_F16, src + 2 * (dim + i), 0);
+        zero = _mm512_fmadd_ps(scale, centre, zero);
+        if (f == KVL_INT4_CHANNEL) {
+            scale = _mm512_permutexvar_ps(order, scale);
+            zero = _mm512_permutexvar_ps(order, zero);
+        }
+        _mm512_storeu_ps(dst + i, scale);
+        _mm512_storeu_ps(dst + dim + i, zero);
     }
 }
 
@@ -6011,11 +6030,7 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
     if (!direct) step = kvli_min_u32(step, KVLI_CPU_CHUNK);
     for (uint32_t t = 0; t < b->n; t += step) {
         uint32_t n = kvli_min_u32(b->n - t, step);
-        if (channel && t % T == 0) {
-            const uint8_t *scales = b->tiles[t / T] + T * rows.stride;
-            kvli_z_channels(scales, D, f == KVL_INT4_CHANNEL, z.channel);
-            kvli_z_channels(scales + 2 * D, D, f == KVL_INT4_CHANNEL, z.channel + D);
-        }
+        if (channel && t % T == 0) kvli_z_channels(f, b->tiles[t / T] + T * rows.stride, D, z.channel);
         if (direct) {
             part.tiles = rows.tiles + t / T;
             kvli_z_score_rows(b, f, &part, t, n, &z);

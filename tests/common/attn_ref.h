@@ -338,8 +338,7 @@ static bool ref_visible(const ref_layer *l, uint32_t query, uint32_t key) {
 
 /* What one query head at position pos gives. Returns how far a correct single-precision computation may be off, in
    millionths: what scores and sums lose (16, the largest |q||k| as a logit, and the softcap, which is as exact as its
-   size) times the largest sum of p|v|. INT4 values may be summed as codes and zeros apart, which cancel in the end, and
-   a rotation gathers what is left in one number of 64. */
+   size) times the largest sum of p|v|. */
 static double ref_attend(const ref_geometry *g, uint32_t layer, const ref_kv *kv, uint32_t pos,
                          uint32_t q_head, const float *q, double *out) {
     const ref_layer *l = &g->layers[layer];
@@ -384,7 +383,7 @@ static double ref_attend(const ref_geometry *g, uint32_t layer, const ref_kv *kv
     }
     free(p);
     free(mass);
-    return ((l->v.format == KVL_INT4 ? 64 : 16) + l->scale * sqrt(q2 * k2max) + l->softcap) * widest;
+    return (16 + l->scale * sqrt(q2 * k2max) + l->softcap) * widest;
 }
 
 #endif
