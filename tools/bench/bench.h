@@ -1,13 +1,18 @@
-/* bench.h - what the benchmarks share: a median with its spread, noise, and a pause that lets the threads of one
- * contender fall asleep before the next one runs. */
+/* bench.h - what the benchmarks share: medians with their spread, made-up numbers, pauses, how busy the machine was with
+ * other programs, and JSON. */
 #ifndef BENCH_H
 #define BENCH_H
 
 #include "llm/runtime.h"
 
+#include <cjson/cJSON.h>
+
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { BENCH_MAX_ROUNDS = 32 };
 
@@ -66,6 +71,60 @@ static inline double bench_best(double (*run)(void *arg), void *arg, double slic
         spent += s;
     }
     return best;
+}
+
+/* ---- who else used the processors ---- */
+typedef struct bench_load {
+    double all, own, start_s; /* seconds of processor time, of the machine and of this process */
+} bench_load;
+
+static inline bench_load bench_load_now(void) {
+    bench_load l = {.own = (double)clock() / CLOCKS_PER_SEC, .start_s = runtime_now()};
+    unsigned long long t[8] = {0}; /* user, nice, system, idle, iowait, irq, softirq, steal */
+    FILE *f = fopen("/proc/stat", "r");
+    if (!f) return l;
+    if (fscanf(f, "cpu %llu %llu %llu %llu %llu %llu %llu %llu", &t[0], &t[1], &t[2], &t[3], &t[4], &t[5],
+               &t[6], &t[7]) == 8)
+        l.all = (double)(t[0] + t[1] + t[2] + t[5] + t[6] + t[7]) / (double)sysconf(_SC_CLK_TCK);
+    fclose(f);
+    return l;
+}
+
+/* The share of all processors that other programs took since `before`, 0..1; 0 where the system does not tell. Says so
+ * on stderr where it is large: a peer whose threads wait for each other spinning, as OpenMP's do, suffers more from it
+ * than kvlite, so that ratios come out too high. */
+static inline double bench_others(const bench_load *before) {
+    bench_load now = bench_load_now();
+    double room = (now.start_s - before->start_s) * (double)sysconf(_SC_NPROCESSORS_ONLN);
+    double others = (now.all - before->all) - (now.own - before->own), share = others > 0 ? others / room : 0;
+    if (share > 0.05)
+        fprintf(stderr, "WARNING: other programs took %.0f%% of the processors; measure on an idle machine\n",
+                100 * share);
+    return share;
+}
+
+/* ---- results ---- */
+
+/* Where the readable table goes: to stderr if the JSON goes to stdout. */
+static inline FILE *bench_table(const char *json) { return json && strcmp(json, "-") == 0 ? stderr : stdout; }
+
+/* NAME, NAME_min and NAME_max. */
+static inline void bench_json_spread(cJSON *o, const char *name, spread s) {
+    char key[64];
+    cJSON_AddNumberToObject(o, name, s.median);
+    snprintf(key, sizeof key, "%s_min", name);
+    cJSON_AddNumberToObject(o, key, s.least);
+    snprintf(key, sizeof key, "%s_max", name);
+    cJSON_AddNumberToObject(o, key, s.most);
+}
+
+static inline bool bench_write_json(const cJSON *json, const char *path, char *err, size_t n) {
+    char *text = cJSON_Print(json);
+    FILE *f = strcmp(path, "-") == 0 ? stdout : fopen(path, "w");
+    bool ok = text && f && fprintf(f, "%s\n", text) > 0 && fflush(f) == 0;
+    if (f && f != stdout) ok = fclose(f) == 0 && ok;
+    cJSON_free(text);
+    return ok || llm_fail(err, n, "--json %.100s: could not be written", path);
 }
 
 #endif /* BENCH_H */

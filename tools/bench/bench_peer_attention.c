@@ -5,8 +5,6 @@
 #include "llm/options.h"
 #include "peer.h"
 
-#include <cjson/cJSON.h>
-
 enum { MAX_CONTENDERS = 20, MOST = 8, CELL_SECONDS = 20 };
 #define END UINT32_MAX /* of a list */
 
@@ -34,7 +32,8 @@ static const char usage[] =
     "  --d N, --gqa N, --context N, --kv PRESET   this one alone\n"
     "  --json FILE     also write the rows as JSON; - is stdout, the table then goes to stderr\n"
     "\n"
-    "JSON: bench, backend, peer, threads, rounds, and rows, each with what (decode, prefill), d, gqa, "
+    "JSON: bench, backend, peer, threads, rounds, others_share (of the processors, taken by other programs), "
+    "rows, each with what (decode, prefill), d, gqa, "
     "context (tokens\n"
     "before the new ones), new, kv (\"kvlite int8\", \"ggml q8_0 heads\", \"ggml q8_0 cache\"), bytes (of "
     "keys and values), us,\n"
@@ -253,15 +252,6 @@ static rounds peer_best(const bench *b, const char *preset, bool by_token, char 
     return best;
 }
 
-static void json_spread(cJSON *row, const char *name, spread s) {
-    char key[64];
-    cJSON_AddNumberToObject(row, name, s.median);
-    snprintf(key, sizeof key, "%s_min", name);
-    cJSON_AddNumberToObject(row, key, s.least);
-    snprintf(key, sizeof key, "%s_max", name);
-    cJSON_AddNumberToObject(row, key, s.most);
-}
-
 static cJSON *json_row(const cell *c, const contender *t, spread us) {
     cJSON *row = cJSON_CreateObject();
     cJSON_AddStringToObject(row, "what", c->prefill ? "prefill" : "decode");
@@ -271,7 +261,7 @@ static cJSON *json_row(const cell *c, const contender *t, spread us) {
     cJSON_AddNumberToObject(row, "new", c->n_new);
     cJSON_AddStringToObject(row, "kv", t->name);
     cJSON_AddNumberToObject(row, "bytes", (double)contender_bytes(t));
-    json_spread(row, "us", us);
+    bench_json_spread(row, "us", us);
     if (!c->prefill) cJSON_AddNumberToObject(row, "gbs", (double)contender_bytes(t) / us.median * 1e-3);
     cJSON_AddNumberToObject(row, "error", t->error);
     return row;
@@ -287,7 +277,7 @@ static void report_ceiling(bench *b, const contender *t, cJSON *row, char *text,
     spread s = rounds_spread(&share), read = rounds_spread(&b->read), convert = rounds_spread(&b->convert);
     cJSON_AddNumberToObject(row, "read_gbs", read.median);
     cJSON_AddNumberToObject(row, "convert_gbs", convert.median);
-    json_spread(row, "ceiling_share", s);
+    bench_json_spread(row, "ceiling_share", s);
     snprintf(text, size, "  %3.0f%% of %.1f (%s)", 100 * s.median,
              read.median < convert.median ? read.median : convert.median,
              read.median < convert.median ? "read" : "convert");
@@ -295,7 +285,7 @@ static void report_ceiling(bench *b, const contender *t, cJSON *row, char *text,
 
 static void report_ratio(FILE *table, cJSON *row, const char *key, const rounds *peer, const rounds *us) {
     spread s = rounds_ratio(peer, us);
-    if (peer->n) json_spread(row, key, s);
+    if (peer->n) bench_json_spread(row, key, s);
     if (peer->n)
         fprintf(table, "  %6.2f (%5.2f-%5.2f)", s.median, s.least, s.most);
     else
@@ -438,7 +428,7 @@ static bool parse(command *k, bench *b, int argc, char **argv, char *err, size_t
     return !err[0];
 }
 
-static bool write_json(const bench *b, const char *path, cJSON *rows, char *err, size_t n) {
+static bool write_json(const bench *b, const char *path, cJSON *rows, double others, char *err, size_t n) {
     cJSON *top = cJSON_CreateObject();
     cJSON_AddStringToObject(top, "bench", "attention");
     cJSON_AddStringToObject(top, "backend", kvl_context_backend(b->ctx));
@@ -447,14 +437,11 @@ static bool write_json(const bench *b, const char *path, cJSON *rows, char *err,
     cJSON_AddStringToObject(top, "peer", peer_name);
     cJSON_AddNumberToObject(top, "threads", b->threads);
     cJSON_AddNumberToObject(top, "rounds", b->n_rounds);
+    cJSON_AddNumberToObject(top, "others_share", others);
     cJSON_AddItemToObject(top, "rows", rows);
-    char *text = cJSON_Print(top);
-    FILE *f = strcmp(path, "-") == 0 ? stdout : fopen(path, "w");
-    bool ok = text && f && fprintf(f, "%s\n", text) > 0 && fflush(f) == 0;
-    if (f && f != stdout) ok = fclose(f) == 0 && ok;
-    cJSON_free(text);
+    bool ok = bench_write_json(top, path, err, n);
     cJSON_Delete(top);
-    return ok || llm_fail(err, n, "--json %.100s: could not be written", path);
+    return ok;
 }
 
 int main(int argc, char **argv) {
@@ -469,7 +456,7 @@ int main(int argc, char **argv) {
     b.threads = (uint32_t)k.threads;
     b.n_rounds = (uint32_t)k.rounds;
     b.slice = 0.01;
-    b.table = k.json && strcmp(k.json, "-") == 0 ? stderr : stdout;
+    b.table = bench_table(k.json);
     b.json_rows = cJSON_CreateArray();
     b.pool = pool_create(b.threads);
     kvl_context_desc d = {.backend = KVL_BACKEND_CPU,
@@ -479,8 +466,10 @@ int main(int argc, char **argv) {
                           .error = err,
                           .error_size = sizeof err};
     if (!b.pool || kvl_context_create(&d, &b.ctx) != KVL_OK) case_die("bench_peer_attention", err);
+    bench_load before = bench_load_now();
     run_plan(&b, &k.plan);
-    bool ok = !k.json || write_json(&b, k.json, b.json_rows, err, sizeof err);
+    double others = bench_others(&before);
+    bool ok = !k.json || write_json(&b, k.json, b.json_rows, others, err, sizeof err);
     if (!ok) fprintf(stderr, "bench_peer_attention: %s\n", err);
     kvl_context_destroy(b.ctx);
     pool_destroy(b.pool);

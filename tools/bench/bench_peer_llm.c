@@ -4,8 +4,6 @@
 #include "llm/options.h"
 #include "peer.h"
 
-#include <cjson/cJSON.h>
-
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -46,7 +44,8 @@ static const char usage[] =
     "  --max-gap-ms N  of kvlite's scheduler in the scene gaps (default 50)\n"
     "  --json FILE     also write the figures as JSON; - is stdout, the table then goes to stderr\n"
     "\n"
-    "JSON: bench, model, peer, threads, rounds, kv, max_gap_ms, and rows, each with what, unit, better "
+    "JSON: bench, model, peer, threads, rounds, others_share (of the processors, taken by other programs), "
+    "kv, max_gap_ms, rows, each with what, unit, better "
     "(higher, lower),\n"
     "kvlite, kvlite_min, kvlite_max, peer, peer_min, peer_max, ratio, ratio_min, ratio_max (above 1: kvlite "
     "is better).\n";
@@ -476,15 +475,6 @@ static bool add_bytes(bench *b, char *err, size_t n) {
 }
 
 /* ---- output ---- */
-static void json_spread(cJSON *o, const char *name, spread s) {
-    char key[64];
-    cJSON_AddNumberToObject(o, name, s.median);
-    snprintf(key, sizeof key, "%s_min", name);
-    cJSON_AddNumberToObject(o, key, s.least);
-    snprintf(key, sizeof key, "%s_max", name);
-    cJSON_AddNumberToObject(o, key, s.most);
-}
-
 static cJSON *report(const bench *b) {
     cJSON *rows = cJSON_CreateArray();
     fprintf(b->table, "%-38s %-9s %12s %12s   %s\n", "", "", "kvlite", "llama.cpp", "better by (least-most)");
@@ -499,9 +489,9 @@ static cJSON *report(const bench *b) {
         cJSON_AddStringToObject(o, "what", r->what);
         cJSON_AddStringToObject(o, "unit", r->unit);
         cJSON_AddStringToObject(o, "better", r->lower ? "lower" : "higher");
-        json_spread(o, "kvlite", our);
-        json_spread(o, "peer", their);
-        json_spread(o, "ratio", ratio);
+        bench_json_spread(o, "kvlite", our);
+        bench_json_spread(o, "peer", their);
+        bench_json_spread(o, "ratio", ratio);
         cJSON_AddItemToArray(rows, o);
     }
     return rows;
@@ -576,7 +566,7 @@ static bool load(bench *b, const command *k, char *err, size_t n) {
     return b->theirs.n_vocab == b->ours.rt.config->n_vocab || llm_fail(err, n, "the vocabularies differ");
 }
 
-static bool write_json(const bench *b, const command *k, cJSON *rows, char *err, size_t n) {
+static bool write_json(const bench *b, const command *k, cJSON *rows, double others, char *err, size_t n) {
     cJSON *top = cJSON_CreateObject();
     char peer_name[64];
     snprintf(peer_name, sizeof peer_name, "llama.cpp %s (ggml %s)", llama_version(), ggml_version());
@@ -585,27 +575,26 @@ static bool write_json(const bench *b, const command *k, cJSON *rows, char *err,
     cJSON_AddStringToObject(top, "peer", peer_name);
     cJSON_AddNumberToObject(top, "threads", b->threads);
     cJSON_AddNumberToObject(top, "rounds", b->n_rounds);
+    cJSON_AddNumberToObject(top, "others_share", others);
     cJSON_AddStringToObject(top, "kv", b->ours.preset);
     cJSON_AddNumberToObject(top, "max_gap_ms", b->max_gap_ms);
     cJSON_AddItemToObject(top, "rows", rows);
-    char *text = cJSON_Print(top);
-    FILE *f = strcmp(k->json, "-") == 0 ? stdout : fopen(k->json, "w");
-    bool ok = text && f && fprintf(f, "%s\n", text) > 0 && fflush(f) == 0;
-    if (f && f != stdout) ok = fclose(f) == 0 && ok;
-    cJSON_free(text);
+    bool ok = bench_write_json(top, k->json, err, n);
     cJSON_Delete(top);
-    return ok || llm_fail(err, n, "--json %.100s: could not be written", k->json);
+    return ok;
 }
 
 static bool run(bench *b, const command *k, char *err, size_t n) {
     if (!load(b, k, err, n)) return false;
+    bench_load before = bench_load_now();
     for (uint32_t i = 0; i < b->n_rounds; i++) {
         fprintf(stderr, "round %u of %u\n", i + 1, b->n_rounds);
         if (!run_round(b, err, n)) return false;
     }
     if (!add_bytes(b, err, n)) return false;
+    double others = bench_others(&before);
     cJSON *rows = report(b);
-    if (k->json) return write_json(b, k, rows, err, n);
+    if (k->json) return write_json(b, k, rows, others, err, n);
     cJSON_Delete(rows);
     return true;
 }
@@ -623,7 +612,7 @@ int main(int argc, char **argv) {
     b.n_rounds = (uint32_t)k.rounds;
     b.max_gap_ms = (double)k.max_gap_ms;
     b.quick = k.quick;
-    b.table = k.json && strcmp(k.json, "-") == 0 ? stderr : stdout;
+    b.table = bench_table(k.json);
     bool ok = run(&b, &k, err, sizeof err);
     if (!ok) fprintf(stderr, "bench_peer_llm: %s\n", err);
     llama_model_free(b.theirs.model);
