@@ -31,6 +31,7 @@ B := build$(if $(filter-out release,$(CONFIG)),/$(CONFIG))
 VENV := build/venv
 SMOLLM2 := build/models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL ?= $(SMOLLM2)
+DATA ?= ../shared/data# folder of texts and traces
 
 FLAGS_release := -O2 -g
 FLAGS_debug := -O0 -g3
@@ -115,8 +116,9 @@ bench-peers: $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure against llam
 RESULTS := $(B)/results
 run-bench-peers: $(PEER_PROGRAMS) model
 	@mkdir -p $(RESULTS)
-	@for b in $(sort $(PEER_PROGRAMS)); do echo "== $$b"; \
-	  $$b $(if $(QUICK),--quick) --json $(RESULTS)/$${b##*/bench_}.json || exit 1; done
+	$(B)/bench_peer_attention $(if $(QUICK),--quick) --json $(RESULTS)/peer_attention.json
+	$(B)/bench_peer_llm $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/alice29.txt --json $(RESULTS)/peer_llm.json
+	$(B)/bench_peer_quality $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/wikitext2_test.txt --json $(RESULTS)/peer_quality.json
 .PHONY: test sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
 
 ## Keeping the code in order
