@@ -5,28 +5,25 @@
 #include "bench.h"
 #include "llm/options.h"
 
-enum { REPEATS = 400, RUNNING = 256, MAP_SIZE = 1 << 14 };
+enum { RESERVED_TOKENS = 4096, REPEATS = 400, RUNNING = 256, MAP_SIZE = 1 << 14 };
 
 static const char usage[] =
     "usage: bench_core [options]\n"
     "\n"
-    "Null backend, no attention: planning and committing a step of 256 sequences that decode (512 to 767 "
-    "tokens each),\n"
-    "a block taken and given back, the match of a cached prefix of 8,192 tokens, its open, a fork; beside "
-    "malloc and a\n"
-    "lookup in a hash map in the same run. Then what sealing a tile of 32 tokens costs in each format "
-    "(write: F32 rows\n"
-    "into an F16 tile; memcpy: its F16 bytes). Then capacity: conversations that a cache of a fixed size "
-    "takes in,\n"
-    "int4 against F16, both in pages.\n"
+    "Null backend, no attention: planning and committing a step of 256 sequences that decode (512 to 767\n"
+    "tokens each), a block taken and given back, the match of a cached prefix of 8,192 tokens, its open, a\n"
+    "fork; beside malloc and a lookup in a hash map in the same run. Then what sealing a tile of 32 tokens\n"
+    "costs in each format (write: F32 rows into an F16 tile; memcpy: its F16 bytes). Then capacity:\n"
+    "conversations that a cache of a fixed size takes in, in pages of each preset.\n"
     "\n"
     "  --simd PATH     of sealing: scalar, avx2 or avx512 (default: the widest there is)\n"
     "  --json FILE     also write the figures as JSON; - is stdout, the table then goes to stderr\n"
     "\n"
-    "JSON: bench, simd, others_share (of the processors, taken by other programs); rows, each with what, "
-    "unit, p50, p99,\n"
-    "target (0: none); capacity, each with model, tokens, bytes (of the cache), f16, int4 (conversations), "
-    "ratio, target.\n";
+    "JSON: bench, simd, others_share (of the processors, taken by other programs); rows, each with what,\n"
+    "unit, p50, p99, target (0: none); capacity, each with model, tokens, bytes (of the cache), f16 and "
+    "each\n"
+    "packed preset (conversations), reserved (conversations in contiguous F16 buffers of 4,096 tokens),\n"
+    "ratio (int4 over f16), target.\n";
 
 static uint64_t samples[REPEATS];
 
@@ -318,19 +315,30 @@ static uint32_t conversations(const model_shape *m, const char *preset, uint32_t
     return count;
 }
 
+/* What a contiguous F16 buffer for n tokens takes: what engines without pages set aside. */
+static uint64_t reserved_bytes(const model_shape *m, uint32_t n_tokens) {
+    return (uint64_t)2 * 2 * m->n_layers * m->n_kv_heads * m->dim * n_tokens;
+}
+
 static void bench_capacity(bench *b, const model_shape *m, uint32_t n_tokens, double target) {
-    uint32_t f16 = conversations(m, "f16", n_tokens), int4 = conversations(m, "int4", n_tokens);
-    double ratio = (double)int4 / f16;
+    uint32_t n_presets, f16 = conversations(m, "f16", n_tokens);
+    const kvl_preset *presets = kvl_presets(&n_presets);
     cJSON *row = cJSON_CreateObject();
-    fprintf(b->table,
-            "conversations of %u tokens in %4.0f GiB, %-13s int4 %5u  f16 %5u  ratio %.2f  target %g\n",
-            n_tokens, (double)(m->bytes >> 30), m->name, int4, f16, ratio, target);
+    fprintf(b->table, "conversations of %u tokens in %.0f GiB, %s: f16 %u", n_tokens,
+            (double)(m->bytes >> 30), m->name, f16);
     cJSON_AddStringToObject(row, "model", m->name);
     cJSON_AddNumberToObject(row, "tokens", n_tokens);
     cJSON_AddNumberToObject(row, "bytes", (double)m->bytes);
+    cJSON_AddNumberToObject(row, "reserved", (double)(m->bytes / reserved_bytes(m, RESERVED_TOKENS)));
     cJSON_AddNumberToObject(row, "f16", f16);
-    cJSON_AddNumberToObject(row, "int4", int4);
-    cJSON_AddNumberToObject(row, "ratio", ratio);
+    for (uint32_t i = 0; i < n_presets; i++) {
+        if (presets[i].k == presets[i].exact) continue; /* f32, f16, bf16: nothing is packed */
+        uint32_t count = conversations(m, presets[i].name, n_tokens);
+        fprintf(b->table, "  %s %u (%.2f)", presets[i].name, count, (double)count / f16);
+        cJSON_AddNumberToObject(row, presets[i].name, count);
+        if (strcmp(presets[i].name, "int4") == 0) cJSON_AddNumberToObject(row, "ratio", (double)count / f16);
+    }
+    fprintf(b->table, "  target of int4 %g\n", target);
     cJSON_AddNumberToObject(row, "target", target);
     cJSON_AddItemToArray(b->capacity, row);
 }
