@@ -31,6 +31,8 @@ B := build$(if $(filter-out release,$(CONFIG)),/$(CONFIG))
 VENV := build/venv
 SMOLLM2 := build/models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL ?= $(SMOLLM2)
+# Where traces and texts for tests and measurements are; the README says where they come from.
+DATA ?= ../shared/data
 DATA ?= ../shared/data# folder of texts and traces
 
 FLAGS_release := -O2 -g
@@ -120,6 +122,12 @@ run-bench-peers: $(PEER_PROGRAMS) model
 	$(B)/bench_peer_llm $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/alice29.txt --json $(RESULTS)/peer_llm.json
 	$(B)/bench_peer_quality $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/wikitext2_test.txt --json $(RESULTS)/peer_quality.json
 .PHONY: test sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
+
+report: $(TOOLS) $(BENCH_PROGRAMS) $(B)/demo model $(VENV)/.report $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure all, write BENCHMARKS.md and plots (QUICK=1, DATA=FOLDER; make peers first)
+	@if [ -f $(PEERS)/.made ]; then $(MAKE) --no-print-directory $(PEER_PROGRAMS); fi
+	@$(VENV)/bin/python tools/report/run.py $(if $(QUICK),--quick) --data $(DATA); status=$$?; \
+	$(VENV)/bin/python tools/report/page.py && exit $$status
+.PHONY: report
 
 ## Keeping the code in order
 
@@ -228,6 +236,10 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.packages: tools/requirements.txt $(VENV)/.made
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+$(VENV)/.report: tools/report/requirements.txt $(VENV)/.made
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
