@@ -33,7 +33,6 @@ SMOLLM2 := build/models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL ?= $(SMOLLM2)
 # Where traces and texts for tests and measurements are; the README says where they come from.
 DATA ?= ../shared/data
-DATA ?= ../shared/data# folder of texts and traces
 
 FLAGS_release := -O2 -g
 FLAGS_debug := -O0 -g3
@@ -96,8 +95,11 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 ## Testing
 
 test: $(PROGRAMS) $(TOOLS) $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
-	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) \
+	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) FULL=$(FULL) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS)
+
+test-full: ## the same with all of the traces and texts, and what kvlite set out to reach with them
+	@$(MAKE) --no-print-directory test FULL=1 TEST_TIMEOUT=3600
 
 sanitized-test: $(TEST_PROGRAMS)
 	@tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_PROGRAMS)
@@ -121,7 +123,7 @@ run-bench-peers: $(PEER_PROGRAMS) model
 	$(B)/bench_peer_attention $(if $(QUICK),--quick) --json $(RESULTS)/peer_attention.json
 	$(B)/bench_peer_llm $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/alice29.txt --json $(RESULTS)/peer_llm.json
 	$(B)/bench_peer_quality $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/wikitext2_test.txt --json $(RESULTS)/peer_quality.json
-.PHONY: test sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
+.PHONY: test test-full sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
 
 report: $(TOOLS) $(BENCH_PROGRAMS) $(B)/demo model $(VENV)/.report $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure all, write BENCHMARKS.md and plots (QUICK=1, DATA=FOLDER; make peers first)
 	@if [ -f $(PEERS)/.made ]; then $(MAKE) --no-print-directory $(PEER_PROGRAMS); fi
