@@ -21,6 +21,9 @@ enum {
     CASE_STEP = 64 /* rows of a step while a context is laid down */
 };
 
+/* Of a result, relative: 4-bit formats stay under half of it, a misread layout is far above. */
+#define CASE_MOST_ERROR 0.3
+
 /* Keys and values of all contexts of one head dim. */
 typedef struct case_rows {
     uint32_t dim;

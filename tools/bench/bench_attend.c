@@ -1,375 +1,189 @@
-/* bench_attend: decode attention on the CPU, one new token after a context, beside what the same run measures for
-   reading memory and for converting F16 and multiplying-adding. Contexts are laid down as blocks, not computed (that
-   would take hours), so the library's attention is called underneath its public API. Figures are the best of several
-   runs.
-     bench_attend [--quick] [--simd avx512|avx2|scalar] */
-#define KVL_IMPLEMENTATION
-#include "../../kvlite.h"
+/* bench_attend: kvlite's attention of one layer on the CPU, beside what the same run measures for reading memory and for
+ * converting F16 and multiplying-adding. bench_peer_attention has ggml beside it. See --help. */
+#include "attend_case.h"
+#include "ceiling.h"
+#include "llm/options.h"
 
-enum { KV_HEADS = 8, T = 32, MAX_BLOCKS = 65536 / T };
+enum { MOST = 8, PREFILL_ROWS = 512 };
 
-static float noise(void) {
-    static uint32_t x = 2463534242u;
-    x ^= x << 13;
-    x ^= x >> 17;
-    x ^= x << 5;
-    return (float)(int32_t)x * (1.0f / 2147483648.0f);
-}
+static const char usage[] = "usage: bench_attend [options]\n"
+                            "\n"
+                            "Attention of one layer, 8 KV heads. decode: one token after a context. read: as "
+                            "many bytes read once; ceiling: share\n"
+                            "of the lesser of read and of converting F16 and multiplying-adding (target: f16 "
+                            "at 70% or more); to f16: time over\n"
+                            "f16's (target: 1.0 or less, 1.2 at GQA 8). prefill: 512 tokens at the end of "
+                            "the context; ceiling: share of\n"
+                            "multiply-adds alone. Figures are the best of several runs.\n"
+                            "\n"
+                            "  --prefill       instead of decode\n"
+                            "  --quick         fewer cases\n"
+                            "  --simd PATH     avx512, avx2 or scalar (default: the widest there is)\n"
+                            "  --preset NAME, --dim N, --gqa N, --context N, --threads N   this one alone\n";
 
-/* ---- ceilings ---- */
-typedef struct slice_job {
-    const uint8_t *at;
-    size_t bytes; /* of all slices */
-    uint32_t n_slices, gqa, repeats;
-    kvl_simd simd;
-    float q[128];
-    float sink[64];
-} slice_job;
-
-#if KVLI_X86
-static KVLI_TARGET_AVX512 float read512(const uint8_t *p, size_t n) {
-    __m512 a[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (size_t i = 0; i + 256 <= n; i += 256) {
-        KVLI_UNROLL for (int k = 0; k < 4; k++) a[k] =
-            _mm512_add_ps(a[k], _mm512_loadu_ps((const float *)(const void *)(p + i + 64 * k)));
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a[0], a[1]), _mm512_add_ps(a[2], a[3])));
-}
-
-static KVLI_TARGET_AVX2 float read256(const uint8_t *p, size_t n) {
-    __m256 a[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (size_t i = 0; i + 128 <= n; i += 128) {
-        KVLI_UNROLL for (int k = 0; k < 4; k++) a[k] =
-            _mm256_add_ps(a[k], _mm256_loadu_ps((const float *)(const void *)(p + i + 32 * k)));
-    }
-    a[0] = _mm256_add_ps(_mm256_add_ps(a[0], a[1]), _mm256_add_ps(a[2], a[3]));
-    return _mm256_cvtss_f32(a[0]);
-}
-
-/* Every 16 (or 8) numbers are converted once and used by G query heads, as attention must at the least. */
-KVLI_INLINE KVLI_TARGET_AVX512 float convert512(const int G, const uint8_t *p, size_t n, const float *q) {
-    __m512 a[16];
-    KVLI_UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_setzero_ps();
-    for (size_t i = 0; i + 128 <= n; i += 128) {
-        KVLI_UNROLL for (int k = 0; k < 4; k++) {
-            __m512 v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p + i + 32 * k)));
-            KVLI_UNROLL for (int g = 0; g < G; g++) a[(k * G + g) % 16] =
-                _mm512_fmadd_ps(_mm512_loadu_ps(q + 16 * g), v, a[(k * G + g) % 16]);
-        }
-    }
-    KVLI_UNROLL for (int i = 1; i < 16; i++) a[0] = _mm512_add_ps(a[0], a[i]);
-    return _mm512_reduce_add_ps(a[0]);
-}
-
-KVLI_INLINE KVLI_TARGET_AVX2 float convert256(const int G, const uint8_t *p, size_t n, const float *q) {
-    __m256 a[8];
-    KVLI_UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_setzero_ps();
-    for (size_t i = 0; i + 128 <= n; i += 128) {
-        KVLI_UNROLL for (int k = 0; k < 8; k++) {
-            __m256 v = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + i + 16 * k)));
-            KVLI_UNROLL for (int g = 0; g < G; g++) a[(k * G + g) % 8] =
-                _mm256_fmadd_ps(_mm256_loadu_ps(q + 8 * g), v, a[(k * G + g) % 8]);
-        }
-    }
-    KVLI_UNROLL for (int i = 1; i < 8; i++) a[0] = _mm256_add_ps(a[0], a[i]);
-    return _mm256_cvtss_f32(a[0]);
-}
-
-static KVLI_TARGET_AVX512 float convert512_n(uint32_t gqa, const uint8_t *p, size_t n, const float *q) {
-    return gqa == 1 ? convert512(1, p, n, q) : gqa == 4 ? convert512(4, p, n, q) : convert512(8, p, n, q);
-}
-static KVLI_TARGET_AVX2 float convert256_n(uint32_t gqa, const uint8_t *p, size_t n, const float *q) {
-    return gqa == 1 ? convert256(1, p, n, q) : gqa == 4 ? convert256(4, p, n, q) : convert256(8, p, n, q);
-}
-#endif
-
-static float read_plain(const uint8_t *p, size_t n) {
-    uint64_t a[4] = {0, 0, 0, 0}, x[4];
-    for (size_t i = 0; i + 32 <= n; i += 32) {
-        memcpy(x, p + i, 32);
-        for (int k = 0; k < 4; k++) a[k] += x[k];
-    }
-    return (float)(a[0] + a[1] + a[2] + a[3]);
-}
-
-static float convert_plain(uint32_t gqa, const uint8_t *p, size_t n, const float *q) {
-    float a[8] = {0};
-    for (size_t i = 0; i + 2 <= n; i += 2) {
-        uint16_t h;
-        memcpy(&h, p + i, 2);
-        for (uint32_t g = 0; g < gqa; g++) a[g] += q[g] * kvli_f16_to_f32(h);
-    }
-    return a[0] + a[gqa - 1];
-}
-
-static void slice_task(void *arg, uint32_t i) {
-    slice_job *j = (slice_job *)arg;
-    const float *q = j->q;
-    size_t n = j->bytes / j->n_slices;
-    const uint8_t *p = j->at + i * n;
-    float sum = 0;
-    for (uint32_t r = 0; r < j->repeats; r++) {
-#if KVLI_X86
-        if (j->simd == KVL_SIMD_AVX512) {
-            sum += j->gqa ? convert512_n(j->gqa, p, n, q) : read512(p, n);
-            continue;
-        }
-        if (j->simd == KVL_SIMD_AVX2) {
-            sum += j->gqa ? convert256_n(j->gqa, p, n, q) : read256(p, n);
-            continue;
-        }
-#endif
-        sum += j->gqa ? convert_plain(j->gqa, p, n, q) : read_plain(p, n);
-    }
-    j->sink[i] = sum;
-}
-
-/* GB/s of all threads together; gqa 0 reads only. */
-static double ceiling(kvl_context *ctx, const uint8_t *at, size_t bytes, uint32_t gqa, double seconds) {
-    slice_job j;
-    double best = 0, spent = 0;
-    memset(&j, 0, sizeof j);
-    j.at = at;
-    j.bytes = bytes;
-    j.n_slices = kvli_threads(ctx);
-    j.gqa = gqa;
-    j.simd = kvli_simd(ctx);
-    j.repeats =
-        bytes < (32u << 20) ? (uint32_t)((32u << 20) / bytes) : 1; /* long against the waking of threads */
-    for (int i = 0; i < 128; i++) j.q[i] = noise();
-    for (int r = 0; r < 1000 && (r < 3 || spent < seconds); r++) {
-        uint64_t t = kvli_clock_now();
-        kvli_parallel(ctx, j.n_slices, slice_task, &j);
-        double s = (double)(kvli_clock_now() - t) * 1e-9, rate = (double)bytes * j.repeats / s * 1e-9;
-        if (rate > best) best = rate;
-        spent += s;
-    }
-    return best;
-}
-
-/* ---- one case ---- */
-typedef struct setup {
-    kvli_geometry geo;
-    kvli_layer layer;
-    uint8_t *memory;
-    size_t memory_bytes, kv_bytes;
-    uint64_t address[MAX_BLOCKS + 1];
-    uint32_t table[MAX_BLOCKS + 1];
-} setup;
-
-static kvli_side side_of(kvl_format f, uint32_t dim) {
-    kvli_side s;
-    memset(&s, 0, sizeof s);
-    s.format = f & ~(kvl_format)KVL_ROTATED;
-    s.rotated = (f & KVL_ROTATED) != 0;
-    s.global = 1.0f / 16;
-    s.tokens = T;
-    s.dim = dim;
-    s.tile_bytes = kvli_tile_size(s.format, T, dim);
-    return s;
-}
-
-/* One layer's blocks for n tokens: first and last exact, the rest packed; a few different tiles, repeated. */
-static void make_setup(setup *s, const kvl_preset *preset, uint32_t dim, uint32_t gqa, uint32_t n,
-                       kvl_simd simd) {
-    enum { VARIANTS = 4, MOST = T * 256 * 4 };
-    static uint8_t tiles[2][2][VARIANTS][MOST] KVLI_ALIGN(128);
-    float rows[T * 256];
-    uint32_t n_blocks = (n + T - 1) / T;
-    size_t block[2], used = 0;
-    memset(&s->geo, 0, sizeof s->geo);
-    memset(&s->layer, 0, sizeof s->layer);
-    s->geo.n_layers = s->geo.n_groups = 1;
-    s->geo.n_kv_heads = KV_HEADS;
-    s->geo.gqa = gqa;
-    s->geo.n_q_heads = KV_HEADS * gqa;
-    s->geo.k_dim = s->geo.v_dim = dim;
-    s->geo.block_tokens = T;
-    s->geo.segment_tokens = 1024;
-    s->geo.exact = preset->exact;
-    s->geo.layers = &s->layer;
-    s->layer.scale = 1.0f / sqrtf((float)dim);
-    for (int c = 0; c < 2; c++) {
-        s->layer.k[c] = side_of(c == KVLI_EXACT ? preset->exact : preset->k, dim);
-        s->layer.v[c] = side_of(c == KVLI_EXACT ? preset->exact : preset->v, dim);
-        s->layer.v_offset[c] = s->layer.k[c].tile_bytes;
-        s->layer.head_stride[c] = s->layer.k[c].tile_bytes + s->layer.v[c].tile_bytes;
-        block[c] = s->layer.head_stride[c] * KV_HEADS;
-    }
-    for (int v = 0; v < VARIANTS; v++)
-        for (int kv = 0; kv < 2; kv++) {
-            const kvli_side *packed = kv ? &s->layer.v[KVLI_PACKED] : &s->layer.k[KVLI_PACKED];
-            for (uint32_t i = 0; i < T * dim; i++) rows[i] = noise();
-            kvli_write_rows(preset->exact, dim, rows, KVL_DTYPE_F32, dim, T, tiles[KVLI_EXACT][kv][v], 0,
-                            simd);
-            if (packed->format == preset->exact)
-                memcpy(tiles[KVLI_PACKED][kv][v], tiles[KVLI_EXACT][kv][v], packed->tile_bytes);
-            else
-                kvli_seal_tile(packed, preset->exact, tiles[KVLI_EXACT][kv][v], tiles[KVLI_PACKED][kv][v],
-                               simd);
-        }
-    s->memory_bytes = (size_t)n_blocks * (block[0] > block[1] ? block[0] : block[1]);
-    s->memory_bytes = (s->memory_bytes + 4095) & ~(size_t)4095;
-    s->memory = (uint8_t *)aligned_alloc(4096, s->memory_bytes);
-    if (!s->memory) {
-        fprintf(stderr, "bench_attend: no memory for a context of %u tokens: %zu bytes\n", n,
-                s->memory_bytes);
-        exit(1);
-    }
-    for (uint32_t b = 0; b < n_blocks; b++) {
-        int c = b == 0 || b + 1 == n_blocks ? KVLI_EXACT : KVLI_PACKED;
-        s->address[b] = (uint64_t)(uintptr_t)(s->memory + used);
-        s->table[b] = b | (c == KVLI_EXACT ? KVL_ENTRY_EXACT : 0);
-        for (uint32_t h = 0; h < KV_HEADS; h++) {
-            uint8_t *at = s->memory + used + h * s->layer.head_stride[c];
-            memcpy(at, tiles[c][0][(b + h) % VARIANTS], s->layer.k[c].tile_bytes);
-            memcpy(at + s->layer.v_offset[c], tiles[c][1][(b + h) % VARIANTS], s->layer.v[c].tile_bytes);
-        }
-        used += block[c];
-    }
-    s->kv_bytes = used;
-}
-
-static kvl_tensor tensor(float *data, uint32_t heads, uint32_t dim) {
-    kvl_tensor t;
-    memset(&t, 0, sizeof t);
-    t.data = data;
-    t.row_stride = (size_t)heads * dim;
-    t.head_stride = dim;
-    return t;
-}
-
-/* Microseconds of one decode step at position n - 1, best of what `seconds` allow. */
-static double decode_time(setup *s, kvl_context *ctx, uint32_t n, double seconds) {
-    static float q[64 * 256], out[64 * 256], k[KV_HEADS * 256], v[KV_HEADS * 256];
-    uint32_t dim = s->geo.k_dim, own = s->table[(n - 1) / T];
-    kvli_attend_span span;
-    kvli_attend a;
-    uint8_t taint = 0;
-    double best = 1e30, spent = 0;
-    size_t bytes = kvli_cpu_workspace(&s->geo, kvli_threads(ctx), 1, n);
-    void *workspace = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
-    for (uint32_t i = 0; i < s->geo.n_q_heads * dim; i++) q[i] = noise();
-    for (uint32_t i = 0; i < KV_HEADS * dim; i++) k[i] = noise(), v[i] = noise();
-    memset(&span, 0, sizeof span);
-    span.n_rows = 1;
-    span.position = n - 1;
-    span.blocks.table = s->table;
-    span.blocks.n_blocks = (n + T - 1) / T;
-    span.blocks.first_own = (n - 1) / T;
-    span.blocks.n_own = 1;
-    span.blocks.own = &own;
-    memset(&a, 0, sizeof a);
-    a.geo = &s->geo;
-    a.layer = &s->layer;
-    a.spans = &span;
-    a.n_spans = a.n_rows = 1;
-    a.block_address = s->address;
-    a.workspace = workspace;
-    a.workspace_bytes = bytes;
-    a.q = tensor(q, s->geo.n_q_heads, dim);
-    a.k = tensor(k, KV_HEADS, dim);
-    a.v = tensor(v, KV_HEADS, dim);
-    a.out = tensor(out, s->geo.n_q_heads, dim);
-    a.taint = &taint;
-    for (int r = 0; r < 2000 && (r < 4 || spent < seconds); r++) {
-        uint64_t t = kvli_clock_now();
-        kvli_cpu_attend(ctx, &a);
-        double us = (double)(kvli_clock_now() - t) * 1e-3;
-        if (us < best) best = us;
-        spent += us * 1e-6;
-    }
-    free(workspace);
-    return best;
-}
-
-/* ---- the table ---- */
 typedef struct plan {
-    const char *presets[8];
-    uint32_t contexts[4], dims[2];
-    uint32_t n_presets, n_contexts, n_dims;
-    double seconds; /* a case */
+    const char *presets[MOST];
+    uint32_t contexts[MOST], dims[MOST], gqas[MOST], threads[MOST]; /* up to a 0 */
+    double seconds;                                                 /* a case */
+    kvl_simd simd;
+    bool prefill, quick, help;
 } plan;
 
-static void bench(kvl_context *ctx, const plan *p) {
-    static setup s;
-    static uint8_t warm[16384] KVLI_ALIGN(64);
-    static const uint32_t gqas[3] = {1, 4, 8};
-    uint32_t threads = kvli_threads(ctx);
-    double convert[3];
-    for (int g = 0; g < 3; g++) convert[g] = ceiling(ctx, warm, sizeof warm, gqas[g], 0.05);
-    printf("\n%u thread%s: convert F16 and multiply-add for 1, 4, 8 query heads a KV head: %.1f, %.1f, %.1f "
-           "GB/s of F16\n",
-           threads, threads > 1 ? "s" : "", convert[0], convert[1], convert[2]);
-    printf("%-9s %4s %4s %8s %10s %8s %8s %9s %7s\n", "preset", "D", "GQA", "context", "us", "GB/s", "read",
-           "ceiling", "to f16");
-    for (uint32_t d = 0; d < p->n_dims; d++)
-        for (uint32_t c = 0; c < p->n_contexts; c++)
-            for (int g = 0; g < 3; g++) {
-                uint32_t n = p->contexts[c] - T / 2; /* ends half way in a block */
-                double f16 = 0, read = 0;
-                for (uint32_t i = 0; i < p->n_presets; i++) {
-                    make_setup(&s, kvl_preset_find(p->presets[i]), p->dims[d], gqas[g], n, kvli_simd(ctx));
-                    double us = decode_time(&s, ctx, n, p->seconds), rate = (double)s.kv_bytes / us * 1e-3;
-                    if (i == 0) {
-                        f16 = us;
-                        read = ceiling(ctx, s.memory, s.kv_bytes, 0, p->seconds / 2);
-                        double limit = read < convert[g] ? read : convert[g];
-                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8.1f %8.0f%% %7s\n", p->presets[i], p->dims[d],
-                               gqas[g], p->contexts[c], us, rate, read, 100 * rate / limit, "");
-                    } else {
-                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8s %9s %7.2f\n", p->presets[i], p->dims[d],
-                               gqas[g], p->contexts[c], us, rate, "", "", us / f16);
-                    }
-                    fflush(stdout);
-                    free(s.memory);
+static const plan whole = {.presets = {"f16", "int8", "int8+", "fp8", "nvfp4", "balanced", "int4"},
+                           .contexts = {1024, 8192, 65536},
+                           .dims = {64, 128},
+                           .gqas = {1, 4, 8},
+                           .threads = {1, 2},
+                           .seconds = 0.06};
+static const plan quick = {.presets = {"f16", "int8", "int4"},
+                           .contexts = {1024, 16384},
+                           .dims = {128},
+                           .gqas = {1, 4, 8},
+                           .threads = {1, 2},
+                           .seconds = 0.04};
+
+typedef struct bench {
+    const plan *p;
+    pool *pool;
+    kvl_context *ctx;
+    case_rows rows;
+    double fma; /* 1e9 multiply-adds a second */
+} bench;
+
+static double read_rate(const bench *b, size_t bytes) {
+    uint8_t *at = case_alloc(bytes);
+    memset(at, 1, bytes);
+    double rate = ceiling_rate(b->pool, b->p->simd, at, bytes, 0, b->p->seconds / 2);
+    free(at);
+    return rate;
+}
+
+/* One line; returns the microseconds. */
+static double run_case(bench *b, const char *preset, uint32_t gqa, uint32_t context, double convert,
+                       double f16) {
+    case_cache c;
+    uint32_t n_new = b->p->prefill ? PREFILL_ROWS : 1;
+    uint32_t n = b->p->prefill ? context : context - CASE_T / 2; /* decode ends half way in a block */
+    if (n_new > n) n_new = n;
+    uint32_t n_floats = n_new * CASE_KV_HEADS * gqa * b->rows.dim;
+    float *q = case_alloc(n_floats * sizeof(float));
+    case_queries(n_floats, q);
+    case_open(&c, b->ctx, &b->rows, kvl_preset_find(preset), gqa, n - n_new, n_new, q);
+    double us = bench_best(case_attend, &c, b->p->seconds) * 1e6, rate, limit, shown;
+    if (!(case_error(&b->rows, gqa, n - n_new, n_new, q, c.out) < CASE_MOST_ERROR))
+        case_die(preset, "its result is wrong");
+    if (b->p->prefill) {
+        double pairs = (double)n_new * (n - n_new) + n_new * (n_new + 1) / 2.0;
+        rate = 2 * pairs * b->rows.dim * CASE_KV_HEADS * gqa / us * 1e-3;
+        limit = shown = b->fma;
+    } else {
+        rate = (double)c.bytes / us * 1e-3;
+        shown = f16 > 0 ? 0 : read_rate(b, c.bytes);
+        limit = shown < convert ? shown : convert;
+    }
+    printf("%-9s %4u %4u %8u %10.1f %8.2f", preset, b->rows.dim, gqa, context, us, rate);
+    if (shown > 0)
+        printf(" %8.1f %8.0f%%", shown, 100 * rate / limit);
+    else
+        printf(" %8s %9s", "", "");
+    if (f16 > 0) printf(" %7.2f", us / f16);
+    printf("\n");
+    fflush(stdout);
+    case_close(&c);
+    free(q);
+    return us;
+}
+
+static void run_plan(bench *b) {
+    static uint8_t warm[16384] __attribute__((aligned(64)));
+    const plan *p = b->p;
+    uint32_t threads = pool_threads(b->pool);
+    b->fma = ceiling_rate(b->pool, p->simd, warm, sizeof warm, 8, 0.05) / 2 *
+             8; /* two bytes, eight for each number */
+    printf("\n%s, %s, %u thread%s\n", kvl_context_backend(b->ctx), p->prefill ? "prefill" : "decode", threads,
+           threads > 1 ? "s" : "");
+    printf("%-9s %4s %4s %8s %10s %8s %8s %9s %7s\n", "preset", "D", "GQA", "context", "us",
+           p->prefill ? "Gfma/s" : "GB/s", p->prefill ? "fma" : "read", "ceiling", "to f16");
+    for (const uint32_t *d = p->dims; *d; d++) {
+        case_rows_make(&b->rows, *d);
+        for (const uint32_t *c = p->contexts; *c; c++)
+            for (const uint32_t *g = p->gqas; *g; g++) {
+                double f16 = 0, convert = ceiling_rate(b->pool, p->simd, warm, sizeof warm, *g, 0.05);
+                for (const char *const *name = p->presets; *name; name++) {
+                    double us = run_case(b, *name, *g, *c, convert, f16);
+                    if (!strcmp(*name, "f16")) f16 = us;
                 }
             }
+    }
+}
+
+/* ---- the command line ---- */
+static bool only(args *a, uint32_t list[MOST], uint64_t least, uint64_t most, char *err, size_t n) {
+    uint64_t v;
+    if (!args_u64(a, least, most, &v, err, n)) return false;
+    list[0] = (uint32_t)v;
+    list[1] = 0;
+    return true;
+}
+
+static bool take_simd(plan *p, args *a, char *err, size_t n) {
+    static const char *const names[] = {"", "scalar", "avx2", "avx512"};
+    const char *name;
+    if (!args_value(a, &name, err, n)) return false;
+    for (int i = KVL_SIMD_SCALAR; i <= KVL_SIMD_AVX512; i++)
+        if (strcmp(name, names[i]) == 0) p->simd = (kvl_simd)i;
+    return p->simd != KVL_SIMD_AUTO || llm_fail(err, n, "--simd '%.40s': scalar, avx2 or avx512", name);
+}
+
+static bool parse_one(plan *p, args *a, char *err, size_t n) {
+    if (args_is(a, "--quick")) return args_flag(a, err, n);
+    if (args_is(a, "--prefill")) return p->prefill = args_flag(a, err, n);
+    if (args_is(a, "-h") || args_is(a, "--help")) return p->help = args_flag(a, err, n);
+    if (args_is(a, "--simd")) return take_simd(p, a, err, n);
+    if (args_is(a, "--dim")) return only(a, p->dims, 64, CASE_MAX_DIM, err, n);
+    if (args_is(a, "--gqa")) return only(a, p->gqas, 1, CASE_MAX_GQA, err, n);
+    if (args_is(a, "--context")) return only(a, p->contexts, 2 * CASE_T, 1 << 20, err, n);
+    if (args_is(a, "--threads")) return only(a, p->threads, 1, CEILING_MAX_SLICES, err, n);
+    if (!args_is(a, "--preset")) return llm_fail(err, n, "option '%s' is unknown", a->name);
+    if (!args_value(a, &p->presets[0], err, n)) return false;
+    p->presets[1] = NULL;
+    return kvl_preset_find(p->presets[0]) ||
+           llm_fail(err, n, "--preset '%.40s': no such preset", p->presets[0]);
+}
+
+static bool parse(plan *p, int argc, char **argv, char *err, size_t n) {
+    args a = {.argc = argc, .argv = argv, .i = 1};
+    *p = whole;
+    for (int i = 1; i < argc; i++) /* first, since the others narrow what it chose */
+        if (strcmp(argv[i], "--quick") == 0) *p = quick;
+    while (args_next(&a, err, n))
+        if (!parse_one(p, &a, err, n)) return false;
+    return !err[0];
 }
 
 int main(int argc, char **argv) {
-    static const plan whole = {{"f16", "int8", "int8+", "fp8", "nvfp4", "balanced", "int4"},
-                               {1024, 8192, 65536},
-                               {64, 128},
-                               7,
-                               3,
-                               2,
-                               0.06};
-    static const plan quick = {{"f16", "int8", "int4"}, {1024, 16384}, {128}, 3, 2, 1, 0.04};
-    const plan *p = &whole;
-    kvl_simd simd = KVL_SIMD_AUTO;
-    for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--quick")) {
-            p = &quick;
-        } else if (!strcmp(argv[i], "--simd") && i + 1 < argc) {
-            i++;
-            simd = !strcmp(argv[i], "scalar") ? KVL_SIMD_SCALAR
-                   : !strcmp(argv[i], "avx2") ? KVL_SIMD_AVX2
-                                              : KVL_SIMD_AVX512;
-        } else {
-            fprintf(stderr, "usage: bench_attend [--quick] [--simd avx512|avx2|scalar]\n");
-            return 2;
-        }
+    static bench b;
+    plan p;
+    char err[LLM_ERR_LEN] = "";
+    if (!parse(&p, argc, argv, err, sizeof err)) {
+        fprintf(stderr, "bench_attend: %s (--help tells more)\n", err);
+        return 2;
     }
-    printf("Decode attention, one token, one layer, %d KV heads. read: the same blocks read once; ceiling: "
-           "share of the lesser of\n"
-           "read and convert+multiply-add (target: f16 at 70%% or more); to f16: time over f16's (target: "
-           "1.0 or less, 1.2 at GQA 8).\n",
-           KV_HEADS);
-    for (uint32_t threads = 1; threads <= 2; threads++) {
-        kvl_context *ctx;
-        kvl_context_desc desc;
-        memset(&desc, 0, sizeof desc);
-        desc.backend = KVL_BACKEND_CPU;
-        desc.simd = simd;
-        desc.n_threads = threads;
-        if (kvl_context_create(&desc, &ctx) != KVL_OK) {
-            fprintf(stderr, "bench_attend: no cpu context with this simd path\n");
-            return 1;
-        }
-        if (threads == 1) printf("%s\n", kvl_context_backend(ctx));
-        bench(ctx, p);
-        kvl_context_destroy(ctx);
+    if (p.help) return fputs(usage, stdout) < 0;
+    b.p = &p;
+    for (const uint32_t *threads = p.threads; *threads; threads++) {
+        b.pool = pool_create(*threads);
+        kvl_context_desc d = {.backend = KVL_BACKEND_CPU,
+                              .simd = p.simd,
+                              .n_threads = *threads,
+                              .parallel_for = pool_parallel_for,
+                              .user = b.pool,
+                              .error = err,
+                              .error_size = sizeof err};
+        if (!b.pool || kvl_context_create(&d, &b.ctx) != KVL_OK) case_die("bench_attend", err);
+        run_plan(&b);
+        kvl_context_destroy(b.ctx);
+        pool_destroy(b.pool);
     }
     return 0;
 }

@@ -325,7 +325,7 @@ static void run_cell(bench *b, const cell *c) {
         contender *t = &b->all[i];
         t->error =
             case_error(&b->rows, c->gqa, c->n_context, c->n_new, q, t->preset ? t->kv.out : t->peer.out);
-        if (!(t->error < 0.3)) case_die(t->name, "its result is not that of the others");
+        if (!(t->error < CASE_MOST_ERROR)) case_die(t->name, "its result is not that of the others");
         report_one(b, c, t);
     }
     for (uint32_t i = 0; i < b->n; i++) {
