@@ -161,7 +161,7 @@ static double ceiling_rate(pool *threads, kvl_simd simd, const void *at, size_t 
                            double seconds) {
     ceiling c = {.at = at, .bytes = bytes, .gqa = gqa, .simd = ceiling_simd(simd), .threads = threads};
     c.repeats =
-        bytes < (4u << 20) ? (uint32_t)((4u << 20) / bytes) : 1; /* long against the waking of threads */
+        bytes < (32u << 20) ? (uint32_t)((32u << 20) / bytes) : 1; /* long against the waking of threads */
     for (int i = 0; i < 128; i++) c.q[i] = bench_noise();
     return (double)bytes * c.repeats / bench_best(ceiling_run, &c, seconds) * 1e-9;
 }
