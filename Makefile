@@ -94,7 +94,7 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TOOLS) $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
 	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) FULL=$(FULL) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS)
 

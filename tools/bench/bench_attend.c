@@ -6,20 +6,19 @@
 
 enum { MOST = 8, PREFILL_ROWS = 512 };
 
-static const char usage[] = "usage: bench_attend [options]\n"
-                            "\n"
-                            "Attention of one layer, 8 KV heads. decode: one token after a context. read: as "
-                            "many bytes read once; ceiling: share\n"
-                            "of the lesser of read and of converting F16 and multiplying-adding (target: f16 "
-                            "at 70% or more); to f16: time over\n"
-                            "f16's (target: 1.0 or less, 1.2 at GQA 8). prefill: 512 tokens at the end of "
-                            "the context; ceiling: share of\n"
-                            "multiply-adds alone. Figures are the best of several runs.\n"
-                            "\n"
-                            "  --prefill       instead of decode\n"
-                            "  --quick         fewer cases\n"
-                            "  --simd PATH     avx512, avx2 or scalar (default: the widest there is)\n"
-                            "  --preset NAME, --dim N, --gqa N, --context N, --threads N   this one alone\n";
+static const char usage[] =
+    "usage: bench_attend [options]\n"
+    "\n"
+    "Attention of one layer, 8 KV heads. decode: one token after a context. read: as many bytes read\n"
+    "once; ceiling: share of the lesser of read and of converting F16 and multiplying-adding (target:\n"
+    "f16 at 70% or more); to f16: time over f16's (target: 1.0 or less, 1.2 at GQA 8). prefill: 512\n"
+    "tokens at the end of the context; ceiling: share of multiply-adds alone. Figures are the best of\n"
+    "several runs.\n"
+    "\n"
+    "  --prefill       instead of decode\n"
+    "  --quick         fewer cases\n"
+    "  --simd PATH     avx512, avx2 or scalar (default: the widest there is)\n"
+    "  --preset NAME, --dim N, --gqa N, --context N, --threads N   this one alone\n";
 
 typedef struct plan {
     const char *presets[MOST];

@@ -14,26 +14,22 @@ enum { STREAMS = 8, FIRST = 8, MOST_ROWS = 24 };
 static const char usage[] =
     "usage: bench_peer_llm [options]\n"
     "\n"
-    "Runs the same scenes with kvlite (examples/llm, its scheduler) and llama.cpp (a loop like its server's: "
-    "one token of\n"
-    "every running stream and then as much of waiting prompts as n_batch 2048 leaves, in pieces of n_ubatch "
-    "512), each at\n"
-    "its default cache format. Every round runs each scene with both; ratios are taken within a round.\n"
+    "Runs the same scenes with kvlite (examples/llm, its scheduler) and llama.cpp (a loop like its\n"
+    "server's: one token of every running stream and then as much of waiting prompts as n_batch 2048\n"
+    "leaves, in pieces of n_ubatch 512), each at its default cache format. Every round runs each scene\n"
+    "with both; ratios are taken within a round.\n"
     "\n"
     "  prefill         a prompt of 1,024 tokens: tokens/s until its first answer token\n"
     "  one stream      after a prompt of 64 tokens: tokens/s of the next 96\n"
-    "  eight streams   prompts of 160 tokens, 48 new ones each: tokens/s of answers from when all have "
-    "begun\n"
-    "                  (decode), and over all of the time (whole)\n"
-    "  shared prefix   the same, behind a prefix of 768 tokens that all share; kvlite finds it, llama.cpp is "
-    "told\n"
-    "                  (llama_memory_seq_cp in a unified cache)\n"
-    "  gaps            seven streams write when a prompt of 4,000 tokens comes: longest wait of a stream for "
-    "a token\n"
-    "                  until the prompt is answered (ms), and the time to its first token (s)\n"
-    "  bytes           of KV for one conversation of 1,000 and of 4,000 tokens: kvlite's pages; llama.cpp's "
-    "room for\n"
-    "                  the 4,096 tokens that every conversation could grow to\n"
+    "  eight streams   prompts of 160 tokens, 48 new ones each: tokens/s of answers from when all have\n"
+    "                  begun (decode), and over all of the time (whole)\n"
+    "  shared prefix   the same, behind a prefix of 768 tokens that all share; kvlite finds it,\n"
+    "                  llama.cpp is told (llama_memory_seq_cp in a unified cache)\n"
+    "  gaps            seven streams write when a prompt of 4,000 tokens comes: longest wait of a\n"
+    "                  stream for a token until the prompt is answered (ms), and the time to its first\n"
+    "                  token (s)\n"
+    "  bytes           of KV for one conversation of 1,000 and of 4,000 tokens: kvlite's pages;\n"
+    "                  llama.cpp's room for the 4,096 tokens that every conversation could grow to\n"
     "\n"
     "  -m FILE         (default build/models/SmolLM2-135M-Instruct.Q4_1.gguf)\n"
     "  -f TEXT         where prompts are cut from (default ../shared/data/alice29.txt)\n"
@@ -44,11 +40,9 @@ static const char usage[] =
     "  --max-gap-ms N  of kvlite's scheduler in the scene gaps (default 50)\n"
     "  --json FILE     also write the figures as JSON; - is stdout, the table then goes to stderr\n"
     "\n"
-    "JSON: bench, model, peer, threads, rounds, others_share (of the processors, taken by other programs), "
-    "kv, max_gap_ms, rows, each with what, unit, better "
-    "(higher, lower),\n"
-    "kvlite, kvlite_min, kvlite_max, peer, peer_min, peer_max, ratio, ratio_min, ratio_max (above 1: kvlite "
-    "is better).\n";
+    "JSON: bench, model, peer, threads, rounds, others_share (of the processors, taken by other\n"
+    "programs), kv, max_gap_ms, rows, each with what, unit, better (higher, lower), kvlite, kvlite_min,\n"
+    "kvlite_max, peer, peer_min, peer_max, ratio, ratio_min, ratio_max (above 1: kvlite is better).\n";
 
 /* ---- scenes ---- */
 typedef struct scene {
@@ -58,7 +52,7 @@ typedef struct scene {
     uint32_t n_prompt[STREAMS], n_new;
     uint32_t n_shared; /* tokens at the start that all prompts have in common */
     bool
-        last_is_late; /* the last stream comes when the others have written LATE_AFTER tokens, and ends the scene */
+        last_is_late; /* it comes after LATE_AFTER tokens of the others, and its first token ends the scene */
     double max_gap_ms;
 } scene;
 

@@ -13,14 +13,11 @@
 static const char usage[] =
     "usage: bench_peer_quality [options]\n"
     "\n"
-    "Perplexity of a text with llama.cpp's caches and their divergence from its own F32 cache. The text is "
-    "cut into\n"
-    "chunks of --ctx tokens, each read from an empty cache; the predictions of the second half count, as in "
-    "llama.cpp's\n"
-    "perplexity tool. Flash attention is on, but for the F32 cache, which it would round to F16. f16 is the "
-    "noise floor:\n"
-    "what other roundings of the same numbers give (activations are rounded to 8 bits in every row of "
-    "llama.cpp).\n"
+    "Perplexity of a text with llama.cpp's caches and their divergence from its own F32 cache. The text\n"
+    "is cut into chunks of --ctx tokens, each read from an empty cache; the predictions of the second\n"
+    "half count, as in llama.cpp's perplexity tool. Flash attention is on, but for the F32 cache, which\n"
+    "it would round to F16. f16 is the noise floor: what other roundings of the same numbers give\n"
+    "(activations are rounded to 8 bits in every row of llama.cpp).\n"
     "\n"
     "  -m FILE         (default build/models/SmolLM2-135M-Instruct.Q4_1.gguf)\n"
     "  -f TEXT         (default ../shared/data/wikitext2_test.txt)\n"
@@ -30,10 +27,9 @@ static const char usage[] =
     "  --quick         one chunk\n"
     "  --json FILE     also write the rows as JSON; - is stdout, the table then goes to stderr\n"
     "\n"
-    "JSON: an array of objects with kv (\"llama.cpp f32\", f16, q8_0, q4_0), ppl, dppl_percent (against its "
-    "f32), kld_mean,\n"
-    "kld_p99, kld_p999, top1_percent (predictions with the same likeliest token), bits (a number of K and "
-    "V).\n";
+    "JSON: an array of objects with kv (\"llama.cpp f32\", f16, q8_0, q4_0), ppl, dppl_percent (against\n"
+    "its f32), kld_mean, kld_p99, kld_p999, top1_percent (predictions with the same likeliest token),\n"
+    "bits (a number of K and V).\n";
 
 typedef struct format {
     const char *name;
