@@ -51,8 +51,7 @@ typedef struct scene {
     const int32_t *prompt[STREAMS];
     uint32_t n_prompt[STREAMS], n_new;
     uint32_t n_shared; /* tokens at the start that all prompts have in common */
-    bool
-        last_is_late; /* it comes after LATE_AFTER tokens of the others, and its first token ends the scene */
+    bool last_is_late; /* it comes after LATE_AFTER tokens of the others; its first token ends all */
     double max_gap_ms;
 } scene;
 
