@@ -162,7 +162,7 @@ static bool parse(plan *p, int argc, char **argv, char *err, size_t n) {
 
 int main(int argc, char **argv) {
     static bench b;
-    plan p;
+    static plan p;
     char err[LLM_ERR_LEN] = "";
     if (!parse(&p, argc, argv, err, sizeof err)) {
         fprintf(stderr, "bench_attend: %s (--help tells more)\n", err);
