@@ -344,7 +344,7 @@ static const plan whole = {.dims = {64, 128, END},
                            .decode = true,
                            .prefill = true};
 static const plan quick = {.dims = {128, END},
-                           .gqas = {1, 8, END},
+                           .gqas = {1, 4, END},
                            .contexts = {1024, 16384, END},
                            .prefill_gqas = {4, END},
                            .prefill_contexts = {0, END},

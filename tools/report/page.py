@@ -78,6 +78,8 @@ def small(x):
 
 
 def ratio(row, key="ratio"):
+    if key not in row:
+        return ""
     return f"{row[key]:.1f}× ({row[key + '_min']:.1f}–{row[key + '_max']:.1f})"
 
 
