@@ -61,11 +61,11 @@ static inline float bench_noise(void) {
 /* Longer than the threads of a pool or of OpenMP spin after their last work. */
 static inline void bench_settle(void) { nanosleep(&(struct timespec){.tv_nsec = 8000000}, NULL); }
 
-/* Seconds that run(arg) says it took: the least of as many as fit into `slice` seconds, and of at least three unless
+/* Seconds that run(arg) says it took: the least of as many as fit into `slice` seconds, and of at least five unless
  * they are long, so that the caches are as warm as the data allows and a neighbour's burst does not count. */
 static inline double bench_best(double (*run)(void *arg), void *arg, double slice) {
     double best = 1e30, spent = 0;
-    for (uint32_t i = 0; i < 1000 && (spent < slice || (i < 3 && spent < 0.2)); i++) {
+    for (uint32_t i = 0; i < 1000 && (spent < slice || (i < 5 && spent < 0.2)); i++) {
         double s = run(arg);
         if (s < best) best = s;
         spent += s;
