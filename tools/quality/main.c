@@ -14,30 +14,24 @@ enum { MAX_KV = 32, MAX_VARIANTS = 3 * MAX_KV + 2 };
 static const char usage[] =
     "usage: quality -m MODEL.gguf -f TEXT [--kv NAME]... [options]\n"
     "\n"
-    "Perplexity of a text with KV caches of several formats, and how far their predictions are from those "
-    "with an\n"
-    "F32 cache: Kullback-Leibler divergence (KLD), share of equal likeliest tokens, bits that a number "
-    "takes.\n"
-    "Counted as llama.cpp's perplexity tool does: the text is cut into chunks of --ctx tokens, and what the "
-    "second\n"
-    "half of each predicts is scored.\n"
+    "Perplexity of a text with KV caches of several formats, and how far their predictions are from those\n"
+    "with an F32 cache: Kullback-Leibler divergence (KLD), share of equal likeliest tokens, bits a number.\n"
+    "Counted as llama.cpp's perplexity tool does: the text is cut into chunks of --ctx tokens, and what the\n"
+    "second half of each predicts is scored.\n"
     "\n"
     "  -m FILE          model, a GGUF file (required)\n"
     "  -f FILE          the text (required)\n"
-    "  --kv NAME        a preset, FORMAT/FORMAT for keys and values, or a file (llm/kv_file.h); may be given "
-    "several\n"
-    "                   times (default: every preset)\n"
+    "  --kv NAME        a preset, FORMAT/FORMAT for keys and values, or a file (llm/kv_file.h says how);\n"
+    "                   may be given several times (default: every preset)\n"
     "  --whole          no rows for keys and values apart, nor for int8 activations\n"
-    "  --ctx N          tokens in a chunk, even (default 1024)\n"
-    "  --chunks N       chunks to run (default 8; fewer where the text ends)\n"
-    "  --act f32|int8   activations (default f32: int8 has a noise of its own, which hides the better "
-    "formats)\n"
+    "  --ctx N          tokens in a chunk, even (default 1024; 2048 with --retrieval)\n"
+    "  --chunks N       chunks to run, fewer where the text ends (default 8; 2 with --retrieval, 1 with\n"
+    "                   --per-layer)\n"
+    "  --act f32|int8   activations (default f32: int8 has a noise that hides the better formats)\n"
     "  --threads N      threads (default: one for each processor)\n"
     "  --json           an array of objects, one for each row\n"
     "\n"
-    "  --retrieval      instead: facts planted in the text, a context of --ctx tokens (default 4096), asked "
-    "for\n"
-    "                   at its end; --chunks contexts (default 1)\n"
+    "  --retrieval      instead: 16 facts planted in each chunk, and asked for at its end\n"
     "  --per-layer      instead: what each layer loses by a format of its own, the others in F16\n"
     "  --bits B         with it: the best formats within B bits a number, layer by layer\n"
     "  --out FILE       with it: writes them for --kv FILE\n"
@@ -45,6 +39,7 @@ static const char usage[] =
     "Exit codes: 0 done, 1 failed, 2 wrong usage.\n";
 
 typedef enum command { DIVERGENCE, RETRIEVAL, PER_LAYER } command;
+static const uint32_t default_chunks[] = {[DIVERGENCE] = 8, [RETRIEVAL] = 2, [PER_LAYER] = 1};
 
 typedef struct program {
     options o;
@@ -118,7 +113,7 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
     if (p->layers.out && !(p->layers.bits > 0)) return llm_fail(err, n, "--out needs --bits");
     if (p->command == PER_LAYER && p->n_kv) return llm_fail(err, n, "--per-layer takes no --kv");
     if (p->ctx % 2) return llm_fail(err, n, "--ctx %u: must be even", p->ctx);
-    if (!p->ctx) p->ctx = p->command == RETRIEVAL ? 4096 : 1024;
+    if (!p->ctx) p->ctx = p->command == RETRIEVAL ? 2048 : 1024;
     return true;
 }
 
@@ -164,7 +159,7 @@ static bool make_passage(program *p, char *err, size_t n) {
     if (!text->n_chunks)
         return llm_fail(err, n, "-f %.100s: %zu tokens are less than a chunk of %u", p->text, text->ids.n,
                         p->ctx);
-    const uint32_t asked = p->chunks ? p->chunks : p->command == DIVERGENCE ? 8 : 1;
+    const uint32_t asked = p->chunks ? p->chunks : default_chunks[p->command];
     if (p->chunks > text->n_chunks)
         fprintf(stderr, "quality: --chunks %u: lowered to the %u that the text has\n", asked, text->n_chunks);
     if (text->n_chunks > asked) text->n_chunks = asked;
@@ -317,7 +312,7 @@ static double percent(uint32_t part, uint32_t whole) { return 100.0 * part / who
 static bool run_retrieval(program *p, char *err, size_t n) {
     recall r[MAX_VARIANTS];
     if (!add_variants(p, err, n)) return false;
-    if (!score_recall(&p->passage, p->ctx, p->variants, p->n_variants, r, err, n)) return false;
+    if (!score_recall(&p->passage, p->variants, p->n_variants, r, err, n)) return false;
     if (!p->json) {
         printf("facts asked for at the end of contexts of %u tokens\n\n%-16s %8s %8s %14s\n", p->ctx, "",
                "asked", "right %", "same as f32 %");

@@ -56,10 +56,8 @@ typedef struct recall {
     uint32_t asked, right, same; /* same: the answer is the first variant's, right or wrong */
 } recall;
 
-/* Plants facts in the passage's tokens and asks for them at the end of a context of n_tokens; out [n] by
- * variant. */
-bool score_recall(const passage *p, uint32_t n_tokens, const variant *v, uint32_t n, recall *out, char *err,
-                  size_t err_len);
+/* Plants facts in each chunk of the passage and asks for them at its end; out [n] by variant. */
+bool score_recall(const passage *p, const variant *v, uint32_t n, recall *out, char *err, size_t err_len);
 
 /* ---- layers.c ---- */
 
