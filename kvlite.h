@@ -607,7 +607,7 @@ KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owne
    sink_tokens, k_format, v_format; the cache's device_bytes and max_device_bytes, both less what attention takes
    of them on the backend, max_sequences, max_seq_tokens, max_step_tokens, lookup_hash_bits, no_prefix_cache; the
    scheduler's policy, max_running, max_waiting, token_pool_bytes, step_tokens, min_chunk, refuse_over_gap,
-   fixed_cost, double max_gap_ms, step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms.
+   fixed_cost, double max_gap_ms and all of cost.
      Requests are numbered from 0 as they arrive, forks among them. A sequence is 2 * its slot or, the
    scheduler's, 2 * its request + 1. What stands after "gives" came out: a replay compares it. */
 typedef enum kvl_event {
@@ -4589,8 +4589,9 @@ static void kvli_record_begin(kvl_sched *s) {
                                  c->desc.no_prefix_cache};
     const uint64_t of_sched[] = {(uint64_t)d->policy, d->max_running, d->max_waiting,     d->token_pool_bytes,
                                  d->step_tokens,      d->min_chunk,   d->refuse_over_gap, d->fixed_cost};
-    const double costs[] = {d->max_gap_ms, d->cost.step_ms, d->cost.prefill_token_ms, d->cost.decode_ms,
-                            d->cost.kv_megatoken_ms};
+    double costs[1 + KVLI_COSTS];
+    costs[0] = d->max_gap_ms;
+    memcpy(costs + 1, &d->cost, sizeof d->cost);
     for (size_t i = 0; i < sizeof of_cache / sizeof *of_cache; i++) kvli_put(s, of_cache[i]);
     for (size_t i = 0; i < sizeof of_sched / sizeof *of_sched; i++) kvli_put(s, of_sched[i]);
     for (size_t i = 0; i < sizeof costs / sizeof *costs; i++) kvli_put_double(s, costs[i]);

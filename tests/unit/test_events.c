@@ -159,7 +159,7 @@ static void random_desc(work *w) {
     s->refuse_over_gap = kt_chance(rng, 50);
     s->min_chunk = kt_below(rng, 3) * 4;
     s->fixed_cost = kt_chance(rng, 30);
-    if (s->fixed_cost || kt_chance(rng, 30)) s->cost = (kvl_cost){1.0, 0.1, 0.3, 0.7};
+    if (s->fixed_cost || kt_chance(rng, 30)) s->cost = (kvl_cost){1.0, 0.1, 0.3, 0.7, 0.4};
 }
 
 /* Prompts that often begin alike. */

@@ -262,6 +262,7 @@ static void read_description(struct reader *r, struct description *d) {
     s->cost.prefill_token_ms = get_double(r, "prefill_token_ms");
     s->cost.decode_ms = get_double(r, "decode_ms");
     s->cost.kv_megatoken_ms = get_double(r, "kv_megatoken_ms");
+    s->cost.prefill_kv_megatoken_ms = get_double(r, "prefill_kv_megatoken_ms");
 }
 
 /* ---------------------------------------------------------------- events */
