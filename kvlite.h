@@ -584,29 +584,32 @@ KVL_API kvl_result kvl_sched_defaults(kvl_cache *cache, const kvl_sched_desc *de
 KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owner thread's calls */
 
 /* clang-format off */
-/* THE EVENT TRACE. With kvl_sched_desc.record the scheduler writes down all that its plans depend on, and the plans:
-   whoever does the same calls with the same clock readings on the null backend gets the same bytes (tools/trace does).
-   The callback runs on the owner's thread, in plan, commit, abort, fork, create and destroy and in calls on the cache,
-   never under a lock; it may not call kvlite. A write that fails is logged, kvl_stats.record_failed is set, and the
-   recording stops: nothing else changes. It takes 64 KB of memory, nothing where it is off.
-     Everything is recorded in the order in which the owner's thread acts: a submit, cancel or close of another thread
-   where plan takes it in. Calls on the cache beside the scheduler (kvl_seq_*, kvl_step_*, kvl_prefix_unpin, resize) are
-   recorded too, and which rows were tainted, so that a recording of any backend replays on the null one. What was done
-   with the cache before its scheduler was created is not: then `fresh` is 0 and there is no replay. Learnt costs are
-   sums of doubles: a build that rounds otherwise (fused multiply-add) may plan otherwise; fixed costs carry over.
-     Bytes: "KVLEVENT", u32 1 (little-endian as all here), then chunks: u32 size, u32 checksum (h = 0; for each 8 bytes,
-   the last ones filled up with 0: h = (h ^ them) * 0xD6E8FEB86659FD93, h ^= h >> 32; its low half), size bytes. Those of
-   all chunks together: the description, then events. A number is a LEB128 varint (7 bits a byte, the lowest first; top
-   bit: more follow); ~ marks zigzag ones (2n, or -2n - 1 below 0); "tokens" are ~differences to the one before, the
-   first to 0; clock is the ~difference to the last reading recorded, the first to 0; double and digest take 8 bytes.
-     description: u32 KVL_VERSION; fresh; of the geometry n_layers, n_q_heads, n_kv_heads, k_dim, v_dim, block_tokens,
-       k_format, v_format, exact_format, sink_blocks, segment_tokens, fingerprint; of each layer window, sink_tokens,
-       k_format, v_format; of the cache's desc device_bytes and max_device_bytes, both without the memory that attention
-       takes on the backend, max_sequences, max_seq_tokens, max_step_tokens, lookup_hash_bits, no_prefix_cache; of the
-       scheduler's desc policy, max_running, max_waiting, token_pool_bytes, step_tokens, min_chunk, refuse_over_gap,
-       fixed_cost, double max_gap_ms, step_ms, prefill_token_ms, decode_ms, kv_megatoken_ms
-   Requests are numbered as they arrive, forks too, from 0. A sequence is 2 * its slot or, if the scheduler's, 2 * its
-   request + 1. What the calls gave (after "gives") is not needed for a replay but compared by it. */
+/* THE EVENT TRACE. With kvl_sched_desc.record the scheduler writes down all that its plans depend on, and the
+   plans: whoever does the same calls with the same clock readings on the null backend gets the same bytes
+   (tools/trace does). The callback runs on the owner's thread, inside of plan, commit, abort, fork, create,
+   destroy and calls on the cache, never under a lock; it may not call kvlite. A write that fails is logged and
+   sets kvl_stats.record_failed; the recording stops, and nothing else changes. It takes 64 KB of memory, and
+   nothing where it is off.
+     Everything stands in the order in which the owner's thread acts: a submit, cancel or close of another thread
+   where plan takes it in. Calls on the cache beside the scheduler (kvl_seq_*, kvl_step_*, kvl_prefix_unpin,
+   resize) and which spans were tainted are recorded too, so that a trace of any backend replays on the null one.
+   What was done with the cache before its scheduler was created is not: then `fresh` is 0 and there is no
+   replay. Learnt costs are sums of doubles: a build that rounds otherwise (fused multiply-add) may plan
+   otherwise. With fixed costs all builds plan alike.
+     Bytes: "KVLEVENT", u32 1 (little-endian, as all here), then chunks: u32 size, u32 checksum, so many bytes.
+   Checksum: h = 0; for each 8 bytes, zeros after the last: h = (h ^ them) * 0xD6E8FEB86659FD93, h ^= h >> 32;
+   its low half. The bytes of all chunks together are the description, then events. A number is a LEB128 varint
+   (7 bits a byte, lowest first; top bit: more follow). ~: zigzag (2n, or -2n - 1 below 0). tokens: of each the
+   ~difference to the one before, of the first to 0. clock: the ~difference in ns to the last one recorded, of
+   the first to 0. double and digest are 8 bytes.
+     Description: u32 KVL_VERSION; fresh; the geometry's n_layers, n_q_heads, n_kv_heads, k_dim, v_dim,
+   block_tokens, k_format, v_format, exact_format, sink_blocks, segment_tokens, fingerprint; each layer's window,
+   sink_tokens, k_format, v_format; the cache's device_bytes and max_device_bytes, both less what attention takes
+   of them on the backend, max_sequences, max_seq_tokens, max_step_tokens, lookup_hash_bits, no_prefix_cache; the
+   scheduler's policy, max_running, max_waiting, token_pool_bytes, step_tokens, min_chunk, refuse_over_gap,
+   fixed_cost, double max_gap_ms and all of cost.
+     Requests are numbered from 0 as they arrive, forks among them. A sequence is 2 * its slot or, the
+   scheduler's, 2 * its request + 1. What stands after "gives" came out: a replay compares it. */
 typedef enum kvl_event {
     KVL_EVENT_END = 0,     /* the scheduler is destroyed; gives digest */
     KVL_EVENT_SUBMIT,      /* clock, flags (1 background, 2 no_match, 4 no_keep, 8 * priority), name_space, salt,
@@ -614,16 +617,16 @@ typedef enum kvl_event {
     KVL_EVENT_FORK,        /* clock, request */
     KVL_EVENT_CANCEL,      /* request */
     KVL_EVENT_CLOSE,
-    KVL_EVENT_PLAN,        /* clock; gives result, how many were preempted and refused since the last plan and, if OK,
-                              n_spans, n_logits, n_copies; of each span 2 * ~(request - that of the span before) + (1 if
-                              it decodes, else 0 and its position, rows, 2 * logits + (1 if admitted just now));
-                              digest of rows, block tables, places to write, logits, copies, of this and all before */
-    KVL_EVENT_COMMIT,      /* clock, flags (1 some finish, 2 some are tainted), n, tokens; with 1: of each 1 * no_token +
-                              2 * finish; with 2: how many spans were tainted, which */
+    KVL_EVENT_PLAN,        /* clock; gives result, how many were preempted and refused since the last plan and, if
+                              OK: n_spans, n_logits, n_copies; of each span 2 * ~(request - the one before, first
+                              0) + (does it decode?), if not also position, rows, 2 * logits + (just admitted?);
+                              digest of rows, block tables, places to write, logits, copies, all up to here */
+    KVL_EVENT_COMMIT,      /* clock, flags (1 some finish, 2 some are tainted), n, tokens; with 1: of each
+                              no_token + 2 * finish; with 2: how many spans are tainted, which */
     KVL_EVENT_ABORT,
-    KVL_EVENT_RESIZE,      /* bytes (as in the description, no more than the device gave); gives slabs */
-    KVL_EVENT_SEQ_OPEN,    /* flags (2, 4, 8 as above), name_space, salt, n_tokens, tokens; gives slot, length */
-    KVL_EVENT_SEQ_EXTEND,  /* sequence, n_tokens; gives 1 if there were no blocks */
+    KVL_EVENT_RESIZE,      /* bytes (as in the description; no more than the device gave); gives slabs */
+    KVL_EVENT_SEQ_OPEN,    /* flags (2, 4, 8 of SUBMIT), name_space, salt, n_tokens, tokens; gives slot, length */
+    KVL_EVENT_SEQ_EXTEND,  /* sequence, n_tokens; gives 1 where there were no blocks, else 0 */
     KVL_EVENT_SEQ_FORK,    /* sequence; gives slot, length */
     KVL_EVENT_SEQ_TRIM,    /* sequence, n_tokens; gives length */
     KVL_EVENT_SEQ_PIN,     /* sequence, pin */
@@ -4586,8 +4589,9 @@ static void kvli_record_begin(kvl_sched *s) {
                                  c->desc.no_prefix_cache};
     const uint64_t of_sched[] = {(uint64_t)d->policy, d->max_running, d->max_waiting,     d->token_pool_bytes,
                                  d->step_tokens,      d->min_chunk,   d->refuse_over_gap, d->fixed_cost};
-    const double costs[] = {d->max_gap_ms, d->cost.step_ms, d->cost.prefill_token_ms, d->cost.decode_ms,
-                            d->cost.kv_megatoken_ms};
+    double costs[1 + KVLI_COSTS];
+    costs[0] = d->max_gap_ms;
+    memcpy(costs + 1, &d->cost, sizeof d->cost);
     for (size_t i = 0; i < sizeof of_cache / sizeof *of_cache; i++) kvli_put(s, of_cache[i]);
     for (size_t i = 0; i < sizeof of_sched / sizeof *of_sched; i++) kvli_put(s, of_sched[i]);
     for (size_t i = 0; i < sizeof costs / sizeof *costs; i++) kvli_put_double(s, costs[i]);

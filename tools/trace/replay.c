@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define NO_INDEX UINT64_MAX /* of a number that stands alone */
+
 enum { PREFIX = 12, CHUNK_HEAD = 8, MAX_STOP = 8, SLOTS = 65536 };
 
 /* ---------------------------------------------------------------- chunks */
@@ -146,13 +148,13 @@ static uint64_t get_nth(struct reader *r, const char *what, uint64_t index) {
     }
     return fail(r, what, "");
 }
-static uint64_t get(struct reader *r, const char *what) { return get_nth(r, what, 0); }
+static uint64_t get(struct reader *r, const char *what) { return get_nth(r, what, NO_INDEX); }
 
 static int64_t unzigzag(uint64_t x) { return (int64_t)(x >> 1) ^ -(int64_t)(x & 1); }
 
 static int64_t get_signed(struct reader *r, const char *what) {
     int64_t x = unzigzag(get(r, what));
-    name(r, what, 0, (uint64_t)x, true);
+    name(r, what, NO_INDEX, (uint64_t)x, true);
     return x;
 }
 
@@ -173,7 +175,7 @@ static uint64_t get_fixed(struct reader *r, const char *what, unsigned n) {
     if (r->n - r->at < n) return fail(r, what, "");
     uint64_t x = little_endian(r->data + r->at, n);
     r->at += n;
-    name(r, what, 0, x, false);
+    name(r, what, NO_INDEX, x, false);
     return x;
 }
 
@@ -260,6 +262,7 @@ static void read_description(struct reader *r, struct description *d) {
     s->cost.prefill_token_ms = get_double(r, "prefill_token_ms");
     s->cost.decode_ms = get_double(r, "decode_ms");
     s->cost.kv_megatoken_ms = get_double(r, "kv_megatoken_ms");
+    s->cost.prefill_kv_megatoken_ms = get_double(r, "prefill_kv_megatoken_ms");
 }
 
 /* ---------------------------------------------------------------- events */
@@ -766,6 +769,8 @@ static const char *value_text(const struct hit *h, const char *event, char *to, 
         snprintf(to, size, "%s", h->value < KVL_EVENT_COUNT ? event_names[h->value] : "unknown");
     else if (strcmp(h->what, "result") == 0 && strcmp(event, "plan") == 0)
         snprintf(to, size, "%s", kvl_result_name((kvl_result)h->value));
+    else if (strncmp(h->what, "digest", 6) == 0)
+        snprintf(to, size, "%016llx", (unsigned long long)h->value);
     else if (h->is_signed)
         snprintf(to, size, "%lld", (long long)h->value);
     else
@@ -797,20 +802,24 @@ static void report_difference(struct player *p, struct replay_report *out) {
         read_event(&is, &e);
         event_free(&e);
     }
-    char recorded[64], planned[64], version[64] = "";
-    const struct hit *h = was.hit.what ? &was.hit : &is.hit;
+    char what[96], recorded[96], planned[96], version[64] = "";
+    struct hit none = {.index = NO_INDEX};
+    const struct hit *h = was.hit.what ? &was.hit : is.hit.what ? &is.hit : &none;
+    bool other = was.hit.what && is.hit.what && strcmp(is.hit.what, was.hit.what) != 0;
+    if (h->index == NO_INDEX)
+        snprintf(what, sizeof what, "%s", h->what ? h->what : "bytes");
+    else
+        snprintf(what, sizeof what, "%s %llu", h->what, (unsigned long long)h->index);
     value_text(&was.hit, event, recorded, sizeof recorded);
     value_text(&is.hit, event, planned, sizeof planned);
     if (p->description.version != KVL_VERSION)
         snprintf(version, sizeof version, " (recorded by kvlite %u, this is %d)", p->description.version,
                  KVL_VERSION);
-    report(
-        p, out, REPLAY_DIFFERS, number, p->differs_at,
-        "event %llu (%s) at byte %llu differs after %llu plans: %s %llu: %s was recorded, now it is %s%s%s%s",
-        (unsigned long long)number, event, (unsigned long long)trace_offset(&p->trace, p->differs_at),
-        (unsigned long long)p->n_plans, h->what ? h->what : "bytes", (unsigned long long)h->index, recorded,
-        is.hit.what && was.hit.what && strcmp(is.hit.what, was.hit.what) != 0 ? is.hit.what : "",
-        is.hit.what && was.hit.what && strcmp(is.hit.what, was.hit.what) != 0 ? " " : "", planned, version);
+    report(p, out, REPLAY_DIFFERS, number, p->differs_at,
+           "event %llu (%s) at byte %llu differs after %llu plans: %s: %s was recorded, now it is %s%s%s%s",
+           (unsigned long long)number, event, (unsigned long long)trace_offset(&p->trace, p->differs_at),
+           (unsigned long long)p->n_plans, what, recorded, other ? is.hit.what : "", other ? " " : "",
+           planned, version);
 }
 
 /* Stops before the end. What the scheduler records while it is destroyed is no difference. */
