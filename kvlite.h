@@ -3645,7 +3645,17 @@ static void kvli_publish(kvl_cache *c) {
 }
 
 /* ==== >>sched: which tokens run next ==== */
-enum { KVLI_MAX_STOP = 8, KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES, KVLI_LOOKAHEAD = 32, KVLI_PASSED_OVER = 64, KVLI_COSTS = 5 };
+enum {
+    KVLI_MAX_STOP = 8,
+    KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES,
+    KVLI_LOOKAHEAD = 32,
+    KVLI_PASSED_OVER = 64,
+    KVLI_PASSED_BY = 32,
+    KVLI_COSTS = 5,
+    KVLI_LENGTHS = 232, /* of answers: eight a power of two, up to 2^29 */
+    KVLI_AHEAD = 32,    /* points in time that a forecast of memory looks at */
+    KVLI_STALL = 16     /* steps after which a refused admission is tried again though nothing was freed */
+};
 
 typedef struct kvli_req {
     uint32_t generation;
@@ -3683,6 +3693,10 @@ typedef struct kvli_recorder { /* the owner's thread alone touches it */
     uint32_t used;
     uint64_t bytes, clock, digest, preemptions, refused; /* as last written */
 } kvli_recorder;
+typedef struct kvli_lengths { /* of the answers that ended lately; older ones fade */
+    double weight[KVLI_LENGTHS], total;
+    float mean[KVLI_LENGTHS], variance[KVLI_LENGTHS]; /* of those in this bucket and above */
+} kvli_lengths;
 
 struct kvl_sched {
     kvl_cache *cache;
@@ -3699,6 +3713,9 @@ struct kvl_sched {
     kvli_budget budget;
     kvl_cost cost;
     double a[KVLI_COSTS][KVLI_COSTS], b[KVLI_COSTS], margin; /* decayed sums of the regression; how far steps overrun its prediction */
+    kvli_lengths lengths;
+    uint32_t stalled; /* request that found no room at step stalled_id, KVL_NONE if memory was freed since */
+    uint64_t stalled_id;
     kvli_cond wake;
     kvl_output *outputs; /* [max_logits] for the short form of commit */
     kvl_stats stats;
@@ -3826,6 +3843,37 @@ static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remai
     return n;
 }
 
+/* ---- how long answers get: what running requests will still need is guessed from those that ended ----
+   Source: Gong et al. 2025 (Past-Future scheduler), with a conditional mean and deviation in place of samples. */
+static uint32_t kvli_length_bucket(uint32_t n) {
+    uint32_t b = n ? (uint32_t)(log2((double)n) * 8) : 0;
+    return kvli_min_u32(b, KVLI_LENGTHS - 1);
+}
+
+static void kvli_length_learn(kvli_lengths *l, uint32_t n) {
+    double w = 0, sum = 0, squares = 0;
+    l->total = l->total * 0.995 + 1;
+    for (uint32_t b = KVLI_LENGTHS; b-- > 0;) {
+        double length = exp2((b + 0.5) / 8);
+        l->weight[b] *= 0.995;
+        if (b == kvli_length_bucket(n)) l->weight[b] += 1;
+        w += l->weight[b];
+        sum += l->weight[b] * length;
+        squares += l->weight[b] * length * length;
+        l->mean[b] = w > 0.25 ? (float)(sum / w) : 0; /* too few to say */
+        l->variance[b] = w > 0.25 ? (float)(squares / w - sum / w * (sum / w)) : 0;
+    }
+}
+
+/* Tokens that a request is likely to generate yet, and their variance. */
+static double kvli_remaining(const kvl_sched *s, const kvli_req *q, double *variance) {
+    uint32_t done = q->n_tokens - q->n_prompt, most = q->capacity - q->n_tokens;
+    uint32_t b = done ? kvli_min_u32(kvli_length_bucket(done) + 1, KVLI_LENGTHS - 1) : 0;
+    double mean = (double)s->lengths.mean[b], left = mean > done ? mean - done : done; /* longer than any: as long again */
+    *variance = mean > 0 ? (double)s->lengths.variance[b] : 0;
+    return left < most ? left : most;
+}
+
 /* ---- lists ---- */
 static void kvli_list_append(kvl_sched *s, kvli_list *l, uint32_t r) {
     s->reqs[r].next = KVL_NONE;
@@ -3950,6 +3998,9 @@ static void kvli_req_end(kvl_sched *s, uint32_t r,
     q->finished = true;
     q->finish = (uint8_t)why;
     q->finish_ns = kvli_now(s->cache->ctx);
+    if (why <= KVL_FINISH_APP && q->n_tokens > q->n_prompt)
+        kvli_length_learn(&s->lengths, q->n_tokens - q->n_prompt);
+    s->stalled = KVL_NONE;
     kvli_list_append(s, &s->finished, r);
     s->finished_bytes += (uint64_t)q->capacity * sizeof *q->tokens;
     s->n_active--;
@@ -3969,18 +4020,23 @@ static void kvli_preempt(kvl_sched *s, uint32_t r) {
     q->seq = KVL_NONE;
     q->preemptions++;
     s->n_preemptions++;
+    s->stalled = KVL_NONE;
     kvli_wait_push(s, r);
 }
 
-/* The worst-ranked running request behind place `after` that is not in the step. */
+/* The worst-ranked running request behind place `after` that is not in the step; one whose answer has not begun,
+   if there is one, since nobody sees it wait. */
 static bool kvli_preempt_behind(kvl_sched *s, uint32_t after) {
+    uint32_t victim = KVL_NONE;
     for (uint32_t at = s->n_running; at-- > after;) {
         const kvli_req *q = &s->reqs[s->running[at]];
         if (s->cache->seqs[q->seq].step_span != KVL_NONE && s->cache->step.open) continue;
-        kvli_preempt(s, s->running[at]);
-        return true;
+        if (victim == KVL_NONE || !q->decode) victim = s->running[at];
+        if (!q->decode || q->klass == KVL_BACKGROUND) break;
     }
-    return false;
+    if (victim == KVL_NONE) return false;
+    kvli_preempt(s, victim);
+    return true;
 }
 
 static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preempt_behind(c->sched, 0); }
@@ -4132,10 +4188,54 @@ static bool kvli_in_flight(const kvl_sched *s, uint32_t r, const kvli_match *m) 
     return false;
 }
 
+typedef struct kvli_ahead { /* requests by when they are likely to end */
+    double longest, count[KVLI_AHEAD], grow[KVLI_AHEAD], held[KVLI_AHEAD], variance, pending;
+} kvli_ahead;
+
+static void kvli_ahead_add(const kvl_sched *s, kvli_ahead *a, const kvli_req *q) {
+    double variance, left = kvli_remaining(s, q, &variance);
+    uint32_t at = a->longest > 0 ? kvli_min_u32((uint32_t)(left / a->longest * KVLI_AHEAD), KVLI_AHEAD - 1) : 0;
+    a->count[at]++;
+    a->grow[at] += left;
+    a->held[at] += q->n_tokens - q->reuse.matched;
+    a->variance += variance;
+    if (q->seq != KVL_NONE) a->pending += q->n_tokens - s->cache->seqs[q->seq].length;
+}
+
+/* Tokens that the running requests and q are likely to need, when they need most, beyond what they have and what
+   q's tokens take: some grow, some end. Background work yields to interactive work, and is not counted for it. */
+static double kvli_growth_ahead(const kvl_sched *s, const kvli_req *q) {
+    kvli_ahead a;
+    double peak = 0, alive = 1, freed = 0;
+    memset(&a, 0, sizeof a);
+    for (int pass = 0; pass < 2; pass++) {
+        for (uint32_t i = 0; i <= s->n_running; i++) {
+            const kvli_req *o = i < s->n_running ? &s->reqs[s->running[i]] : q;
+            double variance, left;
+            if (o->klass > q->klass) continue;
+            if (pass)
+                kvli_ahead_add(s, &a, o);
+            else if ((left = kvli_remaining(s, o, &variance)) > a.longest)
+                a.longest = left;
+            alive += !pass;
+        }
+    }
+    alive--;
+    for (uint32_t j = 0; j < KVLI_AHEAD; j++) {
+        alive -= a.count[j];
+        double now = a.grow[j] + alive * a.longest * (j + 1) / KVLI_AHEAD - freed;
+        if (now > peak) peak = now;
+        freed += a.held[j] + a.grow[j];
+    }
+    return a.pending + peak + 2 * sqrt(a.variance);
+}
+
 /* Does a request fit beside what is in use, its match counted once? */
 static bool kvli_admissible(const kvl_sched *s, const kvli_req *q, const kvli_match *m) {
     kvl_cache *c = s->cache;
-    uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES];
+    uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES], room = 0;
+    if (s->n_running) /* to grow before preemption */
+        room = kvli_max_u32(s->n_running < 16 ? 1 : s->n_running / 16, (uint32_t)(kvli_growth_ahead(s, q) / T));
     kvli_need(c, q->n_tokens, T, need);
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
         for (uint32_t i = 0; i < m->length / T; i++) {
@@ -4143,14 +4243,12 @@ static bool kvli_admissible(const kvl_sched *s, const kvli_req *q, const kvli_ma
             const kvli_block *b = entry == KVL_NONE ? NULL : kvli_block_at(c, entry);
             if (b && b->lru == KVLI_NO_LRU && need[b->klass]) need[b->klass]--;
         }
-        if (s->n_running)
-            need[kvli_class_of(c, g, false)] +=
-                s->n_running < 16 ? 1 : s->n_running / 16; /* room to grow before preemption */
+        need[kvli_class_of(c, g, false)] += c->groups[g].window ? kvli_min_u32(room, s->n_running) : room;
     }
     return kvli_fits(c, need, c->n_slabs, false, NULL);
 }
 
-typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_STOP } kvli_admission;
+typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_FULL, KVLI_STOP } kvli_admission;
 
 static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     kvl_cache *c = s->cache;
@@ -4158,7 +4256,7 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     kvl_seq_desc d = kvli_req_desc(q);
     kvli_match m = kvli_match_find(c, &d);
     if (kvli_in_flight(s, r, &m)) return KVLI_SKIP;
-    if (!kvli_admissible(s, q, &m)) return KVLI_STOP;
+    if (!kvli_admissible(s, q, &m)) return KVLI_FULL;
     uint32_t n = kvli_chunk(s, m.length, q->n_tokens - m.length);
     if (!n) return KVLI_STOP;
     kvli_wait_remove(s, r);
@@ -4225,12 +4323,14 @@ static void kvli_make_room(kvl_sched *s) {
     }
 }
 
+/* Who waits longest and finds no room may be passed by what does fit, but not for ever. */
 static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
-    uint32_t skipped = 0;
+    uint32_t skipped = 0, blocked = KVL_NONE;
     for (uint32_t l = (uint32_t)klass * KVLI_PRIORITIES; l < ((uint32_t)klass + 1) * KVLI_PRIORITIES; l++) {
         uint32_t r = s->waiting[l].head;
         while (r != KVL_NONE) {
             if (!kvli_has_slot(s) || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
+            if (r == s->stalled && s->n_running && s->cache->step.id - s->stalled_id < KVLI_STALL) return;
             uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
             bool begun = s->reqs[pick].preemptions ||
                          s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was let in before */
@@ -4244,11 +4344,16 @@ static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
                 continue;
             }
             kvli_admission a = kvli_admit(s, pick);
-            if (a == KVLI_STOP) {
-                s->budget.starved = true; /* who waits longest must not see others pass for ever */
+            if (a == KVLI_FULL && blocked == KVL_NONE) {
+                blocked = s->stalled = r;
+                s->stalled_id = s->cache->step.id;
+            }
+            if (a == KVLI_STOP || (blocked != KVL_NONE && s->reqs[blocked].passed_over >= KVLI_PASSED_BY)) {
+                s->budget.starved = true;
                 return;
             }
-            if (a == KVLI_SKIP) skipped++;
+            if (a == KVLI_ADMITTED && blocked != KVL_NONE) s->reqs[blocked].passed_over++;
+            if (a != KVLI_ADMITTED) skipped++;
             r = pick == r ? next : r;
         }
     }
@@ -4292,6 +4397,7 @@ static void kvli_sched_stats(kvl_cache *c, kvl_stats *out) { /* under the lock *
 static void kvli_sched_resized(kvl_cache *c) {
     kvl_sched *s = c->sched;
     if (!s) return;
+    s->stalled = KVL_NONE;
     kvli_lock(&c->lock);
     kvli_sched_publish(s);
     s->events++;
@@ -4460,6 +4566,7 @@ KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
         kvli_wait_push(s, r);
     }
     kvli_record_event(s, KVL_EVENT_ABORT);
+    s->stalled = KVL_NONE;
     kvli_lock(&c->lock);
     s->stats.aborts++;
     kvli_sched_publish(s);
@@ -4898,6 +5005,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
     s->desc = d;
     s->cost = d.cost;
     s->max_reqs = d.max_waiting;
+    s->stalled = KVL_NONE;
     s->arena_bytes = a.used;
     kvli_sched_lists(s);
     if (!kvli_cond_init(&s->wake)) {
