@@ -3650,9 +3650,9 @@ enum {
     KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES,
     KVLI_LOOKAHEAD = 32,
     KVLI_PASSED_OVER = 64,
-    KVLI_PASSED_BY = 32,
+    KVLI_PASSERS = 16, /* so many in the queue are looked at for one that fits */
     KVLI_COSTS = 5,
-    KVLI_LENGTHS = 232, /* of answers: eight a power of two, up to 2^29 */
+    KVLI_LENGTHS = 208, /* of answers: eight a power of two, up to 2^28 */
     KVLI_AHEAD = 32,    /* points in time that a forecast of memory looks at */
     KVLI_STALL = 16     /* steps after which a refused admission is tried again though nothing was freed */
 };
@@ -3684,7 +3684,7 @@ typedef struct kvli_budget { /* of the step being planned */
     double ms, bound;        /* predicted so far; what it may reach, 0 = no bound */
     uint32_t prefill_rows, decode_rows, background_rows;
     double kv_tokens, prefill_kv_tokens; /* that decodes and prefills attend to */
-    bool starved;     /* somebody found no blocks: admit nobody */
+    bool starved;                        /* somebody found no blocks: admit nobody */
 } kvli_budget;
 
 typedef struct kvli_recorder { /* the owner's thread alone touches it */
@@ -3698,12 +3698,19 @@ typedef struct kvli_lengths { /* of the answers that ended lately; older ones fa
     float mean[KVLI_LENGTHS], variance[KVLI_LENGTHS]; /* of those in this bucket and above */
 } kvli_lengths;
 
+typedef struct kvli_ahead {          /* running requests by how many tokens from now they are likely to end */
+    double width;                    /* tokens of one stretch of time; 0: not made for this state */
+    double alive, pending, variance; /* requests; rows of prefill that have no memory yet; of what is left */
+    double count[KVLI_AHEAD], grow[KVLI_AHEAD], held[KVLI_AHEAD];
+} kvli_ahead;
+
 struct kvl_sched {
     kvl_cache *cache;
     kvl_sched_desc desc;
     size_t arena_bytes;
     kvli_req *reqs;
-    uint32_t max_reqs, *running, n_running, n_active, n_streams; /* active = neither free nor finished */
+    uint32_t max_reqs, *running, *order, n_running, n_active,
+        n_streams; /* active = neither free nor finished */
     kvli_list waiting[KVLI_WAIT_LISTS], inbox, finished;
     uint32_t free_req, n_records, n_inbox, n_waiting, n_joining,
         n_cancels; /* records = active and finished */
@@ -3712,8 +3719,10 @@ struct kvl_sched {
     uint64_t plan_ns;
     kvli_budget budget;
     kvl_cost cost;
-    double a[KVLI_COSTS][KVLI_COSTS], b[KVLI_COSTS], margin; /* decayed sums of the regression; how far steps overrun its prediction */
+    double a[KVLI_COSTS][KVLI_COSTS], b[KVLI_COSTS],
+        margin; /* decayed sums of the regression; how far steps overrun its prediction */
     kvli_lengths lengths;
+    kvli_ahead ahead[2]; /* for interactive work, for background work */
     uint32_t stalled; /* request that found no room at step stalled_id, KVL_NONE if memory was freed since */
     uint64_t stalled_id;
     kvli_cond wake;
@@ -3793,7 +3802,8 @@ static void kvli_cost_learn(kvl_sched *s, double ms) {
         for (int j = 0; j < KVLI_COSTS; j++) s->a[i][j] = 0.97 * s->a[i][j] + x[i] * x[j];
         s->b[i] = 0.97 * s->b[i] + x[i] * ms;
     }
-    for (int i = 0; i < KVLI_COSTS; i++) { /* a weak pull to what was known keeps directions that do not occur */
+    for (int i = 0; i < KVLI_COSTS;
+         i++) { /* a weak pull to what was known keeps directions that do not occur */
         for (int j = 0; j < KVLI_COSTS; j++) a[i][j] = s->a[i][j] + (i == j ? 1e-2 : 0);
         w[i] = *known[i] * unit[i];
         b[i] = s->b[i] + 1e-2 * w[i];
@@ -3845,16 +3855,21 @@ static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remai
 
 /* ---- how long answers get: what running requests will still need is guessed from those that ended ----
    Source: Gong et al. 2025 (Past-Future scheduler), with a conditional mean and deviation in place of samples. */
-static uint32_t kvli_length_bucket(uint32_t n) {
-    uint32_t b = n ? (uint32_t)(log2((double)n) * 8) : 0;
-    return kvli_min_u32(b, KVLI_LENGTHS - 1);
+static uint32_t kvli_length_bucket(uint32_t n) { /* eight steps of equal width in each power of two */
+    uint32_t power = 0;
+    if (n < 8) return n;
+    while (n >> power >= 16) power++;
+    return kvli_min_u32((power << 3) + (n >> power), KVLI_LENGTHS - 1);
+}
+static double kvli_bucket_length(uint32_t b) { /* its middle */
+    return b < 8 ? b : ldexp((b & 7) + 8.5, (int)(b >> 3) - 1);
 }
 
 static void kvli_length_learn(kvli_lengths *l, uint32_t n) {
     double w = 0, sum = 0, squares = 0;
     l->total = l->total * 0.995 + 1;
     for (uint32_t b = KVLI_LENGTHS; b-- > 0;) {
-        double length = exp2((b + 0.5) / 8);
+        double length = kvli_bucket_length(b);
         l->weight[b] *= 0.995;
         if (b == kvli_length_bucket(n)) l->weight[b] += 1;
         w += l->weight[b];
@@ -3869,7 +3884,8 @@ static void kvli_length_learn(kvli_lengths *l, uint32_t n) {
 static double kvli_remaining(const kvl_sched *s, const kvli_req *q, double *variance) {
     uint32_t done = q->n_tokens - q->n_prompt, most = q->capacity - q->n_tokens;
     uint32_t b = done ? kvli_min_u32(kvli_length_bucket(done) + 1, KVLI_LENGTHS - 1) : 0;
-    double mean = (double)s->lengths.mean[b], left = mean > done ? mean - done : done; /* longer than any: as long again */
+    double mean = (double)s->lengths.mean[b],
+           left = mean > done ? mean - done : done; /* longer than any: as long again */
     *variance = mean > 0 ? (double)s->lengths.variance[b] : 0;
     return left < most ? left : most;
 }
@@ -3934,12 +3950,14 @@ static bool kvli_outranks(const kvl_sched *s, uint32_t a, uint32_t b) {
 }
 
 static uint32_t kvli_run_insert(kvl_sched *s, uint32_t r) { /* returns its place */
+    memset(s->ahead, 0, sizeof s->ahead);
     uint32_t at = s->n_running++;
     for (; at && kvli_outranks(s, r, s->running[at - 1]); at--) s->running[at] = s->running[at - 1];
     s->running[at] = r;
     return at;
 }
 static void kvli_run_remove(kvl_sched *s, uint32_t r) {
+    memset(s->ahead, 0, sizeof s->ahead);
     uint32_t at = 0;
     while (s->running[at] != r) at++;
     s->n_running--;
@@ -4144,12 +4162,36 @@ static void kvli_plan_decodes(kvl_sched *s) {
     }
 }
 
-static void kvli_plan_prefills(kvl_sched *s, kvl_class klass) {
+/* Every second step the prompts that can end in it come first, shortest first, and then new ones: a long prompt holds
+   up short ones by a factor of two at most, and they it. */
+static bool kvli_short_first(const kvl_sched *s) { return s->cache->step.id & 1; }
+
+static uint32_t kvli_prefill_left(const kvl_sched *s, uint32_t r) {
+    return s->reqs[r].n_tokens - s->cache->seqs[s->reqs[r].seq].length;
+}
+
+static void kvli_plan_short_prefills(kvl_sched *s, kvl_class klass) {
+    uint32_t n = 0, *order = s->order;
+    for (uint32_t at = 0; at < s->n_running; at++) {
+        uint32_t r = s->running[at], left = kvli_prefill_left(s, r), i = n;
+        if (s->reqs[r].decode || s->reqs[r].klass != klass || left > s->budget.rows) continue;
+        for (n++; i && kvli_prefill_left(s, order[i - 1]) > left; i--) order[i] = order[i - 1];
+        order[i] = r;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t at = 0, left = kvli_prefill_left(s, order[i]);
+        if (kvli_chunk(s, s->cache->seqs[s->reqs[order[i]].seq].length, left) < left) return;
+        while (at < s->n_running && s->running[at] != order[i]) at++;
+        if (at < s->n_running) kvli_run(s, at, left); /* else it was preempted for one before */
+    }
+}
+
+static void kvli_plan_prefills(kvl_sched *s, kvl_class klass) { /* in order of rank */
     for (uint32_t at = 0; at < s->n_running && s->budget.rows; at++) {
         const kvli_req *q = &s->reqs[s->running[at]];
-        if (q->decode || q->klass != klass) continue;
-        uint32_t position = s->cache->seqs[q->seq].length,
-                 n = kvli_chunk(s, position, q->n_tokens - position);
+        const kvli_seq *seq = &s->cache->seqs[q->seq];
+        if (q->decode || q->klass != klass || seq->step_span != KVL_NONE) continue;
+        uint32_t n = kvli_chunk(s, seq->length, q->n_tokens - seq->length);
         if (n) kvli_run(s, at, n);
     }
 }
@@ -4188,64 +4230,67 @@ static bool kvli_in_flight(const kvl_sched *s, uint32_t r, const kvli_match *m) 
     return false;
 }
 
-typedef struct kvli_ahead { /* requests by when they are likely to end */
-    double longest, count[KVLI_AHEAD], grow[KVLI_AHEAD], held[KVLI_AHEAD], variance, pending;
-} kvli_ahead;
-
 static void kvli_ahead_add(const kvl_sched *s, kvli_ahead *a, const kvli_req *q) {
-    double variance, left = kvli_remaining(s, q, &variance);
-    uint32_t at = a->longest > 0 ? kvli_min_u32((uint32_t)(left / a->longest * KVLI_AHEAD), KVLI_AHEAD - 1) : 0;
-    a->count[at]++;
-    a->grow[at] += left;
-    a->held[at] += q->n_tokens - q->reuse.matched;
+    double variance, left = kvli_remaining(s, q, &variance), at = left / a->width;
+    uint32_t j = at < KVLI_AHEAD - 1 ? (uint32_t)at : KVLI_AHEAD - 1;
+    a->count[j]++;
+    a->grow[j] += left;
+    a->held[j] += q->n_tokens - q->reuse.matched;
     a->variance += variance;
+    a->alive++;
     if (q->seq != KVL_NONE) a->pending += q->n_tokens - s->cache->seqs[q->seq].length;
 }
 
 /* Tokens that the running requests and q are likely to need, when they need most, beyond what they have and what
    q's tokens take: some grow, some end. Background work yields to interactive work, and is not counted for it. */
-static double kvli_growth_ahead(const kvl_sched *s, const kvli_req *q) {
-    kvli_ahead a;
-    double peak = 0, alive = 1, freed = 0;
-    memset(&a, 0, sizeof a);
-    for (int pass = 0; pass < 2; pass++) {
-        for (uint32_t i = 0; i <= s->n_running; i++) {
-            const kvli_req *o = i < s->n_running ? &s->reqs[s->running[i]] : q;
-            double variance, left;
-            if (o->klass > q->klass) continue;
-            if (pass)
-                kvli_ahead_add(s, &a, o);
-            else if ((left = kvli_remaining(s, o, &variance)) > a.longest)
-                a.longest = left;
-            alive += !pass;
-        }
+static double kvli_growth_ahead(kvl_sched *s, const kvli_req *q) {
+    kvli_ahead *a = &s->ahead[q->klass], sum;
+    double peak = 0, freed = 0, alive;
+    if (!a->width) {
+        a->width = (double)s->lengths.mean[0] * 4 / KVLI_AHEAD + 1;
+        for (uint32_t i = 0; i < s->n_running; i++)
+            if (s->reqs[s->running[i]].klass <= q->klass) kvli_ahead_add(s, a, &s->reqs[s->running[i]]);
     }
-    alive--;
-    for (uint32_t j = 0; j < KVLI_AHEAD; j++) {
-        alive -= a.count[j];
-        double now = a.grow[j] + alive * a.longest * (j + 1) / KVLI_AHEAD - freed;
+    sum = *a;
+    kvli_ahead_add(s, &sum, q);
+    alive = sum.alive;
+    for (uint32_t j = 0; j < KVLI_AHEAD;
+         j++) { /* at the end of each stretch of time, before anybody in it ends */
+        alive -= sum.count[j];
+        double now = sum.grow[j] + alive * sum.width * (j + 1) - freed;
         if (now > peak) peak = now;
-        freed += a.held[j] + a.grow[j];
+        freed += sum.held[j];
     }
-    return a.pending + peak + 2 * sqrt(a.variance);
+    return sum.pending + peak + 1 * sqrt(sum.variance);
 }
 
-/* Does a request fit beside what is in use, its match counted once? */
-static bool kvli_admissible(const kvl_sched *s, const kvli_req *q, const kvli_match *m) {
+/* Does a request fit beside what is in use, if so many blocks of its match are in use as well? */
+static bool kvli_admissible_with(kvl_sched *s, const kvli_req *q, const uint32_t *in_use) {
     kvl_cache *c = s->cache;
     uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES], room = 0;
     if (s->n_running) /* to grow before preemption */
-        room = kvli_max_u32(s->n_running < 16 ? 1 : s->n_running / 16, (uint32_t)(kvli_growth_ahead(s, q) / T));
+        room =
+            kvli_max_u32(s->n_running < 16 ? 1 : s->n_running / 16, (uint32_t)(kvli_growth_ahead(s, q) / T));
     kvli_need(c, q->n_tokens, T, need);
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
-        for (uint32_t i = 0; i < m->length / T; i++) {
-            uint32_t entry = kvli_slots(c, c->path[i])[g];
-            const kvli_block *b = entry == KVL_NONE ? NULL : kvli_block_at(c, entry);
-            if (b && b->lru == KVLI_NO_LRU && need[b->klass]) need[b->klass]--;
-        }
+        for (uint32_t e = 0; e < 2; e++) need[2 * g + e] -= kvli_min_u32(need[2 * g + e], in_use[2 * g + e]);
         need[kvli_class_of(c, g, false)] += c->groups[g].window ? kvli_min_u32(room, s->n_running) : room;
     }
     return kvli_fits(c, need, c->n_slabs, false, NULL);
+}
+
+/* The same, its match counted once. */
+static bool kvli_admissible(kvl_sched *s, const kvli_req *q, const kvli_match *m) {
+    kvl_cache *c = s->cache;
+    uint32_t in_use[KVLI_MAX_CLASSES];
+    memset(in_use, 0, sizeof in_use);
+    for (uint32_t g = 0; g < c->geo.n_groups; g++)
+        for (uint32_t i = 0; i < m->length / c->geo.block_tokens; i++) {
+            uint32_t entry = kvli_slots(c, c->path[i])[g];
+            const kvli_block *b = entry == KVL_NONE ? NULL : kvli_block_at(c, entry);
+            if (b && b->lru == KVLI_NO_LRU) in_use[b->klass]++;
+        }
+    return kvli_admissible_with(s, q, in_use);
 }
 
 typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_FULL, KVLI_STOP } kvli_admission;
@@ -4323,40 +4368,55 @@ static void kvli_make_room(kvl_sched *s) {
     }
 }
 
-/* Who waits longest and finds no room may be passed by what does fit, but not for ever. */
-static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
+static bool kvli_refused_over_gap(kvl_sched *s, uint32_t r) {
+    if (!s->desc.refuse_over_gap) return false;
+    kvli_wait_remove(s, r);
+    kvli_lock(&s->cache->lock);
+    kvli_req_end(s, r, KVL_FINISH_REFUSED);
+    kvli_unlock(&s->cache->lock);
+    return true;
+}
+
+/* Admits from one list. Who waits longest and finds no room may be passed by others of it that do, but not for ever.
+   False: lower priorities get nothing; starved: nor do lower classes. */
+static bool kvli_admit_list(kvl_sched *s, uint32_t r, bool bound) {
     uint32_t skipped = 0, blocked = KVL_NONE;
-    for (uint32_t l = (uint32_t)klass * KVLI_PRIORITIES; l < ((uint32_t)klass + 1) * KVLI_PRIORITIES; l++) {
-        uint32_t r = s->waiting[l].head;
-        while (r != KVL_NONE) {
-            if (!kvli_has_slot(s) || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
-            if (r == s->stalled && s->n_running && s->cache->step.id - s->stalled_id < KVLI_STALL) return;
-            uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
-            bool begun = s->reqs[pick].preemptions ||
-                         s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was let in before */
-            if (klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s, pick)) {
-                if (!s->desc.refuse_over_gap) return;
-                kvli_wait_remove(s, pick);
-                kvli_lock(&s->cache->lock);
-                kvli_req_end(s, pick, KVL_FINISH_REFUSED);
-                kvli_unlock(&s->cache->lock);
-                r = pick == r ? next : r;
-                continue;
-            }
+    while (r != KVL_NONE && skipped <= KVLI_LOOKAHEAD) {
+        if (!kvli_has_slot(s) || !s->budget.rows) return false;
+        s->budget.starved = s->budget.starved || (r == s->stalled && s->n_running &&
+                                                  s->cache->step.id - s->stalled_id < KVLI_STALL);
+        if (s->budget.starved) return false;
+        uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
+        bool begun = s->reqs[pick].preemptions ||
+                     s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was let in before */
+        if (bound && !begun && kvli_gap_full(s, pick)) {
+            if (!kvli_refused_over_gap(s, pick)) return false;
+        } else {
             kvli_admission a = kvli_admit(s, pick);
+            s->budget.starved = s->budget.starved || a == KVLI_STOP;
             if (a == KVLI_FULL && blocked == KVL_NONE) {
                 blocked = s->stalled = r;
                 s->stalled_id = s->cache->step.id;
             }
-            if (a == KVLI_STOP || (blocked != KVL_NONE && s->reqs[blocked].passed_over >= KVLI_PASSED_BY)) {
-                s->budget.starved = true;
-                return;
-            }
-            if (a == KVLI_ADMITTED && blocked != KVL_NONE) s->reqs[blocked].passed_over++;
-            if (a != KVLI_ADMITTED) skipped++;
-            r = pick == r ? next : r;
+            if (a == KVLI_FULL)
+                skipped += KVLI_LOOKAHEAD / KVLI_PASSERS;
+            else if (a == KVLI_SKIP)
+                skipped++;
+            else if (a == KVLI_ADMITTED && blocked != KVL_NONE)
+                s->reqs[blocked].passed_over++;
+            if (blocked != KVL_NONE && s->reqs[blocked].passed_over >= KVLI_PASSED_OVER) break;
         }
+        if (pick == r) r = next;
     }
+    s->budget.starved = s->budget.starved || blocked != KVL_NONE;
+    return !s->budget.starved;
+}
+
+static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
+    uint32_t l = 0;
+    while (l < KVLI_PRIORITIES &&
+           kvli_admit_list(s, s->waiting[klass * KVLI_PRIORITIES + l].head, klass == KVL_INTERACTIVE))
+        l++;
 }
 
 static void kvli_sched_publish(kvl_sched *s) { /* under the lock */
@@ -4412,6 +4472,7 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     if (c->step.open) return kvli_fail(c->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_plan: a step is open");
     uint32_t active = kvli_sched_intake(s);
     memset(&s->budget, 0, sizeof s->budget);
+    memset(s->ahead, 0, sizeof s->ahead);
     s->plan_ns = kvli_now(c->ctx);
     s->budget.rows = s->desc.step_tokens;
     s->budget.ms = s->margin * s->cost.step_ms;
@@ -4422,8 +4483,12 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
         kvli_make_room(s);
         kvli_plan_decodes(s);
         for (int k = KVL_INTERACTIVE; k <= KVL_BACKGROUND; k++) {
+            if (kvli_short_first(s)) {
+                kvli_plan_short_prefills(s, (kvl_class)k);
+                kvli_plan_admissions(s, (kvl_class)k);
+            }
             kvli_plan_prefills(s, (kvl_class)k);
-            kvli_plan_admissions(s, (kvl_class)k);
+            if (!kvli_short_first(s)) kvli_plan_admissions(s, (kvl_class)k);
         }
         if (c->step.n_rows)
             *out = kvli_step_finish(c);
@@ -4983,6 +5048,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         s = KVLI_CARVE(&a, kvl_sched, 1);
         kvli_req *reqs = KVLI_CARVE(&a, kvli_req, d.max_waiting);
         uint32_t *running = KVLI_CARVE(&a, uint32_t, d.max_running + 1);
+        uint32_t *order = KVLI_CARVE(&a, uint32_t, d.max_running + 1);
         kvl_output *outputs = KVLI_CARVE(&a, kvl_output, c->max_logits);
         uint8_t *buffer = KVLI_CARVE(&a, uint8_t, d.record ? KVLI_RECORD_BYTES + 8 : 0);
         if (!pass) {
@@ -4998,6 +5064,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         memset(s, 0, sizeof *s);
         s->reqs = reqs;
         s->running = running;
+        s->order = order;
         s->outputs = outputs;
         s->record.buffer = buffer;
     }
