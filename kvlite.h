@@ -3648,7 +3648,17 @@ static void kvli_publish(kvl_cache *c) {
 }
 
 /* ==== >>sched: which tokens run next ==== */
-enum { KVLI_MAX_STOP = 8, KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES, KVLI_LOOKAHEAD = 32, KVLI_PASSED_OVER = 64, KVLI_COSTS = 5 };
+enum {
+    KVLI_MAX_STOP = 8,
+    KVLI_WAIT_LISTS = 2 * KVLI_PRIORITIES,
+    KVLI_LOOKAHEAD = 32,
+    KVLI_PASSED_OVER = 64,
+    KVLI_PASSERS = 16, /* so many in the queue are looked at for one that fits */
+    KVLI_COSTS = 5,
+    KVLI_LENGTHS = 208, /* of answers: eight a power of two, up to 2^28 */
+    KVLI_AHEAD = 32,    /* points in time that a forecast of memory looks at */
+    KVLI_STALL = 16     /* steps after which a refused admission is tried again though nothing was freed */
+};
 
 typedef struct kvli_req {
     uint32_t generation;
@@ -3677,7 +3687,7 @@ typedef struct kvli_budget { /* of the step being planned */
     double ms, bound;        /* predicted so far; what it may reach, 0 = no bound */
     uint32_t prefill_rows, decode_rows, background_rows;
     double kv_tokens, prefill_kv_tokens; /* that decodes and prefills attend to */
-    bool starved;     /* somebody found no blocks: admit nobody */
+    bool starved;                        /* somebody found no blocks: admit nobody */
 } kvli_budget;
 
 typedef struct kvli_recorder { /* the owner's thread alone touches it */
@@ -3686,13 +3696,24 @@ typedef struct kvli_recorder { /* the owner's thread alone touches it */
     uint32_t used;
     uint64_t bytes, clock, digest, preemptions, refused; /* as last written */
 } kvli_recorder;
+typedef struct kvli_lengths { /* of the answers that ended lately; older ones fade */
+    double weight[KVLI_LENGTHS], total;
+    float mean[KVLI_LENGTHS], variance[KVLI_LENGTHS]; /* of those in this bucket and above */
+} kvli_lengths;
+
+typedef struct kvli_ahead {          /* running requests by how many tokens from now they are likely to end */
+    double width;                    /* tokens of one stretch of time; 0: not made for this state */
+    double alive, pending, variance; /* requests; rows of prefill that have no memory yet; of what is left */
+    double count[KVLI_AHEAD], grow[KVLI_AHEAD], held[KVLI_AHEAD];
+} kvli_ahead;
 
 struct kvl_sched {
     kvl_cache *cache;
     kvl_sched_desc desc;
     size_t arena_bytes;
     kvli_req *reqs;
-    uint32_t max_reqs, *running, n_running, n_active, n_streams; /* active = neither free nor finished */
+    uint32_t max_reqs, *running, *order, n_running, n_active,
+        n_streams; /* active = neither free nor finished */
     kvli_list waiting[KVLI_WAIT_LISTS], inbox, finished;
     uint32_t free_req, n_records, n_inbox, n_waiting, n_joining,
         n_cancels; /* records = active and finished */
@@ -3701,7 +3722,12 @@ struct kvl_sched {
     uint64_t plan_ns;
     kvli_budget budget;
     kvl_cost cost;
-    double a[KVLI_COSTS][KVLI_COSTS], b[KVLI_COSTS], margin; /* decayed sums of the regression; how far steps overrun its prediction */
+    double a[KVLI_COSTS][KVLI_COSTS], b[KVLI_COSTS],
+        margin; /* decayed sums of the regression; how far steps overrun its prediction */
+    kvli_lengths lengths;
+    kvli_ahead ahead[2]; /* for interactive work, for background work */
+    uint32_t stalled; /* request that found no room at step stalled_id, KVL_NONE if memory was freed since */
+    uint64_t stalled_id;
     kvli_cond wake;
     kvl_output *outputs; /* [max_logits] for the short form of commit */
     kvl_stats stats;
@@ -3779,7 +3805,8 @@ static void kvli_cost_learn(kvl_sched *s, double ms) {
         for (int j = 0; j < KVLI_COSTS; j++) s->a[i][j] = 0.97 * s->a[i][j] + x[i] * x[j];
         s->b[i] = 0.97 * s->b[i] + x[i] * ms;
     }
-    for (int i = 0; i < KVLI_COSTS; i++) { /* a weak pull to what was known keeps directions that do not occur */
+    for (int i = 0; i < KVLI_COSTS;
+         i++) { /* a weak pull to what was known keeps directions that do not occur */
         for (int j = 0; j < KVLI_COSTS; j++) a[i][j] = s->a[i][j] + (i == j ? 1e-2 : 0);
         w[i] = *known[i] * unit[i];
         b[i] = s->b[i] + 1e-2 * w[i];
@@ -3827,6 +3854,43 @@ static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remai
     uint32_t past = (position + n) % T; /* ends on a block where it can: no open block is left behind */
     if (n < remaining && n > past && n - past >= s->desc.min_chunk) n -= past;
     return n;
+}
+
+/* ---- how long answers get: what running requests will still need is guessed from those that ended ----
+   Source: Gong et al. 2025 (Past-Future scheduler), with a conditional mean and deviation in place of samples. */
+static uint32_t kvli_length_bucket(uint32_t n) { /* eight steps of equal width in each power of two */
+    uint32_t power = 0;
+    if (n < 8) return n;
+    while (n >> power >= 16) power++;
+    return kvli_min_u32((power << 3) + (n >> power), KVLI_LENGTHS - 1);
+}
+static double kvli_bucket_length(uint32_t b) { /* its middle */
+    return b < 8 ? b : ldexp((b & 7) + 8.5, (int)(b >> 3) - 1);
+}
+
+static void kvli_length_learn(kvli_lengths *l, uint32_t n) {
+    double w = 0, sum = 0, squares = 0;
+    l->total = l->total * 0.995 + 1;
+    for (uint32_t b = KVLI_LENGTHS; b-- > 0;) {
+        double length = kvli_bucket_length(b);
+        l->weight[b] *= 0.995;
+        if (b == kvli_length_bucket(n)) l->weight[b] += 1;
+        w += l->weight[b];
+        sum += l->weight[b] * length;
+        squares += l->weight[b] * length * length;
+        l->mean[b] = w > 0.25 ? (float)(sum / w) : 0; /* too few to say */
+        l->variance[b] = w > 0.25 ? (float)(squares / w - sum / w * (sum / w)) : 0;
+    }
+}
+
+/* Tokens that a request is likely to generate yet, and their variance. */
+static double kvli_remaining(const kvl_sched *s, const kvli_req *q, double *variance) {
+    uint32_t done = q->n_tokens - q->n_prompt, most = q->capacity - q->n_tokens;
+    uint32_t b = done ? kvli_min_u32(kvli_length_bucket(done) + 1, KVLI_LENGTHS - 1) : 0;
+    double mean = (double)s->lengths.mean[b],
+           left = mean > done ? mean - done : done; /* longer than any: as long again */
+    *variance = mean > 0 ? (double)s->lengths.variance[b] : 0;
+    return left < most ? left : most;
 }
 
 /* ---- lists ---- */
@@ -3889,12 +3953,14 @@ static bool kvli_outranks(const kvl_sched *s, uint32_t a, uint32_t b) {
 }
 
 static uint32_t kvli_run_insert(kvl_sched *s, uint32_t r) { /* returns its place */
+    memset(s->ahead, 0, sizeof s->ahead);
     uint32_t at = s->n_running++;
     for (; at && kvli_outranks(s, r, s->running[at - 1]); at--) s->running[at] = s->running[at - 1];
     s->running[at] = r;
     return at;
 }
 static void kvli_run_remove(kvl_sched *s, uint32_t r) {
+    memset(s->ahead, 0, sizeof s->ahead);
     uint32_t at = 0;
     while (s->running[at] != r) at++;
     s->n_running--;
@@ -3953,6 +4019,9 @@ static void kvli_req_end(kvl_sched *s, uint32_t r,
     q->finished = true;
     q->finish = (uint8_t)why;
     q->finish_ns = kvli_now(s->cache->ctx);
+    if (why <= KVL_FINISH_APP && q->n_tokens > q->n_prompt)
+        kvli_length_learn(&s->lengths, q->n_tokens - q->n_prompt);
+    s->stalled = KVL_NONE;
     kvli_list_append(s, &s->finished, r);
     s->finished_bytes += (uint64_t)q->capacity * sizeof *q->tokens;
     s->n_active--;
@@ -3972,18 +4041,23 @@ static void kvli_preempt(kvl_sched *s, uint32_t r) {
     q->seq = KVL_NONE;
     q->preemptions++;
     s->n_preemptions++;
+    s->stalled = KVL_NONE;
     kvli_wait_push(s, r);
 }
 
-/* The worst-ranked running request behind place `after` that is not in the step. */
+/* The worst-ranked running request behind place `after` that is not in the step; one whose answer has not begun,
+   if there is one, since nobody sees it wait. */
 static bool kvli_preempt_behind(kvl_sched *s, uint32_t after) {
+    uint32_t victim = KVL_NONE;
     for (uint32_t at = s->n_running; at-- > after;) {
         const kvli_req *q = &s->reqs[s->running[at]];
         if (s->cache->seqs[q->seq].step_span != KVL_NONE && s->cache->step.open) continue;
-        kvli_preempt(s, s->running[at]);
-        return true;
+        if (victim == KVL_NONE || !q->decode) victim = s->running[at];
+        if (!q->decode || q->klass == KVL_BACKGROUND) break;
     }
-    return false;
+    if (victim == KVL_NONE) return false;
+    kvli_preempt(s, victim);
+    return true;
 }
 
 static bool kvli_sched_preempt_any(kvl_cache *c) { return c->sched && kvli_preempt_behind(c->sched, 0); }
@@ -4091,12 +4165,36 @@ static void kvli_plan_decodes(kvl_sched *s) {
     }
 }
 
-static void kvli_plan_prefills(kvl_sched *s, kvl_class klass) {
+/* Every second step the prompts that can end in it come first, shortest first, and then new ones: a long prompt holds
+   up short ones by a factor of two at most, and they it. */
+static bool kvli_short_first(const kvl_sched *s) { return s->cache->step.id & 1; }
+
+static uint32_t kvli_prefill_left(const kvl_sched *s, uint32_t r) {
+    return s->reqs[r].n_tokens - s->cache->seqs[s->reqs[r].seq].length;
+}
+
+static void kvli_plan_short_prefills(kvl_sched *s, kvl_class klass) {
+    uint32_t n = 0, *order = s->order;
+    for (uint32_t at = 0; at < s->n_running; at++) {
+        uint32_t r = s->running[at], left = kvli_prefill_left(s, r), i = n;
+        if (s->reqs[r].decode || s->reqs[r].klass != klass || left > s->budget.rows) continue;
+        for (n++; i && kvli_prefill_left(s, order[i - 1]) > left; i--) order[i] = order[i - 1];
+        order[i] = r;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t at = 0, left = kvli_prefill_left(s, order[i]);
+        if (kvli_chunk(s, s->cache->seqs[s->reqs[order[i]].seq].length, left) < left) return;
+        while (at < s->n_running && s->running[at] != order[i]) at++;
+        if (at < s->n_running) kvli_run(s, at, left); /* else it was preempted for one before */
+    }
+}
+
+static void kvli_plan_prefills(kvl_sched *s, kvl_class klass) { /* in order of rank */
     for (uint32_t at = 0; at < s->n_running && s->budget.rows; at++) {
         const kvli_req *q = &s->reqs[s->running[at]];
-        if (q->decode || q->klass != klass) continue;
-        uint32_t position = s->cache->seqs[q->seq].length,
-                 n = kvli_chunk(s, position, q->n_tokens - position);
+        const kvli_seq *seq = &s->cache->seqs[q->seq];
+        if (q->decode || q->klass != klass || seq->step_span != KVL_NONE) continue;
+        uint32_t n = kvli_chunk(s, seq->length, q->n_tokens - seq->length);
         if (n) kvli_run(s, at, n);
     }
 }
@@ -4135,25 +4233,70 @@ static bool kvli_in_flight(const kvl_sched *s, uint32_t r, const kvli_match *m) 
     return false;
 }
 
-/* Does a request fit beside what is in use, its match counted once? */
-static bool kvli_admissible(const kvl_sched *s, const kvli_req *q, const kvli_match *m) {
+static void kvli_ahead_add(const kvl_sched *s, kvli_ahead *a, const kvli_req *q) {
+    double variance, left = kvli_remaining(s, q, &variance), at = left / a->width;
+    uint32_t j = at < KVLI_AHEAD - 1 ? (uint32_t)at : KVLI_AHEAD - 1;
+    a->count[j]++;
+    a->grow[j] += left;
+    a->held[j] += q->n_tokens - q->reuse.matched;
+    a->variance += variance;
+    a->alive++;
+    if (q->seq != KVL_NONE) a->pending += q->n_tokens - s->cache->seqs[q->seq].length;
+}
+
+/* Tokens that the running requests and q are likely to need, when they need most, beyond what they have and what
+   q's tokens take: some grow, some end. Background work yields to interactive work, and is not counted for it. */
+static double kvli_growth_ahead(kvl_sched *s, const kvli_req *q) {
+    kvli_ahead *a = &s->ahead[q->klass], sum;
+    double peak = 0, freed = 0, alive;
+    if (!a->width) {
+        a->width = (double)s->lengths.mean[0] * 4 / KVLI_AHEAD + 1;
+        for (uint32_t i = 0; i < s->n_running; i++)
+            if (s->reqs[s->running[i]].klass <= q->klass) kvli_ahead_add(s, a, &s->reqs[s->running[i]]);
+    }
+    sum = *a;
+    kvli_ahead_add(s, &sum, q);
+    alive = sum.alive;
+    for (uint32_t j = 0; j < KVLI_AHEAD;
+         j++) { /* at the end of each stretch of time, before anybody in it ends */
+        alive -= sum.count[j];
+        double now = sum.grow[j] + alive * sum.width * (j + 1) - freed;
+        if (now > peak) peak = now;
+        freed += sum.held[j];
+    }
+    return sum.pending + peak + 1 * sqrt(sum.variance);
+}
+
+/* Does a request fit beside what is in use, if so many blocks of its match are in use as well? */
+static bool kvli_admissible_with(kvl_sched *s, const kvli_req *q, const uint32_t *in_use) {
     kvl_cache *c = s->cache;
-    uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES];
+    uint32_t T = c->geo.block_tokens, need[KVLI_MAX_CLASSES], room = 0;
+    if (s->n_running) /* to grow before preemption */
+        room =
+            kvli_max_u32(s->n_running < 16 ? 1 : s->n_running / 16, (uint32_t)(kvli_growth_ahead(s, q) / T));
     kvli_need(c, q->n_tokens, T, need);
     for (uint32_t g = 0; g < c->geo.n_groups; g++) {
-        for (uint32_t i = 0; i < m->length / T; i++) {
-            uint32_t entry = kvli_slots(c, c->path[i])[g];
-            const kvli_block *b = entry == KVL_NONE ? NULL : kvli_block_at(c, entry);
-            if (b && b->lru == KVLI_NO_LRU && need[b->klass]) need[b->klass]--;
-        }
-        if (s->n_running)
-            need[kvli_class_of(c, g, false)] +=
-                s->n_running < 16 ? 1 : s->n_running / 16; /* room to grow before preemption */
+        for (uint32_t e = 0; e < 2; e++) need[2 * g + e] -= kvli_min_u32(need[2 * g + e], in_use[2 * g + e]);
+        need[kvli_class_of(c, g, false)] += c->groups[g].window ? kvli_min_u32(room, s->n_running) : room;
     }
     return kvli_fits(c, need, c->n_slabs, false, NULL);
 }
 
-typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_STOP } kvli_admission;
+/* The same, its match counted once. */
+static bool kvli_admissible(kvl_sched *s, const kvli_req *q, const kvli_match *m) {
+    kvl_cache *c = s->cache;
+    uint32_t in_use[KVLI_MAX_CLASSES];
+    memset(in_use, 0, sizeof in_use);
+    for (uint32_t g = 0; g < c->geo.n_groups; g++)
+        for (uint32_t i = 0; i < m->length / c->geo.block_tokens; i++) {
+            uint32_t entry = kvli_slots(c, c->path[i])[g];
+            const kvli_block *b = entry == KVL_NONE ? NULL : kvli_block_at(c, entry);
+            if (b && b->lru == KVLI_NO_LRU) in_use[b->klass]++;
+        }
+    return kvli_admissible_with(s, q, in_use);
+}
+
+typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_FULL, KVLI_STOP } kvli_admission;
 
 static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     kvl_cache *c = s->cache;
@@ -4161,7 +4304,7 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     kvl_seq_desc d = kvli_req_desc(q);
     kvli_match m = kvli_match_find(c, &d);
     if (kvli_in_flight(s, r, &m)) return KVLI_SKIP;
-    if (!kvli_admissible(s, q, &m)) return KVLI_STOP;
+    if (!kvli_admissible(s, q, &m)) return KVLI_FULL;
     uint32_t n = kvli_chunk(s, m.length, q->n_tokens - m.length);
     if (!n) return KVLI_STOP;
     kvli_wait_remove(s, r);
@@ -4228,33 +4371,55 @@ static void kvli_make_room(kvl_sched *s) {
     }
 }
 
-static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
-    uint32_t skipped = 0;
-    for (uint32_t l = (uint32_t)klass * KVLI_PRIORITIES; l < ((uint32_t)klass + 1) * KVLI_PRIORITIES; l++) {
-        uint32_t r = s->waiting[l].head;
-        while (r != KVL_NONE) {
-            if (!kvli_has_slot(s) || !s->budget.rows || s->budget.starved || skipped > KVLI_LOOKAHEAD) return;
-            uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
-            bool begun = s->reqs[pick].preemptions ||
-                         s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was let in before */
-            if (klass == KVL_INTERACTIVE && !begun && kvli_gap_full(s, pick)) {
-                if (!s->desc.refuse_over_gap) return;
-                kvli_wait_remove(s, pick);
-                kvli_lock(&s->cache->lock);
-                kvli_req_end(s, pick, KVL_FINISH_REFUSED);
-                kvli_unlock(&s->cache->lock);
-                r = pick == r ? next : r;
-                continue;
-            }
+static bool kvli_refused_over_gap(kvl_sched *s, uint32_t r) {
+    if (!s->desc.refuse_over_gap) return false;
+    kvli_wait_remove(s, r);
+    kvli_lock(&s->cache->lock);
+    kvli_req_end(s, r, KVL_FINISH_REFUSED);
+    kvli_unlock(&s->cache->lock);
+    return true;
+}
+
+/* Admits from one list. Who waits longest and finds no room may be passed by others of it that do, but not for ever.
+   False: lower priorities get nothing; starved: nor do lower classes. */
+static bool kvli_admit_list(kvl_sched *s, uint32_t r, bool bound) {
+    uint32_t skipped = 0, blocked = KVL_NONE;
+    while (r != KVL_NONE && skipped <= KVLI_LOOKAHEAD) {
+        if (!kvli_has_slot(s) || !s->budget.rows) return false;
+        s->budget.starved = s->budget.starved || (r == s->stalled && s->n_running &&
+                                                  s->cache->step.id - s->stalled_id < KVLI_STALL);
+        if (s->budget.starved) return false;
+        uint32_t pick = skipped ? r : kvli_candidate(s, r), next = s->reqs[r].next;
+        bool begun = s->reqs[pick].preemptions ||
+                     s->reqs[pick].n_tokens > s->reqs[pick].n_prompt; /* it was let in before */
+        if (bound && !begun && kvli_gap_full(s, pick)) {
+            if (!kvli_refused_over_gap(s, pick)) return false;
+        } else {
             kvli_admission a = kvli_admit(s, pick);
-            if (a == KVLI_STOP) {
-                s->budget.starved = true; /* who waits longest must not see others pass for ever */
-                return;
+            s->budget.starved = s->budget.starved || a == KVLI_STOP;
+            if (a == KVLI_FULL && blocked == KVL_NONE) {
+                blocked = s->stalled = r;
+                s->stalled_id = s->cache->step.id;
             }
-            if (a == KVLI_SKIP) skipped++;
-            r = pick == r ? next : r;
+            if (a == KVLI_FULL)
+                skipped += KVLI_LOOKAHEAD / KVLI_PASSERS;
+            else if (a == KVLI_SKIP)
+                skipped++;
+            else if (a == KVLI_ADMITTED && blocked != KVL_NONE)
+                s->reqs[blocked].passed_over++;
+            if (blocked != KVL_NONE && s->reqs[blocked].passed_over >= KVLI_PASSED_OVER) break;
         }
+        if (pick == r) r = next;
     }
+    s->budget.starved = s->budget.starved || blocked != KVL_NONE;
+    return !s->budget.starved;
+}
+
+static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
+    uint32_t l = 0;
+    while (l < KVLI_PRIORITIES &&
+           kvli_admit_list(s, s->waiting[klass * KVLI_PRIORITIES + l].head, klass == KVL_INTERACTIVE))
+        l++;
 }
 
 static void kvli_sched_publish(kvl_sched *s) { /* under the lock */
@@ -4295,6 +4460,7 @@ static void kvli_sched_stats(kvl_cache *c, kvl_stats *out) { /* under the lock *
 static void kvli_sched_resized(kvl_cache *c) {
     kvl_sched *s = c->sched;
     if (!s) return;
+    s->stalled = KVL_NONE;
     kvli_lock(&c->lock);
     kvli_sched_publish(s);
     s->events++;
@@ -4309,6 +4475,7 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     if (c->step.open) return kvli_fail(c->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_plan: a step is open");
     uint32_t active = kvli_sched_intake(s);
     memset(&s->budget, 0, sizeof s->budget);
+    memset(s->ahead, 0, sizeof s->ahead);
     s->plan_ns = kvli_now(c->ctx);
     s->budget.rows = s->desc.step_tokens;
     s->budget.ms = s->margin * s->cost.step_ms;
@@ -4319,8 +4486,12 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
         kvli_make_room(s);
         kvli_plan_decodes(s);
         for (int k = KVL_INTERACTIVE; k <= KVL_BACKGROUND; k++) {
+            if (kvli_short_first(s)) {
+                kvli_plan_short_prefills(s, (kvl_class)k);
+                kvli_plan_admissions(s, (kvl_class)k);
+            }
             kvli_plan_prefills(s, (kvl_class)k);
-            kvli_plan_admissions(s, (kvl_class)k);
+            if (!kvli_short_first(s)) kvli_plan_admissions(s, (kvl_class)k);
         }
         if (c->step.n_rows)
             *out = kvli_step_finish(c);
@@ -4463,6 +4634,7 @@ KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
         kvli_wait_push(s, r);
     }
     kvli_record_event(s, KVL_EVENT_ABORT);
+    s->stalled = KVL_NONE;
     kvli_lock(&c->lock);
     s->stats.aborts++;
     kvli_sched_publish(s);
@@ -4880,6 +5052,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         s = KVLI_CARVE(&a, kvl_sched, 1);
         kvli_req *reqs = KVLI_CARVE(&a, kvli_req, d.max_waiting);
         uint32_t *running = KVLI_CARVE(&a, uint32_t, d.max_running + 1);
+        uint32_t *order = KVLI_CARVE(&a, uint32_t, d.max_running + 1);
         kvl_output *outputs = KVLI_CARVE(&a, kvl_output, c->max_logits);
         uint8_t *buffer = KVLI_CARVE(&a, uint8_t, d.record ? KVLI_RECORD_BYTES + 8 : 0);
         if (!pass) {
@@ -4895,6 +5068,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
         memset(s, 0, sizeof *s);
         s->reqs = reqs;
         s->running = running;
+        s->order = order;
         s->outputs = outputs;
         s->record.buffer = buffer;
     }
@@ -4902,6 +5076,7 @@ KVL_API kvl_result kvl_sched_create(kvl_cache *c, const kvl_sched_desc *desc, kv
     s->desc = d;
     s->cost = d.cost;
     s->max_reqs = d.max_waiting;
+    s->stalled = KVL_NONE;
     s->arena_bytes = a.used;
     kvli_sched_lists(s);
     if (!kvli_cond_init(&s->wake)) {

@@ -277,13 +277,13 @@ typedef struct gap_case {
 static void test_max_gap(void **state) {
     kt_world *w = (kt_world *)*state;
     static const gap_case cases[] = {
-        {4, 128, 0, KVL_INTERACTIVE, 8.0, {2.0, 0.1, 0.5, 0}}, /* 40 tokens fit beside the decodes */
-        {4, 128, 0, KVL_BACKGROUND, 8.0, {2.0, 0.1, 0.5, 0}},
-        {4, 128, 0, KVL_BACKGROUND, 4.2, {2.0, 0.1, 0.5, 0}},    /* only 2 do: yet the smallest chunk goes */
-        {1, 128, 0, KVL_BACKGROUND, 0.5, {2.0, 0.1, 0.5, 0}},    /* broken by the decode alone */
-        {6, 128, 4, KVL_INTERACTIVE, 5.75, {2.0, 0.1, 0.5, 0}},  /* 7, with a smaller smallest chunk */
-        {1, 128, 0, KVL_INTERACTIVE, 100.0, {2.0, 0.1, 0.5, 0}}, /* bound by the tokens of a step */
-        {8, 64, 16, KVL_INTERACTIVE, 20.0, {1.0, 0.5, 0.25, 0}},
+        {4, 128, 0, KVL_INTERACTIVE, 8.0, {2.0, 0.1, 0.5, 0, 0}}, /* 40 tokens fit beside the decodes */
+        {4, 128, 0, KVL_BACKGROUND, 8.0, {2.0, 0.1, 0.5, 0, 0}},
+        {4, 128, 0, KVL_BACKGROUND, 4.2, {2.0, 0.1, 0.5, 0, 0}}, /* only 2 do: yet the smallest chunk goes */
+        {1, 128, 0, KVL_BACKGROUND, 0.5, {2.0, 0.1, 0.5, 0, 0}}, /* broken by the decode alone */
+        {6, 128, 4, KVL_INTERACTIVE, 5.75, {2.0, 0.1, 0.5, 0, 0}},  /* 7, with a smaller smallest chunk */
+        {1, 128, 0, KVL_INTERACTIVE, 100.0, {2.0, 0.1, 0.5, 0, 0}}, /* bound by the tokens of a step */
+        {8, 64, 16, KVL_INTERACTIVE, 20.0, {1.0, 0.5, 0.25, 0, 0}},
     };
     for (size_t i = 0; i < KT_COUNT(cases); i++) {
         const gap_case *c = &cases[i];
