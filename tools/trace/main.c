@@ -1,8 +1,10 @@
 /* trace: replays request traces through kvlite's scheduler and cache. See `trace --help`. */
+#include "replay.h"
 #include "report.h"
 #include "trace.h"
 #include "llm/options.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,6 +56,10 @@ static const char usage[] =
     "  --sweep LIST        hit rates at these KV sizes, such as 1G,4G,16G\n"
     "  --measure-cost GGUF learn the cost of steps on the CPU backend with this model, and print it as a "
     "cost file\n"
+    "  --events FILE       write the scheduler's binary event trace (kvlite.h says what is in it)\n"
+    "  --replay FILE       instead of all this: do what an event trace says, and see whether the plans come "
+    "out the\n"
+    "                      same, byte for byte\n"
     "  --json              the report as JSON\n"
     "  -h, --help          this text\n"
     "\n"
@@ -76,7 +82,7 @@ static const char usage[] =
     "Exit codes: 0 done, 1 failed, 2 wrong usage.\n";
 
 typedef struct program {
-    const char *trace, *model_name, *cost_name, *measure, *kv;
+    const char *trace, *model_name, *cost_name, *measure, *kv, *events, *replay;
     trace_format format;
     uint32_t synthetic[4], limit, repeat;
     uint64_t seed;
@@ -232,6 +238,10 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
             if (!take_sweep(p, &a, err, n)) return false;
         } else if (args_is(&a, "--measure-cost")) {
             if (!args_value(&a, &p->measure, err, n)) return false;
+        } else if (args_is(&a, "--events")) {
+            if (!args_value(&a, &p->events, err, n)) return false;
+        } else if (args_is(&a, "--replay")) {
+            if (!args_value(&a, &p->replay, err, n)) return false;
         } else if (args_is(&a, "--json")) {
             if (!args_flag(&a, err, n)) return false;
             p->json = true;
@@ -243,7 +253,9 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
         }
     }
     if (err[0]) return false;
-    if (!p->measure && !p->trace == !p->has_synthetic)
+    if (p->events && (p->n_sweep || !p->run_real))
+        return llm_fail(err, n, "--events: only a run of the real scheduler has them (--mode continuous)");
+    if (!p->measure && !p->replay && !p->trace == !p->has_synthetic)
         return llm_fail(err, n, "give --trace FILE or --synthetic N:PROMPT:MEAN:MAX");
     if (p->kv && !kvl_preset_find(p->kv)) return llm_fail(err, n, "--kv '%.40s' is no preset", p->kv);
     return true;
@@ -323,10 +335,27 @@ static bool run_sweep(program *p, report *r, char *err, size_t n) {
     return true;
 }
 
+static bool run_real(program *p, char *err, size_t n) {
+    if (p->events && !(p->s.events = fopen(p->events, "wb")))
+        return llm_fail(err, n, "--events %s: %s", p->events, strerror(errno));
+    bool ok = simulate(&p->w, &p->s, &p->real, err, n);
+    bool failed = p->s.events && ferror(p->s.events);
+    if (p->s.events && (fclose(p->s.events) || failed) && ok)
+        ok = llm_fail(err, n, "--events %s: %s", p->events, strerror(errno));
+    return ok;
+}
+
+static bool replay(const char *path, char *err, size_t n) {
+    struct replay_report r;
+    if (replay_file(path, NULL, &r) != REPLAY_EQUAL) return llm_fail(err, n, "%s: %.200s", path, r.text);
+    printf("%s\n", r.text);
+    return true;
+}
+
 static bool run(program *p, report *r, char *err, size_t n) {
     if (p->n_sweep) return run_sweep(p, r, err, n);
     if (p->run_real) {
-        if (!simulate(&p->w, &p->s, &p->real, err, n)) return false;
+        if (!run_real(p, err, n)) return false;
         p->real.n_dropped = p->n_dropped;
         r->real = &p->real;
     }
@@ -362,7 +391,9 @@ int main(int argc, char **argv) {
     report r = {
         .source = base_name(p.trace), .m = &p.m, .s = &p.s, .speed = (double)p.speed, .repeat = p.repeat};
     bool ok;
-    if (p.measure) {
+    if (p.replay) {
+        ok = replay(p.replay, err, sizeof err);
+    } else if (p.measure) {
         ok = cost_measure(p.measure, p.kv, err, sizeof err);
     } else {
         ok = prepare(&p, err, sizeof err) && run(&p, &r, err, sizeof err);

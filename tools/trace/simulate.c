@@ -83,6 +83,8 @@ bool setup_limits(const setup *s, uint32_t *max_tokens, double *kv_token_bytes, 
     return true;
 }
 
+static size_t write_events(void *user, const void *data, size_t size) { return fwrite(data, 1, size, user); }
+
 static bool open_scheduler(simulation *z) {
     const setup *s = z->s;
     kvl_stats before, after;
@@ -92,6 +94,8 @@ static bool open_scheduler(simulation *z) {
     d.min_chunk = s->min_chunk;
     d.max_gap_ms = s->max_gap_ms;
     d.fixed_cost = !s->learn;
+    d.record = s->events ? write_events : NULL;
+    d.record_user = s->events;
     if (!s->learn) d.cost = cost_for_scheduler(&s->cost, z->kv_token_bytes);
     kvl_get_stats(z->cache, &before);
     if (kvl_sched_create(z->cache, &d, &z->sched) != KVL_OK)
@@ -128,7 +132,7 @@ static bool sim_open(simulation *z) {
 }
 
 static void sim_close(simulation *z) {
-    kvl_sched_destroy(z->sched);
+    kvl_sched_destroy(z->sched); /* ends the event trace */
     kvl_cache_destroy(z->cache);
     metrics_free(&z->m);
     free(z->live);

@@ -14,6 +14,8 @@
 #include "llm/error.h"
 #include "kvlite.h"
 
+#include <stdio.h>
+
 /* ---- workload.c: who asks for what, and when ---- */
 
 enum { HASH_TOKENS = 512 }; /* tokens that one hash of a Mooncake trace stands for */
@@ -128,6 +130,7 @@ typedef struct setup {
         max_new; /* what each request asks for; 0 = the longest answer of the trace, KVL_NONE = its own */
     bool no_chunking, learn, no_prefix_cache;
     bool progress;
+    FILE *events; /* gets the scheduler's event trace; NULL: none */
 } setup;
 
 typedef struct sample { /* one point of the series over time */
