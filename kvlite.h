@@ -4234,6 +4234,8 @@ static bool kvli_in_flight(const kvl_sched *s, uint32_t r, const kvli_match *m) 
 }
 
 static void kvli_ahead_add(const kvl_sched *s, kvli_ahead *a, const kvli_req *q) {
+    if (q->seq != KVL_NONE) a->pending += q->n_tokens - s->cache->seqs[q->seq].length;
+    if (q->klass != KVL_INTERACTIVE || !(s->desc.max_gap_ms > 0)) return; /* may be preempted */
     double variance, left = kvli_remaining(s, q, &variance), at = left / a->width;
     uint32_t j = at < KVLI_AHEAD - 1 ? (uint32_t)at : KVLI_AHEAD - 1;
     a->count[j]++;
@@ -4241,11 +4243,11 @@ static void kvli_ahead_add(const kvl_sched *s, kvli_ahead *a, const kvli_req *q)
     a->held[j] += q->n_tokens - q->reuse.matched;
     a->variance += variance;
     a->alive++;
-    if (q->seq != KVL_NONE) a->pending += q->n_tokens - s->cache->seqs[q->seq].length;
 }
 
 /* Tokens that the running requests and q are likely to need, when they need most, beyond what they have and what
-   q's tokens take: some grow, some end. Background work yields to interactive work, and is not counted for it. */
+   q's tokens take: some grow, some end. Where max_gap_ms is promised nobody should be preempted while it streams;
+   elsewhere memory is filled, and preemption is how that ends. */
 static double kvli_growth_ahead(kvl_sched *s, const kvli_req *q) {
     kvli_ahead *a = &s->ahead[q->klass], sum;
     double peak = 0, freed = 0, alive;

@@ -81,7 +81,7 @@ bool batching_run(const workload *w, const setup *s, batching mode, double kv_to
     batch b = {.w = w, .mode = mode};
     memset(out, 0, sizeof *out);
     snprintf(out->mode, sizeof out->mode, "%s", names[mode]);
-    double fits = floor((double)s->kv_bytes / (w->max_total * kv_token_bytes));
+    double fits = floor((double)s->kv_bytes / (w->reserve * kv_token_bytes));
     b.capacity = fits < 1 ? 1 : fits > s->max_running ? s->max_running : (uint32_t)fits;
     out->batch = b.capacity;
     b.slots = calloc(b.capacity, sizeof *b.slots);
@@ -100,7 +100,7 @@ bool batching_run(const workload *w, const setup *s, batching mode, double kv_to
         ms = cost_ms(&s->cost, &work, kv_token_bytes);
         b.now_ms += ms;
         b.used += held * ms;
-        b.reserved += (double)b.n * w->max_total * ms;
+        b.reserved += (double)b.n * w->reserve * ms;
         out->busy_ms += ms;
         out->steps++;
         out->prefill_rows += (uint64_t)work.prefill_rows;

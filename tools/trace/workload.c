@@ -244,6 +244,7 @@ static void measure(workload *w) {
         if (q->n_output > w->max_output) w->max_output = q->n_output;
         if (q->n_prompt + q->n_output > w->max_total) w->max_total = q->n_prompt + q->n_output;
     }
+    if (w->reserve < w->max_total) w->reserve = w->max_total;
 }
 
 bool workload_read(workload *w, const char *path, trace_format format, uint32_t limit, char *err, size_t n) {
@@ -269,9 +270,10 @@ bool workload_synthetic(workload *w, uint32_t n, uint32_t n_prompt, uint32_t mea
     w->requests = calloc(n, sizeof *w->requests);
     if (!w->requests) return llm_fail(err, err_len, "out of memory");
     w->n = n;
+    w->reserve = n_prompt + max;
     for (uint32_t i = 0; i < n; i++) {
         double u = ((double)(mix(seed * 0x9e3779b97f4a7c15u + i) >> 11) + 0.5) / 9007199254740992.0;
-        double length = ceil(mean ? -mean * log(u) : u * max);
+        double length = ceil(mean ? -log(u) * mean : u * max);
         w->requests[i].n_prompt = n_prompt;
         w->requests[i].n_output = length > max ? max : (uint32_t)length;
     }
@@ -310,6 +312,7 @@ uint32_t workload_drop(workload *w, uint32_t max_total) {
         if (w->requests[i].n_prompt + w->requests[i].n_output <= max_total)
             w->requests[kept++] = w->requests[i];
     w->n = kept;
+    if (w->reserve == w->max_total) w->reserve = 0; /* measured, not declared */
     measure(w);
     return n - kept;
 }
