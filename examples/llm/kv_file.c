@@ -58,7 +58,7 @@ static bool take_side(const reader *r, const char *word, kvl_layer *layer) {
 }
 
 static bool take_layer(const reader *r, char **words, uint32_t n) {
-    uint32_t index;
+    uint32_t index = 0;
     if (n < 3) return refuse(r, "expected: layer N k=FORMAT v=FORMAT");
     if (!number(r, words[1], UINT32_MAX, &index)) return false;
     if (index >= r->n_layers) return refuse(r, "layer %u: the model has %u layers", index, r->n_layers);

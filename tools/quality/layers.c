@@ -134,9 +134,10 @@ static double expected_kld(const study *s) {
 /* ---- output ---- */
 
 static void print_table(const study *s, bool chosen) {
+    const uint32_t predictions = s->p->n_chunks * (s->p->ctx / 2 - 1);
     printf(
         "KLD above F16's with one layer's keys (left) or values (right) in a format, %u predictions\n\n%-6s",
-        s->p->n_chunks * (s->p->ctx / 2 - 1), "layer");
+        predictions, "layer");
     for (uint32_t r = 0; r < RUNGS; r++) printf(" %13s", kvl_format_name(ladder[r]));
     puts(chosen ? "  chosen" : "");
     for (uint32_t l = 0; l < s->n_layers; l++) {
@@ -150,9 +151,10 @@ static void print_table(const study *s, bool chosen) {
 static cJSON *probes_json(const study *s) {
     cJSON *rows = cJSON_CreateArray();
     for (uint32_t i = 0; i < s->n_probes; i++) {
+        const uint32_t layer = i / RUNGS;
         cJSON *row = cJSON_CreateObject();
         cJSON_AddItemToArray(rows, row);
-        cJSON_AddNumberToObject(row, "layer", i / RUNGS);
+        cJSON_AddNumberToObject(row, "layer", layer);
         cJSON_AddStringToObject(row, "side", i % RUNGS < K_RUNGS ? "k" : "v");
         cJSON_AddStringToObject(row, "format", kvl_format_name(ladder[i % RUNGS]));
         cJSON_AddNumberToObject(row, "kld_mean", s->kld[i]);

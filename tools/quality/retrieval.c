@@ -140,7 +140,7 @@ static bool run_variant(recall_task *t, const variant *v, uint32_t n_tokens, boo
         ok = run_tokens(v->rt, cache, seq, t->context.ids + at,
                         length - at < SCORED_ROWS ? length - at : SCORED_ROWS, 0, err, n);
     for (uint32_t i = 0; ok && i < N_FACTS; i++) {
-        reply r;
+        reply r = {0};
         ok = ask(t, i, v, cache, seq, &r, err, n);
         if (is_first) t->first[i] = r;
         out->asked++;
