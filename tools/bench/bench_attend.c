@@ -1,8 +1,9 @@
-/* bench_attend: decode attention on the CPU, one new token after a context, beside what the same run measures for
-   reading memory and for converting F16 and multiplying-adding. Contexts are laid down as blocks, not computed (that
-   would take hours), so the library's attention is called underneath its public API. Figures are the best of several
-   runs.
-     bench_attend [--quick] [--simd avx512|avx2|scalar] */
+/* bench_attend: attention on the CPU after a context: of one new token (decode), beside what the same run measures for
+   reading memory and for converting F16 and multiplying-adding; and of 512 (prefill), beside the rate of multiply-adds
+   alone. Contexts are laid down as blocks, not computed (that would take hours), so the library's attention is called
+   underneath its public API. Figures are the best of several runs. Options leave cases out:
+     bench_attend [--quick] [--simd avx512|avx2|scalar] [--prefill] [--preset NAME] [--dim N] [--gqa N] [--context N]
+                  [--threads N] */
 #define KVL_IMPLEMENTATION
 #include "../../kvlite.h"
 
@@ -169,7 +170,8 @@ static kvli_side side_of(kvl_format f, uint32_t dim) {
     return s;
 }
 
-/* One layer's blocks for n tokens: first and last exact, the rest packed; a few different tiles, repeated. */
+/* One layer's blocks for n tokens: the first exact, also the last unless it is full; the rest packed; a few different
+   tiles, repeated. */
 static void make_setup(setup *s, const kvl_preset *preset, uint32_t dim, uint32_t gqa, uint32_t n,
                        kvl_simd simd) {
     enum { VARIANTS = 4, MOST = T * 256 * 4 };
@@ -217,7 +219,7 @@ static void make_setup(setup *s, const kvl_preset *preset, uint32_t dim, uint32_
         exit(1);
     }
     for (uint32_t b = 0; b < n_blocks; b++) {
-        int c = b == 0 || b + 1 == n_blocks ? KVLI_EXACT : KVLI_PACKED;
+        int c = b == 0 || (b + 1) * T > n ? KVLI_EXACT : KVLI_PACKED;
         s->address[b] = (uint64_t)(uintptr_t)(s->memory + used);
         s->table[b] = b | (c == KVLI_EXACT ? KVL_ENTRY_EXACT : 0);
         for (uint32_t h = 0; h < KV_HEADS; h++) {
@@ -239,32 +241,43 @@ static kvl_tensor tensor(float *data, uint32_t heads, uint32_t dim) {
     return t;
 }
 
-/* Microseconds of one decode step at position n - 1, best of what `seconds` allow. */
-static double decode_time(setup *s, kvl_context *ctx, uint32_t n, double seconds) {
-    static float q[64 * 256], out[64 * 256], k[KV_HEADS * 256], v[KV_HEADS * 256];
-    uint32_t dim = s->geo.k_dim, own = s->table[(n - 1) / T];
+enum { MOST_ROWS = 512 };
+
+/* Microseconds of one step whose rows are the last of n, best of what `seconds` allow. Rows of blocks that they complete
+   stand in scratch and are sealed, as in a step of the library. */
+static double step_time(setup *s, kvl_context *ctx, uint32_t n, uint32_t n_rows, double seconds) {
+    static float q[MOST_ROWS * 64 * 128], out[MOST_ROWS * 64 * 128], k[MOST_ROWS * KV_HEADS * 128],
+        v[MOST_ROWS * KV_HEADS * 128];
+    static uint8_t scratch[MOST_ROWS * KV_HEADS * 128 * 4] KVLI_ALIGN(128);
+    uint32_t dim = s->geo.k_dim, own[MOST_ROWS / T + 1];
+    bool exact = s->layer.k[KVLI_PACKED].format == s->geo.exact;
     kvli_attend_span span;
     kvli_attend a;
     uint8_t taint = 0;
     double best = 1e30, spent = 0;
-    size_t bytes = kvli_cpu_workspace(&s->geo, kvli_threads(ctx), 1, n);
+    size_t bytes = kvli_cpu_workspace(&s->geo, kvli_threads(ctx), n_rows, n);
     void *workspace = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
-    for (uint32_t i = 0; i < s->geo.n_q_heads * dim; i++) q[i] = noise();
-    for (uint32_t i = 0; i < KV_HEADS * dim; i++) k[i] = noise(), v[i] = noise();
+    for (uint32_t i = 0; i < n_rows * s->geo.n_q_heads * dim; i++) q[i] = noise();
+    for (uint32_t i = 0; i < n_rows * KV_HEADS * dim; i++) k[i] = noise(), v[i] = noise();
     memset(&span, 0, sizeof span);
-    span.n_rows = 1;
-    span.position = n - 1;
+    span.n_rows = n_rows;
+    span.position = n - n_rows;
     span.blocks.table = s->table;
     span.blocks.n_blocks = (n + T - 1) / T;
-    span.blocks.first_own = (n - 1) / T;
-    span.blocks.n_own = 1;
-    span.blocks.own = &own;
+    span.blocks.first_own = span.position / T;
+    span.blocks.n_own = span.blocks.n_blocks - span.blocks.first_own;
+    span.blocks.own = own;
+    for (uint32_t i = 0; i < span.blocks.n_own; i++)
+        own[i] = n_rows == 1 || exact ? s->table[span.blocks.first_own + i] : i | KVL_ENTRY_SCRATCH;
     memset(&a, 0, sizeof a);
     a.geo = &s->geo;
     a.layer = &s->layer;
     a.spans = &span;
-    a.n_spans = a.n_rows = 1;
+    a.n_spans = 1;
+    a.n_rows = n_rows;
     a.block_address = s->address;
+    a.scratch = scratch;
+    a.scratch_slot = s->layer.head_stride[KVLI_EXACT] * KV_HEADS;
     a.workspace = workspace;
     a.workspace_bytes = bytes;
     a.q = tensor(q, s->geo.n_q_heads, dim);
@@ -286,89 +299,149 @@ static double decode_time(setup *s, kvl_context *ctx, uint32_t n, double seconds
 /* ---- the table ---- */
 typedef struct plan {
     const char *presets[8];
-    uint32_t contexts[4], dims[2];
-    uint32_t n_presets, n_contexts, n_dims;
-    double seconds; /* a case */
+    uint32_t contexts[4], dims[4], gqas[4], threads[4]; /* up to a 0 */
+    double seconds;                                     /* a case */
+    bool prefill;
 } plan;
+
+static const plan WHOLE = {{"f16", "int8", "int8+", "fp8", "nvfp4", "balanced", "int4"},
+                           {1024, 8192, 65536},
+                           {64, 128},
+                           {1, 4, 8},
+                           {1, 2},
+                           0.06,
+                           false};
+static const plan QUICK = {{"f16", "int8", "int4"}, {1024, 16384}, {128}, {1, 4, 8}, {1, 2}, 0.04, false};
+
+/* Rates of the threads together: reading a context and converting it for some query heads (GB/s), multiply-adds (1e9/s). */
+typedef struct limits {
+    double read, convert, fma;
+} limits;
+
+static double decode_case(setup *s, kvl_context *ctx, uint32_t n, const plan *p, limits *l, double f16) {
+    double us = step_time(s, ctx, n, 1, p->seconds), rate = (double)s->kv_bytes / us * 1e-3;
+    printf("%10.1f %8.2f", us, rate);
+    if (f16 > 0) {
+        printf(" %8s %9s %7.2f\n", "", "", us / f16);
+        return us;
+    }
+    l->read = ceiling(ctx, s->memory, s->kv_bytes, 0, p->seconds / 2);
+    printf(" %8.1f %8.0f%%\n", l->read, 100 * rate / (l->read < l->convert ? l->read : l->convert));
+    return us;
+}
+
+static double prefill_case(setup *s, kvl_context *ctx, uint32_t n, const plan *p, const limits *l,
+                           double f16) {
+    uint32_t rows = n < MOST_ROWS ? n : MOST_ROWS;
+    double us = step_time(s, ctx, n, rows, p->seconds),
+           pairs = (double)rows * (n - rows) + rows * (rows + 1) / 2.0;
+    double rate = 2 * pairs * s->geo.k_dim * s->geo.n_q_heads / us * 1e-3;
+    printf("%10.1f %8.2f %8.1f %8.0f%%", us, rate, l->fma, 100 * rate / l->fma);
+    if (f16 > 0)
+        printf(" %7.2f\n", us / f16);
+    else
+        printf("\n");
+    return us;
+}
 
 static void bench(kvl_context *ctx, const plan *p) {
     static setup s;
     static uint8_t warm[16384] KVLI_ALIGN(64);
-    static const uint32_t gqas[3] = {1, 4, 8};
     uint32_t threads = kvli_threads(ctx);
-    double convert[3];
-    for (int g = 0; g < 3; g++) convert[g] = ceiling(ctx, warm, sizeof warm, gqas[g], 0.05);
-    printf("\n%u thread%s: convert F16 and multiply-add for 1, 4, 8 query heads a KV head: %.1f, %.1f, %.1f "
-           "GB/s of F16\n",
-           threads, threads > 1 ? "s" : "", convert[0], convert[1], convert[2]);
-    printf("%-9s %4s %4s %8s %10s %8s %8s %9s %7s\n", "preset", "D", "GQA", "context", "us", "GB/s", "read",
-           "ceiling", "to f16");
-    for (uint32_t d = 0; d < p->n_dims; d++)
-        for (uint32_t c = 0; c < p->n_contexts; c++)
-            for (int g = 0; g < 3; g++) {
-                uint32_t n = p->contexts[c] - T / 2; /* ends half way in a block */
-                double f16 = 0, read = 0;
-                for (uint32_t i = 0; i < p->n_presets; i++) {
-                    make_setup(&s, kvl_preset_find(p->presets[i]), p->dims[d], gqas[g], n, kvli_simd(ctx));
-                    double us = decode_time(&s, ctx, n, p->seconds), rate = (double)s.kv_bytes / us * 1e-3;
-                    if (i == 0) {
-                        f16 = us;
-                        read = ceiling(ctx, s.memory, s.kv_bytes, 0, p->seconds / 2);
-                        double limit = read < convert[g] ? read : convert[g];
-                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8.1f %8.0f%% %7s\n", p->presets[i], p->dims[d],
-                               gqas[g], p->contexts[c], us, rate, read, 100 * rate / limit, "");
-                    } else {
-                        printf("%-9s %4u %4u %8u %10.1f %8.2f %8s %9s %7.2f\n", p->presets[i], p->dims[d],
-                               gqas[g], p->contexts[c], us, rate, "", "", us / f16);
-                    }
+    limits l = {0, 0, 0};
+    l.fma = ceiling(ctx, warm, sizeof warm, 8, 0.05) / 2 * 8; /* two bytes, eight multiply-adds a number */
+    printf(", %s, %u thread%s\n", p->prefill ? "prefill of 512 tokens" : "decode", threads,
+           threads > 1 ? "s" : "");
+    printf("%-9s %4s %4s %8s %10s %8s %8s %9s %7s\n", "preset", "D", "GQA", "context", "us",
+           p->prefill ? "Gfma/s" : "GB/s", p->prefill ? "fma" : "read", "ceiling", "to f16");
+    for (const uint32_t *d = p->dims; *d; d++)
+        for (const uint32_t *c = p->contexts; *c; c++)
+            for (const uint32_t *g = p->gqas; *g; g++) {
+                uint32_t n = p->prefill ? *c : *c - T / 2; /* decode ends half way in a block */
+                double f16 = 0;
+                l.convert = ceiling(ctx, warm, sizeof warm, *g, 0.05);
+                for (const char *const *name = p->presets; *name; name++) {
+                    make_setup(&s, kvl_preset_find(*name), *d, *g, n, kvli_simd(ctx));
+                    printf("%-9s %4u %4u %8u ", *name, *d, *g, *c);
+                    double us = p->prefill ? prefill_case(&s, ctx, n, p, &l, f16)
+                                           : decode_case(&s, ctx, n, p, &l, f16);
+                    if (!strcmp(*name, "f16")) f16 = us;
                     fflush(stdout);
                     free(s.memory);
                 }
             }
 }
 
+static void usage(void) {
+    fprintf(
+        stderr,
+        "usage: bench_attend [--quick] [--simd avx512|avx2|scalar] [--prefill] [--preset NAME] [--dim 64|128]"
+        " [--gqa 1|4|8] [--context N] [--threads N]\n");
+    exit(2);
+}
+
+static void only(uint32_t *list, const char *text, uint32_t most) {
+    long x = atol(text);
+    if (x < 1 || x > (long)most) usage();
+    list[0] = (uint32_t)x;
+    list[1] = 0;
+}
+
 int main(int argc, char **argv) {
-    static const plan whole = {{"f16", "int8", "int8+", "fp8", "nvfp4", "balanced", "int4"},
-                               {1024, 8192, 65536},
-                               {64, 128},
-                               7,
-                               3,
-                               2,
-                               0.06};
-    static const plan quick = {{"f16", "int8", "int4"}, {1024, 16384}, {128}, 3, 2, 1, 0.04};
-    const plan *p = &whole;
+    plan p = WHOLE;
     kvl_simd simd = KVL_SIMD_AUTO;
+    bool prefill = false;
     for (int i = 1; i < argc; i++) {
+        const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(argv[i], "--quick")) {
-            p = &quick;
-        } else if (!strcmp(argv[i], "--simd") && i + 1 < argc) {
-            i++;
-            simd = !strcmp(argv[i], "scalar") ? KVL_SIMD_SCALAR
-                   : !strcmp(argv[i], "avx2") ? KVL_SIMD_AVX2
-                                              : KVL_SIMD_AVX512;
-        } else {
-            fprintf(stderr, "usage: bench_attend [--quick] [--simd avx512|avx2|scalar]\n");
-            return 2;
+            p = QUICK;
+            continue;
         }
+        if (!strcmp(argv[i], "--prefill")) {
+            prefill = true;
+            continue;
+        }
+        if (!value) usage();
+        if (!strcmp(argv[i], "--simd"))
+            simd = !strcmp(value, "scalar") ? KVL_SIMD_SCALAR
+                   : !strcmp(value, "avx2") ? KVL_SIMD_AVX2
+                                            : KVL_SIMD_AVX512;
+        else if (!strcmp(argv[i], "--preset") && kvl_preset_find(value))
+            p.presets[0] = value, p.presets[1] = NULL;
+        else if (!strcmp(argv[i], "--dim") && atoi(value) % 16 == 0)
+            only(p.dims, value, 128);
+        else if (!strcmp(argv[i], "--gqa"))
+            only(p.gqas, value, 8);
+        else if (!strcmp(argv[i], "--context") && atoi(value) % T == 0)
+            only(p.contexts, value, MAX_BLOCKS * T);
+        else if (!strcmp(argv[i], "--threads"))
+            only(p.threads, value, 64);
+        else
+            usage();
+        i++;
     }
-    printf("Decode attention, one token, one layer, %d KV heads. read: the same blocks read once; ceiling: "
-           "share of the lesser of\n"
-           "read and convert+multiply-add (target: f16 at 70%% or more); to f16: time over f16's (target: "
-           "1.0 or less, 1.2 at GQA 8).\n",
+    p.prefill = prefill;
+    printf("Attention, one layer, %d KV heads. Decode: one token; read: the same blocks read once; ceiling: "
+           "share of the "
+           "lesser of read and\n"
+           "convert+multiply-add (target: f16 at 70%% or more); to f16: time over f16's (target: 1.0 or "
+           "less, 1.2 at GQA "
+           "8). Prefill:\n"
+           "512 tokens, at the end of the context; ceiling: share of multiply-adds alone.\n",
            KV_HEADS);
-    for (uint32_t threads = 1; threads <= 2; threads++) {
+    for (const uint32_t *threads = p.threads; *threads; threads++) {
         kvl_context *ctx;
         kvl_context_desc desc;
         memset(&desc, 0, sizeof desc);
         desc.backend = KVL_BACKEND_CPU;
         desc.simd = simd;
-        desc.n_threads = threads;
+        desc.n_threads = *threads;
         if (kvl_context_create(&desc, &ctx) != KVL_OK) {
             fprintf(stderr, "bench_attend: no cpu context with this simd path\n");
             return 1;
         }
-        if (threads == 1) printf("%s\n", kvl_context_backend(ctx));
-        bench(ctx, p);
+        printf("\n%s", kvl_context_backend(ctx));
+        bench(ctx, &p);
         kvl_context_destroy(ctx);
     }
     return 0;
