@@ -1013,6 +1013,12 @@ static bool kvli_thread_start(kvli_thread *t, void *(*fn)(void *), void *arg) {
 static void kvli_thread_join(kvli_thread t) { pthread_join(t, NULL); }
 #endif
 
+#if KVLI_X86
+#define KVLI_PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+#else
+#define KVLI_PREFETCH(p) ((void)(p))
+#endif
+
 static inline void kvli_pause(void) {
 #if KVLI_X86
     _mm_pause();
@@ -5433,7 +5439,7 @@ typedef struct kvli_cpu_block {
     uint32_t n;     /* tokens that anyone sees */
     uint32_t first; /* index of the first token in the range that runs count in */
     uint32_t n_q;
-    const float *q; /* keys: [n_q] rows, scaled, rotated as the tile is; one more row may be read */
+    const float *q; /* keys: [n_q] padded rows, scaled, rotated as the tile is; one more row may be read */
     float *s;       /* scores out (keys); probabilities in, may be overwritten (values) */
     const kvli_cpu_run *runs;
     float *acc; /* values: [n_q] rows to add to */
@@ -5445,11 +5451,10 @@ typedef struct kvli_cpu_block {
 
 /* A SIMD path. */
 typedef struct kvli_cpu_ops {
-    uint32_t acc_align; /* accumulators are padded to a multiple of it */
-    /* 4-bit rows stand with the even elements of each 8 (keys) or 32 (values) before the odd ones, and INT4
-       values leave 16 partial sums of probability times zero point per 64 dims behind the accumulator's dims.
-     */
-    bool splits_nibbles;
+    uint32_t row_align; /* rows of q and of accumulators are padded to a multiple of it */
+    /* 4-bit rows stand in another order (kvli_cpu_key_place, kvli_cpu_value_place), and INT4 values leave 16 partial sums
+       of probability times zero point per 64 dims behind the accumulator's dims. */
+    bool turns_nibbles;
     size_t (*scratch_floats)(const kvli_geometry *geo);
     void (*score)(const kvli_cpu_block *b);
     /* Scores to probabilities of one or more of n query rows; returns of how many. by: what their
@@ -5782,15 +5787,32 @@ KVLI_Z __m256i kvli_z_two(const uint8_t *a, const uint8_t *b) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1);
 }
 
-KVLI_Z __m128i kvli_z_load32(const uint8_t *at) {
-    int32_t x;
-    memcpy(&x, at, sizeof x);
-    return _mm_cvtsi32_si128(x);
+/* 32 dims of 4 bits of four rows, in a tail 16 and zeros, as four 32-bit numbers a row. */
+KVLI_Z __m512i kvli_z_four(const uint8_t *row, size_t stride, bool tail) {
+    __m256i half[2];
+    KVLI_UNROLL for (int i = 0; i < 2; i++, row += 2 * stride) {
+        if (tail)
+            half[i] = _mm256_inserti128_si256(
+                _mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)(const void *)row)),
+                _mm_loadl_epi64((const __m128i *)(const void *)(row + stride)), 1);
+        else
+            half[i] = kvli_z_two(row, row + stride);
+    }
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
 }
 
-/* 8 dims of four rows as floats, bytes or nibbles become codes. Nibbles: the four even dims, then the four
- * odd ones. */
-KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, __m512 *v) {
+/* Dims 8c to 8c + 7 of four rows; bytes and nibbles become codes. Nibbles: not those dims, but the next two of each 32-bit
+   number of x, which lasts for four calls. */
+KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, uint32_t c, bool tail, __m512i *x,
+                        __m512 *v) {
+    if (f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL) {
+        const __m512 table = kvli_z_nibbles(f);
+        *x = c % 4 == 0 ? kvli_z_four(row + c * 4, stride, tail) : _mm512_srli_epi32(*x, 8);
+        v[0] = _mm512_permutexvar_ps(*x, table);
+        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(*x, 4), table);
+        return;
+    }
+    row += c * kvli_bytes8(f);
     const uint8_t *r[4] = {row, row + stride, row + 2 * stride, row + 3 * stride};
     if (f == KVLI_Z_QUADS) {
         v[0] = _mm512_loadu_ps((const float *)(const void *)row);
@@ -5808,20 +5830,13 @@ KVLI_Z void kvli_z_quad(kvl_format f, const uint8_t *row, size_t stride, __m512 
         KVLI_UNROLL for (int k = 0; k < 2; k++) v[k] =
             f == KVL_F16 ? _mm512_cvtph_ps(x[k])
                          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x[k]), 16));
-    } else if (f == KVL_INT8 || f == KVL_INT8_CHANNEL || f == KVL_FP8_E4M3) {
+    } else {
         __m128i ab = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[0]),
                                         _mm_loadl_epi64((const __m128i *)(const void *)r[1]));
         __m128i cd = _mm_unpacklo_epi32(_mm_loadl_epi64((const __m128i *)(const void *)r[2]),
                                         _mm_loadl_epi64((const __m128i *)(const void *)r[3]));
         v[0] = kvli_z_codes(f, _mm_unpacklo_epi64(ab, cd));
         v[1] = kvli_z_codes(f, _mm_unpackhi_epi64(ab, cd));
-    } else {
-        const __m512 table = kvli_z_nibbles(f);
-        __m128i ab = _mm_unpacklo_epi32(kvli_z_load32(r[0]), kvli_z_load32(r[1])),
-                cd = _mm_unpacklo_epi32(kvli_z_load32(r[2]), kvli_z_load32(r[3]));
-        __m512i x = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(ab, cd));
-        v[0] = _mm512_permutexvar_ps(x, table);
-        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
     }
 }
 
@@ -5833,15 +5848,22 @@ KVLI_Z __m512 kvli_z_spread(const float *at) {
 
 /* Floats of scales for four rows of keys. */
 KVLI_Z uint32_t kvli_z_side_floats(kvl_format f, uint32_t dim) {
-    return f == KVL_NVFP4 ? dim / 16 * 4 : f == KVL_INT4 ? (dim + 63) / 64 * 8 : 0;
+    return f == KVL_NVFP4 ? (dim + 31) / 32 * 8 : f == KVL_INT4 ? (dim + 63) / 64 * 8 : 0;
 }
 
-/* Dims 8c to 8c + 7 of the quad at `row`; scales of groups of dims are applied. */
+/* Dims of keys as quads: nibbles come 32 at a time. */
+KVLI_Z uint32_t kvli_z_key_dims(kvl_format f, uint32_t dim) {
+    return f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL ? kvli_z_pad(dim) : dim;
+}
+
+/* kvli_z_quad with scales of groups of dims applied. */
 KVLI_Z void kvli_z_key(kvl_format f, const uint8_t *row, size_t stride, const float *side, uint32_t c,
-                       __m512 *v) {
-    kvli_z_quad(f, row + c * kvli_bytes8(f), stride, v);
+                       bool tail, __m512i *x, __m512 *v) {
+    kvli_z_quad(f, row, stride, c, tail, x, v);
     if (f == KVL_NVFP4) {
-        const __m512 scale = kvli_z_spread(side + c / 2 * 4);
+        const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        const __m512 scale =
+            _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(side + c / 4 * 8)));
         v[0] = _mm512_mul_ps(v[0], scale);
         v[1] = _mm512_mul_ps(v[1], scale);
     } else if (f == KVL_INT4) {
@@ -5923,17 +5945,17 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
     for (uint32_t t0 = 0; t0 < n; t0 += 4 * (uint32_t)Q) {
         const float *side = r->side + t0 / 4 * n_side;
         const uint8_t *row[4], *ahead = kvli_z_row(r, t0 + (1u << r->shift));
+        __m512i x[4];
         __m512 a[16];
         KVLI_UNROLL for (int i = 0; i < Q; i++) row[i] = kvli_z_row(r, t0 + 4 * (uint32_t)i);
         KVLI_UNROLL for (int i = 0; i < H * Q; i++) a[i] = _mm512_setzero_ps();
         for (uint32_t c = 0; c < r->dim / 8; c++, ahead += bytes) {
             __m512 v[4][2];
             if (f != KVLI_Z_QUADS) {
-                KVLI_UNROLL for (uint32_t i = 0; i < n_lines; i++)
-                    _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T1);
+                KVLI_UNROLL for (uint32_t i = 0; i < n_lines; i++) KVLI_PREFETCH(ahead + 64 * i);
             }
             KVLI_UNROLL for (int i = 0; i < Q; i++)
-                kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, v[i]);
+                kvli_z_key(f, row[i], stride, side + (uint32_t)i * n_side, c, false, &x[i], v[i]);
             KVLI_UNROLL for (int h = 0; h < H; h++) {
                 const float *at = w->q + (size_t)h * w->q_stride + 8 * wide * c;
                 KVLI_UNROLL for (int k = 0; k < 2; k++) {
@@ -5997,11 +6019,13 @@ static KVLI_TARGET_AVX512 void kvli_z_score8(kvl_format f, const kvli_z_rows *r,
 
 /* Decodes keys [t0, t0 + n) to quads in memory. */
 KVLI_Z void kvli_z_decode_keys_as(kvl_format f, const kvli_z_rows *r, uint32_t t0, uint32_t n, float *out) {
-    const uint32_t n_side = kvli_z_side_floats(f, r->dim);
+    const uint32_t n_side = kvli_z_side_floats(f, r->dim), padded = kvli_z_key_dims(f, r->dim);
     for (uint32_t t = t0; t < t0 + n; t += 4) {
-        for (uint32_t c = 0; c < r->dim / 8; c++, out += 32) {
+        __m512i x;
+        for (uint32_t c = 0; c < padded / 8; c++, out += 32) {
             __m512 v[2];
-            kvli_z_key(f, kvli_z_row(r, t), r->stride, r->side + t / 4 * n_side, c, v);
+            kvli_z_key(f, kvli_z_row(r, t), r->stride, r->side + t / 4 * n_side, c, c / 4 * 32 + 32 > r->dim,
+                       &x, v);
             _mm512_storeu_ps(out, v[0]);
             _mm512_storeu_ps(out + 16, v[1]);
         }
@@ -6028,34 +6052,26 @@ static KVLI_TARGET_AVX512 void kvli_z_f16(const uint8_t *src, uint32_t n, float 
             _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i))), m));
 }
 
-/* NVFP4's scales as f32. Values: [row][groups, padded to even]. Keys: [row / 4][group][row % 4]. */
+/* NVFP4's scales as f32. Values: [row][groups, padded to even]. Keys: [row / 4][group / 2][row % 4][group % 2]. */
 static KVLI_TARGET_AVX512 void kvli_z_scales16(const uint8_t *src, uint32_t n, uint32_t groups, float global,
                                                bool is_key, float *dst) {
-    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512 by = _mm512_set1_ps(256.0f * global);
+    const __m256i turn4 = _mm256_setr_epi16(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15),
+                  turn8 = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     uint32_t padded = (groups + 1) & ~1u;
     if (is_key ? groups != 4 && groups != 8 : groups % 2 != 0) {
-        for (uint32_t t = 0; t < n; t++) {
-            if (!is_key) dst[t * padded + groups] = 0;
-            for (uint32_t g = 0; g < groups; g++)
-                dst[is_key ? (t / 4 * groups + g) * 4 + t % 4 : t * padded + g] =
-                    kvli_e4m3_to_f32(src[t * groups + g]) * global;
-        }
+        for (uint32_t t = 0; t < n; t++)
+            for (uint32_t g = 0; g < padded; g++)
+                dst[is_key ? t / 4 * 4 * padded + g / 2 * 8 + t % 4 * 2 + g % 2 : t * padded + g] =
+                    g < groups ? kvli_e4m3_to_f32(src[t * groups + g]) * global : 0.0f;
         return;
     }
     for (uint32_t i = 0; i < n * groups; i += 32) {
         __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(src + i));
-        __m512 a, b;
-        if (is_key && groups == 8)
-            x = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-        a = kvli_z_codes(KVL_FP8_E4M3, _mm256_castsi256_si128(x));
-        b = kvli_z_codes(KVL_FP8_E4M3, _mm256_extracti128_si256(x, 1));
-        if (is_key) {
-            a = _mm512_permutexvar_ps(turn, a);
-            b = _mm512_permutexvar_ps(turn, b);
-        }
-        _mm512_storeu_ps(dst + i, _mm512_mul_ps(a, by));
-        _mm512_storeu_ps(dst + i + 16, _mm512_mul_ps(b, by));
+        if (is_key) x = _mm256_permutexvar_epi16(groups == 4 ? turn4 : turn8, x);
+        _mm512_storeu_ps(dst + i, _mm512_mul_ps(by, kvli_z_codes(KVL_FP8_E4M3, _mm256_castsi256_si128(x))));
+        _mm512_storeu_ps(dst + i + 16,
+                         _mm512_mul_ps(by, kvli_z_codes(KVL_FP8_E4M3, _mm256_extracti128_si256(x, 1))));
     }
 }
 
@@ -6104,19 +6120,23 @@ static KVLI_TARGET_AVX512 void kvli_z_split_groups(const uint8_t *src, uint32_t 
     }
 }
 
-/* Channel scales and zeros of centred codes as f32, in the order in which kvli_z_quad gives dims. */
+/* Channel scales and zeros of centred codes as f32, in the order of the keys' dims. */
 static KVLI_TARGET_AVX512 void kvli_z_channels(kvl_format f, const uint8_t *src, uint32_t dim, float *dst) {
-    const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m512i turn = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
     const __m512 centre = _mm512_set1_ps(kvli_z_centre(f));
-    for (uint32_t i = 0; i < dim; i += 16) {
-        __m512 scale = kvli_z_16(KVL_F16, src + 2 * i, 0), zero = kvli_z_16(KVL_F16, src + 2 * (dim + i), 0);
-        zero = _mm512_fmadd_ps(scale, centre, zero);
-        if (f == KVL_INT4_CHANNEL) {
-            scale = _mm512_permutexvar_ps(order, scale);
-            zero = _mm512_permutexvar_ps(order, zero);
+    uint32_t padded = kvli_z_pad(dim);
+    for (uint32_t i = 0; i < padded; i += 32) {
+        __m512 s[2], z[2];
+        kvli_z_pair(KVL_F16, src, NULL, i / 32, i + 16 == dim, &s[0], &s[1]);
+        kvli_z_pair(KVL_F16, src + 2 * dim, NULL, i / 32, i + 16 == dim, &z[0], &z[1]);
+        for (int k = 0; k < 2; k++) {
+            const __m512i order = _mm512_add_epi32(turn, _mm512_set1_epi32(4 * k));
+            bool turned = f == KVL_INT4_CHANNEL;
+            __m512 scale = turned ? _mm512_permutex2var_ps(s[0], order, s[1]) : s[k],
+                   zero = turned ? _mm512_permutex2var_ps(z[0], order, z[1]) : z[k];
+            _mm512_storeu_ps(dst + i + 16 * k, scale);
+            _mm512_storeu_ps(dst + padded + i + 16 * k, _mm512_fmadd_ps(scale, centre, zero));
         }
-        _mm512_storeu_ps(dst + i, scale);
-        _mm512_storeu_ps(dst + dim + i, zero);
     }
 }
 
@@ -6151,8 +6171,7 @@ static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_cpu_block *b, bool 
         if (f == KVL_INT8 || f == KVL_FP8_E4M3)
             kvli_z_f16(scales, T, f == KVL_INT8 ? 1.0f : 256.0f, z->token + i * T);
         if (f == KVL_NVFP4)
-            kvli_z_scales16(scales, T, D / 16, b->side->global, is_key,
-                            z->side + i * T * (is_key ? D / 16 : r.side_stride));
+            kvli_z_scales16(scales, T, D / 16, b->side->global, is_key, z->side + i * T * r.side_stride);
         else if (f == KVL_INT4 && is_key)
             kvli_z_scales64(scales, T, (D + 63) / 64, z->side + i * T / 4 * kvli_z_side_floats(f, D));
         else if (f == KVL_INT4)
@@ -6167,7 +6186,7 @@ static KVLI_TARGET_AVX512 kvli_z_rows kvli_z_open(const kvli_cpu_block *b, bool 
 static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_format f,
                                                  const kvli_z_rows *rows, uint32_t t, uint32_t n,
                                                  const kvli_z_scratch *z) {
-    uint32_t D = b->side->dim, take;
+    uint32_t D = kvli_z_key_dims(b->side->format, b->side->dim), padded = kvli_z_pad(D), take;
     bool channel = b->side->format == KVL_INT8_CHANNEL || b->side->format == KVL_INT4_CHANNEL;
     for (uint32_t i = 0; i < b->n_q; i += take) {
         float zero[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -6184,9 +6203,9 @@ static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_fo
             w.q_stride = 4 * D;
         } else if (channel) {
             for (uint32_t h = 0; h < take; h++)
-                zero[h] = kvli_z_fold(w.q + h * w.q_stride, z->channel, D, z->folded + h * D);
+                zero[h] = kvli_z_fold(w.q + h * w.q_stride, z->channel, padded, z->folded + h * padded);
             w.q = z->folded;
-            w.q_stride = D;
+            w.q_stride = padded;
         }
         if (take >= 7)
             kvli_z_score8(f, rows, n, &w);
@@ -6203,7 +6222,7 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
     kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(b->scratch_dim));
     kvli_z_rows rows = kvli_z_open(b, true, &z), part = rows;
     bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL,
-         direct = b->n_q <= KVLI_CPU_DIRECT_Q && f != KVL_F32 && f != KVL_INT4;
+         direct = b->n_q <= KVLI_CPU_DIRECT_Q && kvli_z_key_dims(f, D) == D && f != KVL_F32 && f != KVL_INT4;
     const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
     if (direct && kvli_z_spreads(f)) kvli_z_spread_q(b, z.rows);
     if (!direct) b->spread->n_q = 0;
@@ -6220,7 +6239,8 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
         kvli_z_decode_keys(f, &rows, t, kvli_min_u32((n + 7) & ~7u, b->n_tiles * T - t), z.rows);
         part.tiles = decoded;
         part.shift = 5;
-        part.stride = D * sizeof(float);
+        part.dim = kvli_z_key_dims(f, D);
+        part.stride = part.dim * sizeof(float);
         kvli_z_score_rows(b, KVLI_Z_QUADS, &part, t, n, &z);
     }
 }
@@ -6335,8 +6355,7 @@ KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli
         for (uint32_t n = end - t; n > 0;
              n--, p++, row += r->stride, ahead += r->stride, side += r->side_stride) {
             __m512 v[8];
-            KVLI_UNROLL for (int i = 0; i < n_lines; i++)
-                _mm_prefetch((const char *)ahead + 64 * i, _MM_HINT_T1);
+            KVLI_UNROLL for (int i = 0; i < n_lines; i++) KVLI_PREFETCH(ahead + 64 * i);
             KVLI_UNROLL for (int i = 0; i < NP; i++)
                 kvli_z_pair(f, row, side, j + (uint32_t)i, false, &v[2 * i], &v[2 * i + 1]);
             KVLI_UNROLL for (int h = 0; h < H; h++) {
@@ -6787,7 +6806,8 @@ typedef struct kvli_cpu_job {
     kvli_cpu_plan *plan; /* [n_spans + 1] */
     uint8_t *bad;        /* by write task: a row was not finite */
     float *partial;
-    uint32_t max_q, v_pad, acc_floats;
+    uint32_t max_q, k_pad, v_pad, acc_floats;
+    uint32_t k_row_bytes, v_row_bytes, k_scale_bytes, v_scale_bytes; /* of packed tiles */
     bool two_q,
         two_acc; /* packed tiles want q, or add to accumulators, of their own: rotated, or in another order */
 } kvli_cpu_job;
@@ -6915,11 +6935,10 @@ static void kvli_cpu_store(const kvl_tensor *t, uint32_t row, uint32_t head, uin
 
 static bool kvli_is_nibbles(kvl_format f) { return f == KVL_NVFP4 || f == KVL_INT4 || f == KVL_INT4_CHANNEL; }
 
-/* Where element d of a row stands where the even elements of each 8 (keys) or 32 (values) come before the odd
- * ones. */
-static inline uint32_t kvli_cpu_split(uint32_t d, uint32_t n) {
-    return (d & ~(n - 1)) + (d & 1) * (n / 2) + (d & (n - 1)) / 2;
-}
+/* Where element d of a row of 4 bits stands: keys lie as they are taken from 32-bit numbers, the first of each four of them,
+   then the second and so on; values with the even elements of each 32 before the odd ones. */
+static inline uint32_t kvli_cpu_key_place(uint32_t d) { return (d & ~31u) + d % 8 * 4 + d % 32 / 8; }
+static inline uint32_t kvli_cpu_value_place(uint32_t d) { return (d & ~31u) + d % 2 * 16 + d % 32 / 2; }
 
 /* q rows as f32, scaled (softmax scale, softcap, base 2), and once more as packed keys want them. */
 KVLI_NOINLINE void kvli_cpu_prepare_q(kvli_cpu_unit *u) {
@@ -6928,18 +6947,19 @@ KVLI_NOINLINE void kvli_cpu_prepare_q(kvli_cpu_unit *u) {
     const kvli_side *packed = &a->layer->k[KVLI_PACKED];
     uint32_t gqa = a->geo->gqa, dim = a->geo->k_dim;
     float by = a->layer->softcap != 0 ? a->layer->scale / a->layer->softcap : a->layer->scale * KVLI_LOG2E;
-    memset(u->q[KVLI_EXACT], 0, (size_t)(u->n_q + 1) * dim * sizeof(float));
-    if (job->two_q) memset(u->q[KVLI_PACKED], 0, (size_t)(u->n_q + 1) * dim * sizeof(float));
+    memset(u->q[KVLI_EXACT], 0, (size_t)(u->n_q + 1) * job->k_pad * sizeof(float));
+    if (job->two_q) memset(u->q[KVLI_PACKED], 0, (size_t)(u->n_q + 1) * job->k_pad * sizeof(float));
     for (uint32_t i = 0; i < u->n_q; i++) {
-        float *q = u->q[KVLI_EXACT] + (size_t)i * dim, *p = u->q[KVLI_PACKED] + (size_t)i * dim, x[256];
+        float *q = u->q[KVLI_EXACT] + (size_t)i * job->k_pad, *p = u->q[KVLI_PACKED] + (size_t)i * job->k_pad,
+              x[256];
         uint32_t at = u->q0 + i;
         kvli_cpu_load(&a->q, u->span->first_row + at / gqa, u->head * gqa + at % gqa, dim, q);
         for (uint32_t d = 0; d < dim; d++) q[d] *= by;
         if (!job->two_q) continue;
         memcpy(x, q, dim * sizeof(float));
         if (packed->rotated) kvli_hadamard(x, dim, 1, job->simd);
-        if (job->ops->splits_nibbles && kvli_is_nibbles(packed->format)) {
-            for (uint32_t d = 0; d < dim; d++) p[kvli_cpu_split(d, 8)] = x[d];
+        if (job->ops->turns_nibbles && kvli_is_nibbles(packed->format)) {
+            for (uint32_t d = 0; d < dim; d++) p[kvli_cpu_key_place(d)] = x[d];
         } else {
             memcpy(p, x, dim * sizeof(float));
         }
@@ -6953,8 +6973,8 @@ KVLI_NOINLINE void kvli_cpu_join(const kvli_cpu_unit *u, uint32_t i) {
     uint32_t dim = packed->dim;
     const float *from = u->acc[KVLI_PACKED] + (size_t)i * job->acc_floats;
     float *to = u->acc[KVLI_EXACT] + (size_t)i * job->acc_floats, x[256];
-    if (job->ops->splits_nibbles && kvli_is_nibbles(packed->format)) {
-        for (uint32_t d = 0; d < dim; d++) x[d] = from[kvli_cpu_split(d, 32)];
+    if (job->ops->turns_nibbles && kvli_is_nibbles(packed->format)) {
+        for (uint32_t d = 0; d < dim; d++) x[d] = from[kvli_cpu_value_place(d)];
         for (uint32_t g = 0; packed->format == KVL_INT4 && g * 64 < dim; g++) {
             float sum = 0;
             for (uint32_t l = 0; l < 16; l++) sum += from[job->v_pad + 16 * g + l];
@@ -7095,8 +7115,8 @@ static kvli_cpu_block kvli_cpu_block_of(kvli_cpu_unit *u, const kvli_cpu_part *p
     b.n = p->n;
     b.first = p->first;
     b.n_q = p->n_q;
-    b.q = u->q[p->cls] + (size_t)p->q0 * job->a->geo->k_dim;
-    b.q_stride = job->a->geo->k_dim;
+    b.q = u->q[p->cls] + (size_t)p->q0 * job->k_pad;
+    b.q_stride = job->k_pad;
     b.s = u->s + (size_t)p->q0 * KVLI_CPU_STRIDE + p->first;
     b.runs = u->runs + p->q0;
     b.acc = u->acc[p->cls] + (size_t)p->q0 * job->acc_floats;
@@ -7111,6 +7131,24 @@ KVLI_NOINLINE void kvli_cpu_scale(float *x, uint32_t n, float by) {
     for (uint32_t d = 0; d < n; d++) x[d] *= by;
 }
 
+/* Scales stand behind the rows of a tile, where kernels going from row to row do not look ahead: brings those of the
+   tokens from t0 on, which are next. */
+static void kvli_cpu_prefetch_scales(const kvli_cpu_unit *u, uint32_t t0) {
+    const kvli_cpu_job *job = u->job;
+    const kvli_layer *L = job->a->layer;
+    const kvl_span_blocks *blocks = &u->span->blocks;
+    uint32_t T = job->a->geo->block_tokens, cls,
+             end = kvli_min_u32((t0 + KVLI_CPU_TILE) / T, blocks->n_blocks);
+    for (uint32_t b = t0 / T; b < end; b++) {
+        const uint8_t *at =
+            blocks->table[b] == KVL_NONE ? NULL : kvli_cpu_tile(job->a, blocks->table[b], u->head, &cls);
+        if (!at || cls == KVLI_EXACT) continue;
+        for (uint32_t i = 0; i < job->k_scale_bytes; i += 64) KVLI_PREFETCH(at + job->k_row_bytes + i);
+        at += L->v_offset[cls];
+        for (uint32_t i = 0; i < job->v_scale_bytes; i += 64) KVLI_PREFETCH(at + job->v_row_bytes + i);
+    }
+}
+
 static void kvli_cpu_tile_step(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
     const kvli_cpu_job *job = u->job;
     const kvli_layer *L = job->a->layer;
@@ -7118,6 +7156,7 @@ static void kvli_cpu_tile_step(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
     uint32_t n_parts;
     if (!kvli_cpu_tile_runs(u, t0, n)) return;
     n_parts = kvli_cpu_tile_parts(u, t0, n, parts);
+    kvli_cpu_prefetch_scales(u, t0 + n);
     for (uint32_t i = 0; i < n_parts; i++) {
         kvli_cpu_block b = kvli_cpu_block_of(u, &parts[i], true);
         job->ops->score(&b);
@@ -7226,7 +7265,7 @@ static void kvli_cpu_unit_task(void *arg, uint32_t task) {
     u.q0 = local / plan->n_parts % plan->n_query_blocks * job->max_q;
     rows = u.span->n_rows * geo->gqa;
     u.n_q = kvli_min_u32(rows - u.q0, job->max_q);
-    q_floats = (size_t)(u.n_q + 1) * geo->k_dim;
+    q_floats = (size_t)(u.n_q + 1) * job->k_pad;
     acc_floats = (size_t)u.n_q * job->acc_floats;
     u.q[KVLI_EXACT] = memory;
     u.q[KVLI_PACKED] = job->two_q ? memory + q_floats : memory;
@@ -7264,16 +7303,21 @@ static void kvli_cpu_shape(kvli_cpu_job *job) {
     const kvli_geometry *geo = job->a->geo;
     const kvli_layer *L = job->a->layer;
     const kvli_side *k = &L->k[KVLI_PACKED], *v = &L->v[KVLI_PACKED];
-    uint32_t align = job->ops->acc_align;
-    bool split = job->ops->splits_nibbles;
+    uint32_t align = job->ops->row_align;
+    bool split = job->ops->turns_nibbles;
     size_t row, left;
+    job->k_row_bytes = (uint32_t)kvli_row_bytes(k->format, k->dim) * k->tokens;
+    job->v_row_bytes = (uint32_t)kvli_row_bytes(v->format, v->dim) * v->tokens;
+    job->k_scale_bytes = (uint32_t)kvli_scale_bytes(k->format, k->tokens, k->dim);
+    job->v_scale_bytes = (uint32_t)kvli_scale_bytes(v->format, v->tokens, v->dim);
+    job->k_pad = kvli_div_up(geo->k_dim, align) * align;
     job->v_pad = kvli_div_up(geo->v_dim, align) * align;
     job->two_q = k->rotated || (split && kvli_is_nibbles(k->format));
     job->two_acc = v->rotated || (split && kvli_is_nibbles(v->format));
     job->acc_floats = job->v_pad + (split && v->format == KVL_INT4 ? 16 * kvli_div_up(geo->v_dim, 64) : 0);
-    row = (job->two_q ? 2 : 1) * geo->k_dim + (job->two_acc ? 2 : 1) * job->acc_floats + geo->v_dim +
+    row = (job->two_q ? 2 : 1) * job->k_pad + (job->two_acc ? 2 : 1) * job->acc_floats + geo->v_dim +
           KVLI_CPU_STRIDE;
-    left = KVLI_CPU_FLOATS - job->ops->scratch_floats(geo) - 2 * geo->k_dim - KVLI_CPU_STRIDE;
+    left = KVLI_CPU_FLOATS - job->ops->scratch_floats(geo) - 2 * job->k_pad - KVLI_CPU_STRIDE;
     job->max_q = (uint32_t)(left / row);
     if (job->max_q > KVLI_CPU_MAX_Q) job->max_q = KVLI_CPU_MAX_Q;
     if (job->max_q > 4) job->max_q &= ~3u;
