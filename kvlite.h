@@ -3899,8 +3899,9 @@ static void kvli_length_learn(kvli_lengths *l, uint32_t n) {
         w += l->weight[b];
         sum += l->weight[b] * length;
         squares += l->weight[b] * length * length;
-        l->mean[b] = w > 0.25 ? (float)(sum / w) : 0; /* too few to say */
-        l->variance[b] = w > 0.25 ? (float)(squares / w - sum / w * (sum / w)) : 0;
+        double mean = w > 0.25 ? sum / w : 0, variance = w > 0.25 ? squares / w - mean * mean : 0;
+        l->mean[b] = (float)mean; /* 0: too few to say */
+        l->variance[b] = variance > 0 ? (float)variance : 0;
     }
 }
 
@@ -4283,11 +4284,13 @@ static double kvli_growth_ahead(kvl_sched *s, const kvli_req *q) {
     for (uint32_t j = 0; j < KVLI_AHEAD;
          j++) { /* at the end of each stretch of time, before anybody in it ends */
         alive -= sum.count[j];
-        double now = sum.grow[j] + alive * sum.width * (j + 1) - freed;
+        double now = sum.grow[j] + alive * sum.width * (j + 1) - freed +
+                     0.5 * s->cache->geo.block_tokens * (alive + sum.count[j]); /* whole blocks */
         if (now > peak) peak = now;
         freed += sum.held[j];
     }
-    return sum.pending + peak + 1 * sqrt(sum.variance);
+    peak += sum.pending + sqrt(sum.variance);
+    return peak < 1e9 ? peak : 1e9;
 }
 
 /* Does a request fit beside what is in use, if so many blocks of its match are in use as well? */
