@@ -2354,6 +2354,8 @@ enum {
     KVLI_MAX_GROUPS = 16,
     KVLI_MAX_CLASSES = 2 * KVLI_MAX_GROUPS,
     KVLI_PRIORITIES = 8,
+    KVLI_USES = 4, /* how often a block was found again is counted so far */
+    KVLI_LRU_LISTS = KVLI_PRIORITIES * KVLI_USES,
     KVLI_SCAN = 32, /* siblings looked at for a partial match */
     KVLI_NO_LRU = 255
 };
@@ -2379,6 +2381,7 @@ typedef struct kvli_block {
     uint32_t refs;       /* tables and open steps that hold it */
     uint32_t node;       /* prefix-tree node that holds it, or KVL_NONE */
     uint32_t prev, next; /* LRU, or next in a reserve list */
+    uint64_t released;   /* when it was put into the LRU, in blocks put there */
     uint8_t klass, lru;  /* lru: which list, KVLI_NO_LRU = none */
     bool reserved;       /* came from a sequence's reserve: goes back there if its step is aborted */
 } kvli_block;
@@ -2403,7 +2406,7 @@ typedef struct kvli_node {
     uint32_t n_slots;  /* filled */
     uint32_t seqs;     /* sequences whose deepest node this is */
     uint32_t pins;
-    uint8_t priority;
+    uint8_t priority, uses; /* uses: how often it was found again; a child's is never more */
     bool used;
     uint64_t name_space, salt; /* of its root */
     uint64_t chain; /* hash over namespace, salt and all tokens: says of what has gone that it was here */
@@ -2471,7 +2474,9 @@ struct kvl_cache {
     kvli_block *blocks;
     uint64_t *address;
     uint32_t *free_ids, n_free_ids, *check;
-    uint32_t lru_head[KVLI_PRIORITIES], lru_tail[KVLI_PRIORITIES];
+    uint32_t lru_head[KVLI_LRU_LISTS], lru_tail[KVLI_LRU_LISTS]; /* [priority][uses] */
+    uint64_t released;                                           /* blocks put into the LRU since create */
+    double stay; /* how long blocks stay that nobody finds again, in those */
     kvli_node *nodes;
     int32_t *node_tokens;
     uint64_t *ghosts; /* [n_ghosts] chains of blocks evicted lately */
@@ -2620,7 +2625,7 @@ static bool kvli_compact(kvl_cache *c) {
     return true;
 }
 
-/* ---- LRU of blocks that only the tree holds ---- */
+/* ---- LRU of blocks that only the tree holds: a list for each priority and number of uses ---- */
 static void kvli_lru_remove(kvl_cache *c, uint32_t id) {
     kvli_block *b = &c->blocks[id];
     if (b->lru == KVLI_NO_LRU) return;
@@ -2638,8 +2643,10 @@ static void kvli_lru_remove(kvl_cache *c, uint32_t id) {
 
 static void kvli_lru_push(kvl_cache *c, uint32_t id) { /* as the most recent */
     kvli_block *b = &c->blocks[id];
-    uint8_t list = c->nodes[b->node].priority;
-    b->lru = list;
+    const kvli_node *node = &c->nodes[b->node];
+    uint32_t list = node->priority * KVLI_USES + node->uses;
+    b->lru = (uint8_t)list;
+    b->released = c->released++;
     b->next = KVL_NONE;
     b->prev = c->lru_tail[list];
     if (b->prev != KVL_NONE)
@@ -2900,15 +2907,27 @@ static void kvli_evict_block(kvl_cache *c, uint32_t id) {
     c->stats.evicted_blocks++;
 }
 
-/* Evicts the least recent block of the lowest priority. Paths are released deepest first and a node's
-   priority is at least its children's, so that a full-attention slot never goes before its children's. */
+/* Evicts of the lowest priority the block that was released first, where each time that a block was found again counts
+   as half of how long blocks stay that never are. (Between least recently and least frequently used.) Paths are
+   released deepest first and a node's priority and uses are at least its children's, so that a full-attention slot
+   never goes before its children's. */
 static bool kvli_evict_one(kvl_cache *c) {
-    for (uint32_t p = 0; p < KVLI_PRIORITIES; p++) {
-        if (c->lru_head[p] == KVL_NONE) continue;
-        kvli_evict_block(c, c->lru_head[p]);
-        return true;
+    uint32_t best = KVL_NONE;
+    double least = 0;
+    for (uint32_t list = 0; list < KVLI_LRU_LISTS; list++) {
+        uint32_t id = c->lru_head[list], uses = list % KVLI_USES;
+        if (!uses && best != KVL_NONE) break; /* a higher priority */
+        if (id == KVL_NONE) continue;
+        double due = (double)c->blocks[id].released + uses * 0.5 * c->stay;
+        if (best != KVL_NONE && due >= least) continue;
+        best = id;
+        least = due;
     }
-    return false;
+    if (best == KVL_NONE) return false;
+    if (c->blocks[best].lru % KVLI_USES == 0)
+        c->stay += ((double)(c->released - c->blocks[best].released) - c->stay) / 256;
+    kvli_evict_block(c, best);
+    return true;
 }
 
 static void kvli_path_priority(kvl_cache *c, uint32_t n, uint8_t priority) {
@@ -3167,6 +3186,8 @@ static uint32_t kvli_seq_start(kvl_cache *c, const kvl_seq_desc *d, const kvli_m
     seq->tail_known = true;
     if (m->length % T) memcpy(kvli_tail(c, i), d->tokens + full * T, (m->length % T) * sizeof *d->tokens);
     kvli_path_priority(c, seq->node, seq->priority);
+    for (uint32_t d = 0; d < full; d++)
+        if (c->nodes[c->path[d]].uses < KVLI_USES - 1) c->nodes[c->path[d]].uses++;
     c->stats.opened++;
     c->stats.open_tokens += d->n_tokens;
     c->stats.hit_tokens += m->length;
@@ -3884,8 +3905,9 @@ static void kvli_length_learn(kvli_lengths *l, uint32_t n) {
         w += l->weight[b];
         sum += l->weight[b] * length;
         squares += l->weight[b] * length * length;
-        l->mean[b] = w > 0.25 ? (float)(sum / w) : 0; /* too few to say */
-        l->variance[b] = w > 0.25 ? (float)(squares / w - sum / w * (sum / w)) : 0;
+        double mean = w > 0.25 ? sum / w : 0, variance = w > 0.25 ? squares / w - mean * mean : 0;
+        l->mean[b] = (float)mean; /* 0: too few to say */
+        l->variance[b] = variance > 0 ? (float)variance : 0;
     }
 }
 
@@ -4268,11 +4290,13 @@ static double kvli_growth_ahead(kvl_sched *s, const kvli_req *q) {
     for (uint32_t j = 0; j < KVLI_AHEAD;
          j++) { /* at the end of each stretch of time, before anybody in it ends */
         alive -= sum.count[j];
-        double now = sum.grow[j] + alive * sum.width * (j + 1) - freed;
+        double now = sum.grow[j] + alive * sum.width * (j + 1) - freed +
+                     0.5 * s->cache->geo.block_tokens * (alive + sum.count[j]); /* whole blocks */
         if (now > peak) peak = now;
         freed += sum.held[j];
     }
-    return sum.pending + peak + 1 * sqrt(sum.variance);
+    peak += sum.pending + sqrt(sum.variance);
+    return peak < 1e9 ? peak : 1e9;
 }
 
 /* Does a request fit beside what is in use, if so many blocks of its match are in use as well? */
@@ -7970,7 +7994,7 @@ static void kvli_cache_lists(kvl_cache *c) { /* everything free */
         c->free_ids[i] = c->max_blocks - 1 - i;
     }
     c->n_free_ids = c->max_blocks;
-    for (uint32_t i = 0; i < KVLI_PRIORITIES; i++) c->lru_head[i] = c->lru_tail[i] = KVL_NONE;
+    for (uint32_t i = 0; i < KVLI_LRU_LISTS; i++) c->lru_head[i] = c->lru_tail[i] = KVL_NONE;
     for (uint32_t i = 0; i < c->max_nodes; i++) {
         c->nodes[i].used = false;
         c->nodes[i].next = i + 1 < c->max_nodes ? i + 1 : KVL_NONE;
@@ -8713,7 +8737,7 @@ static kvl_result kvli_check_blocks(kvl_cache *c) {
                       shared[k] == c->classes[k].shared,
                   "class %u: cached %u, pinned %u, shared %u; counted %u, %u, %u", k, c->classes[k].cached,
                   c->classes[k].pinned, c->classes[k].shared, cached[k], pinned[k], shared[k]);
-    for (uint32_t p = 0; p < KVLI_PRIORITIES; p++)
+    for (uint32_t p = 0; p < KVLI_LRU_LISTS; p++)
         for (uint32_t id = c->lru_head[p], prev = KVL_NONE; id != KVL_NONE && listed <= c->max_blocks;
              prev = id, id = c->blocks[id].next) {
             KVLI_MUST(c->blocks[id].lru == p && c->blocks[id].prev == prev, "block %u: LRU links", id);

@@ -639,6 +639,23 @@ static void test_eviction_by_recency(void **state) {
     assert_int_equal(reopen(f, 2000, 48, 1).matched, 48);
 }
 
+/* What was found again outlives what never was, though that came later; not for ever. */
+static void test_eviction_spares_what_was_found_again(void **state) {
+    fixture *f = (fixture *)*state;
+    kvl_cache_desc desc = kt_desc(&f->env, LAYERS, T, "f16");
+    desc.device_bytes = kt_budget(&desc, 40);
+    make(f, desc);
+    for (int32_t i = 0; i < 8; i++) flood(f, 10, 0); /* how long blocks stay is known from those that went */
+    leave(f, 0, 64, 0);
+    leave(f, 1000, 64, 0);
+    for (int i = 0; i < 3; i++) assert_int_equal(reopen(f, 0, 64, 1).matched, 64);
+    flood(f, 12, 0); /* enough to turn all of it over once */
+    assert_int_equal(reopen(f, 1000, 64, 1).matched, 0);
+    assert_int_equal(reopen(f, 0, 64, 1).matched, 64);
+    flood(f, 60, 0);
+    assert_int_equal(reopen(f, 0, 64, 1).matched, 0);
+}
+
 static void test_eviction_by_priority(void **state) {
     fixture *f = (fixture *)*state;
     kvl_cache_desc desc = kt_desc(&f->env, LAYERS, T, "f16");
@@ -842,6 +859,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_pin_moves_and_comes_off, setup, teardown),
         cmocka_unit_test_setup_teardown(test_pins_are_hard, setup, teardown),
         cmocka_unit_test_setup_teardown(test_eviction_by_recency, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_eviction_spares_what_was_found_again, setup, teardown),
         cmocka_unit_test_setup_teardown(test_eviction_by_priority, setup, teardown),
         cmocka_unit_test_setup_teardown(test_shared_prefix_keeps_the_highest_priority, setup, teardown),
         cmocka_unit_test_setup_teardown(test_eviction_under_load, setup, teardown),

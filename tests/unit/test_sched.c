@@ -265,6 +265,26 @@ static void test_decodes_first(void **state) {
     assert_int_equal(kt_world_run(w, 300), KVL_IDLE);
 }
 
+/* A short prompt that comes after a long one does not wait for the whole of it, and slows it by no more than it takes
+   itself, and a stream of short ones by no more than half. */
+static void test_short_prompts_are_not_held_up(void **state) {
+    kt_world *w = (kt_world *)*state;
+    kvl_sched_desc sdesc;
+    kt_answer *big, *little, *last = NULL;
+    memset(&sdesc, 0, sizeof sdesc);
+    sdesc.step_tokens = 48;
+    kt_world_open(w, tight(w, 120), &sdesc);
+    big = kt_world_submit(w, 0, 48 * 20, 2, NULL);
+    KT_OK(w->cache, kt_world_step(w));
+    little = kt_world_submit(w, 50000, 40, 2, NULL);
+    for (uint32_t i = 0; !big->first_step; i++) {
+        if (!last || last->last_step) last = kt_world_submit(w, 60000 + 1000 * (int32_t)i, 40, 1, NULL);
+        KT_OK(w->cache, kt_world_step(w));
+    }
+    KT_CHECK(little->first_step <= 3, "the short one waited %u steps", little->first_step);
+    KT_CHECK(big->first_step <= 2 * 20 + 2, "the long one waited %u steps", big->first_step);
+}
+
 typedef struct gap_case {
     uint32_t decoders, step_tokens, min_chunk;
     kvl_class klass; /* of the prompt; an interactive one would wait where one more stream breaks the bound */
@@ -490,6 +510,51 @@ typedef struct rank_case {
     uint32_t priority[2];
     int victim;
 } rank_case;
+
+/* How long answers get is learnt: those that stream are not preempted, where a gap is promised. */
+static void test_admission_foresees_growth(void **state) {
+    kt_world *w = (kt_world *)*state;
+    uint64_t preemptions[2];
+    for (int promised = 0; promised < 2; promised++) {
+        kvl_sched_desc sdesc;
+        uint64_t learnt;
+        memset(&sdesc, 0, sizeof sdesc);
+        sdesc.max_gap_ms = promised ? 1000 : 0;
+        kt_world_open(w, tight(w, 40), &sdesc);
+        for (int i = 0; i < 20; i++) kt_world_submit(w, 1000 * i, 40, 110, NULL);
+        assert_int_equal(kt_world_run(w, 5000), KVL_IDLE);
+        learnt = kt_stats(w->cache).preemptions;
+        for (int i = 20; i < 60; i++) kt_world_submit(w, 1000 * i, 40, 110, NULL);
+        assert_int_equal(kt_world_run(w, 10000), KVL_IDLE);
+        preemptions[promised] = kt_stats(w->cache).preemptions - learnt;
+        for (uint32_t i = 0; i < 60; i++) kt_world_answer_is(w, w->answers[i], KVL_FINISH_LENGTH, 110);
+        kt_world_close(w);
+        w->steps = 0;
+    }
+    assert_true(preemptions[0] > 0); /* the load is such that it matters */
+    assert_int_equal(preemptions[1], 0);
+}
+
+/* One that does not fit beside what runs is passed by what does, yet gets its turn while more of that comes. */
+static void test_what_fits_may_pass(void **state) {
+    kt_world *w = (kt_world *)*state;
+    kt_answer *big, *little[200];
+    uint32_t n = 0, before = 0;
+    kt_world_open(w, tight(w, 24), NULL);
+    kt_world_submit(w, 900000, 16 * 8, 60, NULL);
+    KT_OK(w->cache, kt_world_step(w));
+    big = kt_world_submit(w, 0, 16 * 20, 4, NULL);
+    while (!kt_finished(w, big)) {
+        if (n < 200 && (n < 4 || kt_finished(w, little[n - 4]))) {
+            little[n] = kt_world_submit(w, 1000 * (int32_t)n + 1000, 16 * 2, 8, NULL);
+            n++;
+        }
+        KT_OK(w->cache, kt_world_step(w));
+    }
+    for (uint32_t i = 0; i < n; i++)
+        before += little[i]->first_step && little[i]->first_step < big->first_step;
+    KT_CHECK(before >= 3 && before <= 70, "%u of %u passed", before, n);
+}
 
 /* Two that do not fit together once they have grown: who gives way. */
 static void test_preemption_ranking(void **state) {
@@ -1334,6 +1399,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_longest_prefix_policy, setup, teardown),
         cmocka_unit_test_setup_teardown(test_policies_do_not_starve, setup, teardown),
         cmocka_unit_test_setup_teardown(test_decodes_first, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_short_prompts_are_not_held_up, setup, teardown),
         cmocka_unit_test_setup_teardown(test_max_gap, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_chunking_alone, setup, teardown),
         cmocka_unit_test_setup_teardown(test_learns_the_cost, setup, teardown),
@@ -1341,6 +1407,8 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_background_waits_for_interactive, setup, teardown),
         cmocka_unit_test_setup_teardown(test_background_prefill_yields, setup, teardown),
         cmocka_unit_test_setup_teardown(test_background_gives_up_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_admission_foresees_growth, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_what_fits_may_pass, setup, teardown),
         cmocka_unit_test_setup_teardown(test_preemption_ranking, setup, teardown),
         cmocka_unit_test_setup_teardown(test_preemption_makes_progress, setup, teardown),
         cmocka_unit_test_setup_teardown(test_identical_prompts_wait, setup, teardown),

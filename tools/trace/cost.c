@@ -62,11 +62,12 @@ bool model_find(model *m, const char *name, char *err, size_t err_len) {
 /* ---- coefficients ---- */
 
 /* What a cost file can name, in this order. */
-#define COST_FIELDS(X)                                                                                   \
-    X(step_ms)                                                                                           \
-    X(prefill_token_ms)                                                                                  \
-    X(decode_ms) X(kv_gb_ms) X(prefill_kv_ms) X(memory_gb) X(bandwidth_gbs) X(bandwidth_share) X(tflops) \
-        X(flops_share) X(weight_bits)
+#define COST_FIELDS(X)  \
+    X(step_ms)          \
+    X(prefill_token_ms) \
+    X(decode_ms)        \
+    X(kv_gb_ms)         \
+    X(prefill_kv_ms) X(memory_gb) X(bandwidth_gbs) X(bandwidth_share) X(tflops) X(flops_share) X(weight_bits)
 
 typedef struct coefficients {
 #define FIELD(name) double name;

@@ -7,29 +7,27 @@
 
 const char report_help[] =
     "Keys of --json (times in simulated milliseconds; {p50, p95, p99, max} where there are several):\n"
-    "  trace, requests, dropped   what was replayed; dropped: longer than kv_bytes holds, left out in every "
-    "mode\n"
+    "  trace, requests, dropped   what was replayed; dropped: longer than kv_bytes holds, left out in\n"
+    "                             every mode\n"
     "  prompt_tokens, output_tokens, model, kv, kv_bytes, kv_token_bytes, cost, max_gap_ms, speed, repeat\n"
     "  continuous                 the real scheduler and cache; of it:\n"
-    "    tokens_per_s             prompt and output tokens in a second; output_tokens_per_s the latter "
-    "alone\n"
+    "    tokens_per_s             prompt and output tokens in a second; output_tokens_per_s the latter\n"
+    "                             alone\n"
     "    makespan_ms, busy_ms     until the last token; of it in steps\n"
-    "    of_ideal                 share of the ideal schedule's rate (see ideal)\n"
+    "    of_ideal                 share of the ideal schedule's rate (see ideal); of_ideal_belady: of\n"
+    "                             one that has the hits of Belady's optimum\n"
     "    ttft_ms, tbt_ms          arrival to first token; between two tokens of a request\n"
     "    longest_gap_ms           of each request, the longest time between two tokens\n"
-    "    bound_ms                 what DESIGN lets that be, of each token: the longer of max_gap_ms and a "
-    "step of the\n"
-    "                             decodes and the smallest chunk; within_bound: share of the gaps that keep "
-    "to it;\n"
-    "                             requests_within_bound: share of the requests whose every gap does\n"
-    "    waste                    KV bytes that running requests hold and that hold no token, by time, over "
-    "all they\n"
-    "                             hold; slab_slack: bytes of slabs in use that no block has, over those "
-    "slabs\n"
-    "    hit_rate                 tokens of prompts found in the cache, over all; lru_hit_rate, "
-    "belady_hit_rate: of\n"
-    "                             caches of whole blocks with all of kv_bytes for them (running requests "
-    "take none)\n"
+    "    bound_ms                 what DESIGN lets that be, of each token: the longer of max_gap_ms and\n"
+    "                             a step of the decodes and the smallest chunk; within_bound: share of\n"
+    "                             the gaps that keep to it; requests_within_bound: share of the requests\n"
+    "                             whose every gap does\n"
+    "    waste                    KV bytes that running requests hold and that hold no token, by time,\n"
+    "                             over all they hold; slab_slack: bytes of slabs in use that no block\n"
+    "                             has, over those slabs\n"
+    "    hit_rate                 tokens of prompts found in the cache, over all; lru_hit_rate,\n"
+    "                             belady_hit_rate: of caches of whole blocks with all of kv_bytes for\n"
+    "                             them (running requests take none)\n"
     "    steps, prefill_rows, recomputed_rows, preemptions\n"
     "    ledger_peak_bytes, ledger_budget_bytes, slab_bytes, metadata_bytes\n"
     "    waiting_record_bytes     host bytes of a request in the queue beside its tokens\n"
@@ -37,17 +35,15 @@ const char report_help[] =
     "    learnt_cost              the scheduler's coefficients at the end\n"
     "    series                   points over time: ms, waste, used_bytes, cached_bytes, running, waiting\n"
     "    gap_histogram            [upper end in ms, gaps] for each range that has any\n"
-    "  ideal                      makespan_ms, tokens_per_s: a bound that no schedule with this cost, these "
-    "bytes and\n"
-    "                             Belady's hits passes; same_hits_makespan_ms: with the hits that there "
-    "were\n"
-    "  static, request, contiguous   baselines (see --help): as continuous where it applies, and batch: "
-    "requests that\n"
-    "                             fit; speedup: how many times as long as continuous they take\n"
+    "  ideal                      makespan_ms, tokens_per_s: a bound that no schedule of the same work\n"
+    "                             passes, with this cost, these bytes and the prefix hits that there\n"
+    "                             were; belady_makespan_ms: with those of Belady's optimum\n"
+    "  static, request, contiguous   baselines (see --help): as continuous where it applies, and batch:\n"
+    "                             requests that fit; speedup: how many times as long as continuous they\n"
+    "                             take\n"
     "  sweep                      [{kv_bytes, hit_rate, lru_hit_rate, belady_hit_rate}]\n"
-    "  wall                       real time, which differs from run to run: seconds, plan_us, commit_us, "
-    "and\n"
-    "                             plan_256_us: of steps with at least 256 running requests\n";
+    "  wall                       real time, which differs from run to run: seconds, plan_us, commit_us,\n"
+    "                             and plan_256_us: of steps with at least 256 running requests\n";
 
 static double per_second(double n, double ms) { return ms > 0 ? n / ms * 1e3 : 0; }
 
@@ -108,7 +104,7 @@ static void add_continuous(cJSON *root, const report *p) {
     const result *r = p->real;
     cJSON *o = add_rates(root, "continuous", r), *c;
     add(o, "of_ideal", p->ideal_ms / r->makespan_ms);
-    add(o, "of_ideal_same_hits", p->ideal_same_hits_ms / r->makespan_ms);
+    add(o, "of_ideal_belady", p->ideal_belady_ms / r->makespan_ms);
     add_quantiles(o, "bound_ms", r->bound_ms);
     add(o, "within_bound", r->within_bound);
     add(o, "requests_within_bound", r->requests_within);
@@ -136,7 +132,7 @@ static void add_continuous(cJSON *root, const report *p) {
 static void add_ideal(cJSON *root, const report *p, const result *r) {
     cJSON *o = cJSON_AddObjectToObject(root, "ideal");
     add(o, "makespan_ms", p->ideal_ms);
-    add(o, "same_hits_makespan_ms", p->ideal_same_hits_ms);
+    add(o, "belady_makespan_ms", p->ideal_belady_ms);
     add(o, "tokens_per_s", per_second(n_tokens(r), p->ideal_ms));
     add(o, "output_tokens_per_s", per_second((double)r->output_tokens, p->ideal_ms));
 }
@@ -238,8 +234,8 @@ static void real_text(const report *p, FILE *f) {
     if (r->bound_ms.max > 0) line(f, "bound on the gap", r->bound_ms, "ms");
     fprintf(f, "  within the bound       %.3f%% of the gaps, %.3f%% of the requests\n", 100 * r->within_bound,
             100 * r->requests_within);
-    fprintf(f, "  of the ideal schedule  %.2f%% (%.2f%% of it with the same hits)\n",
-            100 * p->ideal_ms / r->makespan_ms, 100 * p->ideal_same_hits_ms / r->makespan_ms);
+    fprintf(f, "  of the ideal schedule  %.2f%% (%.2f%% of one with the best hits)\n",
+            100 * p->ideal_ms / r->makespan_ms, 100 * p->ideal_belady_ms / r->makespan_ms);
     fprintf(f, "  prompts found          %.3f%%; least recently used %.3f%%, optimum %.3f%%\n",
             100 * p->hit_rate, 100 * p->lru_hit_rate, 100 * p->belady_hit_rate);
     fprintf(f, "  preemptions            %llu, %llu rows computed again\n",

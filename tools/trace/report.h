@@ -20,7 +20,8 @@ typedef struct report {
     const result *real; /* of the scheduler; NULL: not run */
     const result *baselines[3];
     double hit_rate, lru_hit_rate, belady_hit_rate; /* of the prompts' tokens */
-    double ideal_ms, ideal_same_hits_ms;
+    double ideal_ms,
+        ideal_belady_ms; /* with the hits that there were (without a real run: with the latter) */
     const sweep_point *sweep;
     uint32_t n_sweep;
 } report;

@@ -32,7 +32,8 @@ typedef struct workload {
     uint32_t *hashes; /* numbered from 0; equal number = equal prefix block; NULL: no two prompts share */
     uint32_t n_hashes, n_distinct;
     uint32_t max_prompt, max_output, max_total;
-    uint32_t reserve; /* what contiguous memory must be reserved for: max_total, or the longest that could be drawn */
+    uint32_t
+        reserve; /* what contiguous memory must be reserved for: max_total, or the longest that could be drawn */
 } workload;
 
 typedef enum trace_format { TRACE_GUESS, TRACE_AZURE, TRACE_MOONCAKE } trace_format;
