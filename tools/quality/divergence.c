@@ -1,7 +1,6 @@
 /* divergence.c - perplexity and Kullback-Leibler divergence of caches on a text; see quality.h. */
 #include "quality.h"
 
-#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,7 +28,7 @@ typedef struct comparison {
 
 /* ln of the sum of e^logit; *top is the likeliest token. */
 static double log_sum_exp(const float *logits, uint32_t n, uint32_t *top) {
-    double sum = DBL_MIN; /* far below a rounding of e^0, which is among the terms */
+    double sum = 0;
     *top = 0;
     for (uint32_t i = 1; i < n; i++)
         if (logits[i] > logits[*top]) *top = i;

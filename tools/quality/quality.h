@@ -1,6 +1,6 @@
 /* quality.h - what the parts of tools/quality share: a text, caches under test, and what they score.
  *
- * Threads: one; what is parallel is so inside.
+ * Errors: false, and a line in err (n bytes). Threads: one; what is parallel is so inside.
  */
 #ifndef QUALITY_H
 #define QUALITY_H
@@ -33,7 +33,7 @@ typedef struct variant {
 
 /* Scores every variant on the passage; the variants go through it side by side, so that the first one's
  * logits are kept for one step only. */
-bool score_passage(const passage *p, variant *v, uint32_t n, bool progress, char *err, size_t err_len);
+bool score_passage(const passage *p, variant *v, uint32_t n_variants, bool progress, char *err, size_t n);
 void free_scores(variant *v, uint32_t n);
 
 /* The q-quantile of the divergences, interpolated between neighbours. */
@@ -44,11 +44,11 @@ double perplexity(const variant *v);
 double cache_bits(kvl_cache *cache, const model_config *c, uint32_t n_tokens, double *k_bits, double *v_bits);
 
 /* Opens a cache for one sequence of n_tokens that keeps nothing between sequences. */
-bool open_sequence(kvl_cache *cache, kvl_seq *seq, char *err, size_t err_len);
+bool open_sequence(kvl_cache *cache, kvl_seq *seq, char *err, size_t n);
 
 /* Runs tokens as one span of a sequence; logits of the last n_logits are then runtime_logits(rt, i). */
-bool run_tokens(runtime *rt, kvl_cache *cache, kvl_seq seq, const int32_t *tokens, uint32_t n,
-                uint32_t n_logits, char *err, size_t err_len);
+bool run_tokens(runtime *rt, kvl_cache *cache, kvl_seq seq, const int32_t *tokens, uint32_t n_tokens,
+                uint32_t n_logits, char *err, size_t n);
 
 /* ---- retrieval.c ---- */
 
@@ -56,8 +56,8 @@ typedef struct recall {
     uint32_t asked, right, same; /* same: the answer is the first variant's, right or wrong */
 } recall;
 
-/* Plants facts in each chunk of the passage and asks for them at its end; out [n] by variant. */
-bool score_recall(const passage *p, const variant *v, uint32_t n, recall *out, char *err, size_t err_len);
+/* Plants facts in each chunk of the passage and asks for them at its end; out [n_variants]. */
+bool score_recall(const passage *p, const variant *v, uint32_t n_variants, recall *out, char *err, size_t n);
 
 /* ---- layers.c ---- */
 
@@ -67,6 +67,6 @@ typedef struct layers_desc {
     bool json;
 } layers_desc;
 
-bool study_layers(runtime *rt, const passage *p, const layers_desc *d, char *err, size_t err_len);
+bool study_layers(runtime *rt, const passage *p, const layers_desc *d, char *err, size_t n);
 
 #endif /* QUALITY_H */
