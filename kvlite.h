@@ -5513,7 +5513,7 @@ static void kvli_cpu_group_runs(const kvli_cpu_run *runs, uint32_t first, uint32
 static uint32_t kvli_cpu_take(uint32_t left, uint32_t widest) {
     if (left >= 7 && widest >= 8) return kvli_min_u32(left, 8);
     if (left >= 3 && widest >= 4) return kvli_min_u32(left, 4);
-    return left >= 2 && widest == 2 ? 2 : 1;
+    return left >= 2 && widest >= 2 ? 2 : 1;
 }
 
 static void kvli_cpu_spread_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1,
@@ -5983,11 +5983,14 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
                 }
             }
         }
-        if (H == 1) {
+        if (H <= 2) {
             const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            __m512 sum = _mm512_permutexvar_ps(turn, kvli_z_sum4(a));
-            _mm512_storeu_ps(
-                w->s + t0, _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0])));
+            KVLI_UNROLL for (int h = 0; h < H; h++) {
+                __m512 sum = _mm512_permutexvar_ps(turn, kvli_z_sum4(a + h * Q));
+                _mm512_storeu_ps(
+                    w->s + (size_t)h * KVLI_CPU_STRIDE + t0,
+                    _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[h])));
+            }
             continue;
         }
         KVLI_UNROLL for (int h = 0; h < H; h += 4) {
@@ -6015,6 +6018,13 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
 static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n,
                                              const kvli_z_queries *w) {
 #define KVLI_CALL(F) kvli_z_score_as(F, 1, 4, r, n, w)
+    KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_score2(kvl_format f, const kvli_z_rows *r, uint32_t n,
+                                             const kvli_z_queries *w) {
+#define KVLI_CALL(F) kvli_z_score_as(F, 2, 4, r, n, w)
     KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
@@ -6227,6 +6237,8 @@ static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_fo
             kvli_z_score8(f, rows, n, &w);
         else if (take >= 3)
             kvli_z_score4(f, rows, n, &w);
+        else if (take == 2)
+            kvli_z_score2(f, rows, n, &w);
         else
             kvli_z_score1(f, rows, n, &w);
     }
@@ -6401,34 +6413,33 @@ static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t
                                                  uint32_t t1) {
     const kvli_z_values_job *w = (const kvli_z_values_job *)arg;
     const float *p = w->p + (size_t)q * KVLI_CPU_STRIDE;
-    float *acc = w->acc + q * w->acc_stride, *last = acc + (n_q - 1) * w->acc_stride;
-    size_t stride = w->acc_stride;
-    uint32_t j = w->j0;
-    if (n_q == 3) last = w->spare;
-    while (j < w->j1) {
-        uint32_t left = w->j1 - j;
-        if (left == 1) { /* such rows always come through memory */
-            if (n_q >= 3)
-                kvli_z_values_as(KVL_F32, 4, 1, &w->rows, t0, t1, p, j, acc, stride, last);
-            else
-                kvli_z_values_as(KVL_F32, 1, 1, &w->rows, t0, t1, p, j, acc, stride, last);
-            j += 1;
-        } else if (n_q >= 3) {
-#define KVLI_CALL(F) kvli_z_values_as(F, 4, 2, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 2;
-        } else if (left >= 4) {
-#define KVLI_CALL(F) kvli_z_values_as(F, 1, 4, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 4;
-        } else {
-#define KVLI_CALL(F) kvli_z_values_as(F, 1, 2, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 2;
-        }
+    float *acc = w->acc + q * w->acc_stride, *last = n_q == 3 ? w->spare : acc + (n_q - 1) * w->acc_stride;
+    for (uint32_t j = w->j0, n; j < w->j1; j += n) {
+        n = n_q == 1 && w->j1 - j >= 4 ? 4 : kvli_min_u32(w->j1 - j, 2);
+#define KVLI_AS(F, H, NP) kvli_z_values_as(F, H, NP, &w->rows, t0, t1, p, j, acc, w->acc_stride, last)
+#define KVLI_FOUR(F) KVLI_AS(F, 4, 2)
+#define KVLI_TWO(F) KVLI_AS(F, 2, 2)
+#define KVLI_ONE(F) KVLI_AS(F, 1, 2)
+#define KVLI_LONG(F) KVLI_AS(F, 1, 4)
+        if (n == 1 && n_q >= 3) /* such rows always come through memory */
+            KVLI_AS(KVL_F32, 4, 1);
+        else if (n == 1 && n_q == 2)
+            KVLI_AS(KVL_F32, 2, 1);
+        else if (n == 1)
+            KVLI_AS(KVL_F32, 1, 1);
+        else if (n_q >= 3)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_FOUR)
+        else if (n_q == 2)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_TWO)
+        else if (n == 2)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_ONE)
+        else
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_LONG)
+#undef KVLI_AS
+#undef KVLI_FOUR
+#undef KVLI_TWO
+#undef KVLI_ONE
+#undef KVLI_LONG
     }
 }
 
