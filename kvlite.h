@@ -909,6 +909,9 @@ typedef HANDLE kvli_thread;
 #include <pthread.h>
 #include <time.h>
 #include <errno.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 typedef pthread_mutex_t kvli_mutex;
 typedef pthread_cond_t kvli_cond;
 typedef pthread_t kvli_thread;
@@ -1012,6 +1015,18 @@ static bool kvli_thread_start(kvli_thread *t, void *(*fn)(void *), void *arg) {
 }
 static void kvli_thread_join(kvli_thread t) { pthread_join(t, NULL); }
 #endif
+
+/* Asks for huge pages, where the system gives them on request: the tiles of a head lie far apart. */
+static void kvli_huge_pages(void *p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    uintptr_t page = 4096, from = ((uintptr_t)p + page - 1) & ~(page - 1),
+              end = ((uintptr_t)p + bytes) & ~(page - 1);
+    if (end > from) (void)madvise((void *)from, end - from, MADV_HUGEPAGE);
+#else
+    (void)p;
+    (void)bytes;
+#endif
+}
 
 #if KVLI_X86
 #define KVLI_PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
@@ -5431,6 +5446,7 @@ enum {
     KVLI_CPU_TILE = 128,     /* tokens of one softmax step; segments are cut into tiles from their start */
     KVLI_CPU_STRIDE = 144,   /* floats between score rows: the last 16-wide store may run over */
     KVLI_CPU_CHUNK = 32,     /* tokens decoded at once where rows are decoded to memory: 1 << 5 */
+    KVLI_CPU_AHEAD = 2,      /* tiles that are prefetched before they are read */
     KVLI_CPU_MAX_Q = 64,     /* query rows of a task */
     KVLI_CPU_FLOATS = 22016, /* scratch of a task, on its stack: 86 KB */
     KVLI_CPU_DIRECT_Q = 8    /* more query rows than that share K and V decoded to memory */
@@ -5521,7 +5537,7 @@ static void kvli_cpu_group_runs(const kvli_cpu_run *runs, uint32_t first, uint32
 static uint32_t kvli_cpu_take(uint32_t left, uint32_t widest) {
     if (left >= 7 && widest >= 8) return kvli_min_u32(left, 8);
     if (left >= 3 && widest >= 4) return kvli_min_u32(left, 4);
-    return left >= 2 && widest == 2 ? 2 : 1;
+    return left >= 2 && widest >= 2 ? 2 : 1;
 }
 
 static void kvli_cpu_spread_runs(const kvli_cpu_run *runs, uint32_t first, uint32_t t0, uint32_t t1,
@@ -5968,7 +5984,7 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
                    n_lines = (bytes + 63) / 64;
     for (uint32_t t0 = 0; t0 < n; t0 += 4 * (uint32_t)Q) {
         const float *side = r->side + t0 / 4 * n_side;
-        const uint8_t *row[4], *ahead = kvli_z_row(r, t0 + (1u << r->shift));
+        const uint8_t *row[4], *ahead = kvli_z_row(r, t0 + (KVLI_CPU_AHEAD << r->shift));
         __m512i x[4];
         __m512 a[16];
         KVLI_UNROLL for (int i = 0; i < Q; i++) row[i] = kvli_z_row(r, t0 + 4 * (uint32_t)i);
@@ -5991,11 +6007,14 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
                 }
             }
         }
-        if (H == 1) {
+        if (H <= 2) {
             const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            __m512 sum = _mm512_permutexvar_ps(turn, kvli_z_sum4(a));
-            _mm512_storeu_ps(
-                w->s + t0, _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[0])));
+            KVLI_UNROLL for (int h = 0; h < H; h++) {
+                __m512 sum = _mm512_permutexvar_ps(turn, kvli_z_sum4(a + h * Q));
+                _mm512_storeu_ps(
+                    w->s + (size_t)h * KVLI_CPU_STRIDE + t0,
+                    _mm512_fmadd_ps(sum, _mm512_loadu_ps(w->token + t0), _mm512_set1_ps(w->zero[h])));
+            }
             continue;
         }
         KVLI_UNROLL for (int h = 0; h < H; h += 4) {
@@ -6023,6 +6042,13 @@ KVLI_Z void kvli_z_score_as(kvl_format f, const int H, const int Q, const kvli_z
 static KVLI_TARGET_AVX512 void kvli_z_score1(kvl_format f, const kvli_z_rows *r, uint32_t n,
                                              const kvli_z_queries *w) {
 #define KVLI_CALL(F) kvli_z_score_as(F, 1, 4, r, n, w)
+    KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
+#undef KVLI_CALL
+}
+
+static KVLI_TARGET_AVX512 void kvli_z_score2(kvl_format f, const kvli_z_rows *r, uint32_t n,
+                                             const kvli_z_queries *w) {
+#define KVLI_CALL(F) kvli_z_score_as(F, 2, 4, r, n, w)
     KVLI_Z_KEY_FORMATS(f, KVLI_CALL)
 #undef KVLI_CALL
 }
@@ -6235,6 +6261,8 @@ static KVLI_TARGET_AVX512 void kvli_z_score_rows(const kvli_cpu_block *b, kvl_fo
             kvli_z_score8(f, rows, n, &w);
         else if (take >= 3)
             kvli_z_score4(f, rows, n, &w);
+        else if (take == 2)
+            kvli_z_score2(f, rows, n, &w);
         else
             kvli_z_score1(f, rows, n, &w);
     }
@@ -6247,7 +6275,8 @@ static KVLI_TARGET_AVX512 void kvli_z_score(const kvli_cpu_block *b) {
     kvli_z_rows rows = kvli_z_open(b, true, &z), part = rows;
     bool channel = f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL,
          direct = b->n_q <= KVLI_CPU_DIRECT_Q && kvli_z_key_dims(f, D) == D && f != KVL_F32 && f != KVL_INT4;
-    const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
+    const uint8_t *decoded[1 + KVLI_CPU_AHEAD] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows,
+                                                  (const uint8_t *)z.rows};
     if (direct && kvli_z_spreads(f)) kvli_z_spread_q(b, z.rows);
     if (!direct) b->spread->n_q = 0;
     if (channel) step = T;
@@ -6374,7 +6403,7 @@ KVLI_Z void kvli_z_values_as(kvl_format f, const int H, const int NP, const kvli
     }
     for (uint32_t t = t0, end; t < t1; t = end) { /* tile by tile */
         const uint8_t *row = kvli_z_row(r, t),
-                      *ahead = kvli_z_row(r, t + (1u << r->shift)) + j * 4 * kvli_bytes8(f);
+                      *ahead = kvli_z_row(r, t + (KVLI_CPU_AHEAD << r->shift)) + j * 4 * kvli_bytes8(f);
         end = kvli_min_u32(t1, ((t >> r->shift) + 1) << r->shift);
         for (uint32_t n = end - t; n > 0;
              n--, p++, row += r->stride, ahead += r->stride, side += r->side_stride) {
@@ -6408,34 +6437,33 @@ static KVLI_TARGET_AVX512 void kvli_z_values_run(void *arg, uint32_t q, uint32_t
                                                  uint32_t t1) {
     const kvli_z_values_job *w = (const kvli_z_values_job *)arg;
     const float *p = w->p + (size_t)q * KVLI_CPU_STRIDE;
-    float *acc = w->acc + q * w->acc_stride, *last = acc + (n_q - 1) * w->acc_stride;
-    size_t stride = w->acc_stride;
-    uint32_t j = w->j0;
-    if (n_q == 3) last = w->spare;
-    while (j < w->j1) {
-        uint32_t left = w->j1 - j;
-        if (left == 1) { /* such rows always come through memory */
-            if (n_q >= 3)
-                kvli_z_values_as(KVL_F32, 4, 1, &w->rows, t0, t1, p, j, acc, stride, last);
-            else
-                kvli_z_values_as(KVL_F32, 1, 1, &w->rows, t0, t1, p, j, acc, stride, last);
-            j += 1;
-        } else if (n_q >= 3) {
-#define KVLI_CALL(F) kvli_z_values_as(F, 4, 2, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 2;
-        } else if (left >= 4) {
-#define KVLI_CALL(F) kvli_z_values_as(F, 1, 4, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 4;
-        } else {
-#define KVLI_CALL(F) kvli_z_values_as(F, 1, 2, &w->rows, t0, t1, p, j, acc, stride, last)
-            KVLI_Z_VALUE_FORMATS(w->format, KVLI_CALL)
-#undef KVLI_CALL
-            j += 2;
-        }
+    float *acc = w->acc + q * w->acc_stride, *last = n_q == 3 ? w->spare : acc + (n_q - 1) * w->acc_stride;
+    for (uint32_t j = w->j0, n; j < w->j1; j += n) {
+        n = n_q == 1 && w->j1 - j >= 4 ? 4 : kvli_min_u32(w->j1 - j, 2);
+#define KVLI_AS(F, H, NP) kvli_z_values_as(F, H, NP, &w->rows, t0, t1, p, j, acc, w->acc_stride, last)
+#define KVLI_FOUR(F) KVLI_AS(F, 4, 2)
+#define KVLI_TWO(F) KVLI_AS(F, 2, 2)
+#define KVLI_ONE(F) KVLI_AS(F, 1, 2)
+#define KVLI_LONG(F) KVLI_AS(F, 1, 4)
+        if (n == 1 && n_q >= 3) /* such rows always come through memory */
+            KVLI_AS(KVL_F32, 4, 1);
+        else if (n == 1 && n_q == 2)
+            KVLI_AS(KVL_F32, 2, 1);
+        else if (n == 1)
+            KVLI_AS(KVL_F32, 1, 1);
+        else if (n_q >= 3)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_FOUR)
+        else if (n_q == 2)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_TWO)
+        else if (n == 2)
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_ONE)
+        else
+            KVLI_Z_VALUE_FORMATS(w->format, KVLI_LONG)
+#undef KVLI_AS
+#undef KVLI_FOUR
+#undef KVLI_TWO
+#undef KVLI_ONE
+#undef KVLI_LONG
     }
 }
 
@@ -6495,7 +6523,8 @@ static KVLI_TARGET_AVX512 void kvli_z_values(const kvli_cpu_block *b) {
     kvli_z_scratch z = kvli_z_carve(b->scratch, kvli_z_pad(b->scratch_dim));
     kvli_z_rows rows = kvli_z_open(b, false, &z);
     kvl_format f = b->side->format == KVL_INT4 ? (kvl_format)KVL_INT4_CHANNEL : b->side->format;
-    const uint8_t *decoded[2] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows};
+    const uint8_t *decoded[1 + KVLI_CPU_AHEAD] = {(const uint8_t *)z.rows, (const uint8_t *)z.rows,
+                                                  (const uint8_t *)z.rows};
     kvli_z_values_job w;
     if (f == KVL_INT8 || f == KVL_FP8_E4M3)
         for (uint32_t i = 0; i < b->n_q; i++)
@@ -7070,16 +7099,16 @@ static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
  */
 enum { KVLI_CPU_BLOCKS = KVLI_CPU_TILE / 8 };
 typedef struct kvli_cpu_part {
-    const uint8_t *k[KVLI_CPU_BLOCKS + 1],
-        *v[KVLI_CPU_BLOCKS +
-           1]; /* one more: kernels prefetch the next, and those of 16 tokens look at two of 8 */
+    /* a few more, to be prefetched; those of 16 tokens look at two tiles of 8 */
+    const uint8_t *k[KVLI_CPU_BLOCKS + KVLI_CPU_AHEAD], *v[KVLI_CPU_BLOCKS + KVLI_CPU_AHEAD];
     uint32_t cls, n_tiles, first, n, q0, n_q;
 } kvli_cpu_part;
 
-/* Adds block b, read by query rows [q0, q1) less those at both ends that see none of it: those may have no
- * such block any more. */
-static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t next, uint32_t first,
-                               uint32_t q0, uint32_t q1, kvli_cpu_part *parts, uint32_t *n_parts) {
+/* Adds a block, which n_ahead more follow in the table, read by query rows [q0, q1) less those at both ends that see none
+   of it: those may have no such block any more. */
+static void kvli_cpu_add_block(const kvli_cpu_unit *u, const uint32_t *entry, uint32_t n_ahead,
+                               uint32_t first, uint32_t q0, uint32_t q1, kvli_cpu_part *parts,
+                               uint32_t *n_parts) {
     const kvli_layer *L = u->job->a->layer;
     const kvli_cpu_run *r = u->runs;
     uint32_t T = u->job->a->geo->block_tokens, n = 0, cls;
@@ -7092,7 +7121,7 @@ static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t 
     if (q0 == q1) return;
     if (u->whole) n = first + T;
     for (uint32_t i = q0; i < q1 && !u->whole; i++) n = kvli_max_u32(n, kvli_max_u32(r[i].sink, r[i].hi));
-    at = kvli_cpu_tile(u->job->a, entry, u->head, &cls);
+    at = kvli_cpu_tile(u->job->a, *entry, u->head, &cls);
     if (!p || p->cls != cls || p->q0 != q0 || p->n_q != q1 - q0 || p->first + p->n_tiles * T != first) {
         p = &parts[(*n_parts)++];
         p->cls = cls;
@@ -7104,9 +7133,12 @@ static void kvli_cpu_add_block(const kvli_cpu_unit *u, uint32_t entry, uint32_t 
     p->n = kvli_min_u32(n, first + T) - p->first;
     p->k[p->n_tiles] = at;
     p->v[p->n_tiles++] = at + L->v_offset[cls];
-    if (next != KVL_NONE && T >= 16) at = kvli_cpu_tile(u->job->a, next, u->head, &cls);
-    p->k[p->n_tiles] = at;
-    p->v[p->n_tiles] = at + L->v_offset[cls];
+    for (uint32_t i = 0; i < KVLI_CPU_AHEAD; i++) {
+        if (i < n_ahead && entry[1 + i] != KVL_NONE && T >= 16)
+            at = kvli_cpu_tile(u->job->a, entry[1 + i], u->head, &cls);
+        p->k[p->n_tiles + i] = at;
+        p->v[p->n_tiles + i] = at + L->v_offset[cls];
+    }
 }
 
 /* The parts of tile [t0, t0 + n): earlier blocks as the table has them, then each row's own block, exact. */
@@ -7115,15 +7147,15 @@ static uint32_t kvli_cpu_tile_parts(const kvli_cpu_unit *u, uint32_t t0, uint32_
     uint32_t T = u->job->a->geo->block_tokens, n_parts = 0;
     for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
         uint32_t later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
-        uint32_t next = b + 1 < blocks->n_blocks ? blocks->table[b + 1] : KVL_NONE;
         if (later < u->n_q)
-            kvli_cpu_add_block(u, blocks->table[b], next, b * T - t0, later, u->n_q, parts, &n_parts);
+            kvli_cpu_add_block(u, &blocks->table[b], blocks->n_blocks - b - 1, b * T - t0, later, u->n_q,
+                               parts, &n_parts);
     }
     for (uint32_t b = kvli_max_u32(t0 / T, blocks->first_own); b * T < t0 + n; b++) {
         uint32_t own = kvli_cpu_first_at(u, (uint64_t)b * T),
                  later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
         if (own < later)
-            kvli_cpu_add_block(u, blocks->own[b - blocks->first_own], KVL_NONE, b * T - t0, own, later, parts,
+            kvli_cpu_add_block(u, &blocks->own[b - blocks->first_own], 0, b * T - t0, own, later, parts,
                                &n_parts);
     }
     return n_parts;
@@ -7476,6 +7508,7 @@ static uint64_t kvli_cpu_alloc(kvl_context *ctx, size_t bytes) {
     if (size < bytes) return 0;
     uint8_t *raw = (uint8_t *)kvli_alloc(ctx, size);
     if (!raw) return 0;
+    kvli_huge_pages(raw, size);
     uintptr_t at = ((uintptr_t)raw + sizeof(void *) + 127) & ~(uintptr_t)127;
     ((void **)at)[-1] = raw;
     return (uint64_t)at;
