@@ -3696,6 +3696,7 @@ enum {
     KVLI_LOOKAHEAD = 32,
     KVLI_PASSED_OVER = 64,
     KVLI_PASSERS = 16, /* so many in the queue are looked at for one that fits */
+    KVLI_BEGUN = 8,
     KVLI_COSTS = 5,
     KVLI_LENGTHS = 208, /* of answers: eight a power of two, up to 2^28 */
     KVLI_AHEAD = 32,    /* points in time that a forecast of memory looks at */
@@ -3882,6 +3883,8 @@ static uint32_t kvli_chunk(const kvl_sched *s, uint32_t position, uint32_t remai
     uint32_t T = s->cache->geo.block_tokens, n = kvli_min_u32(remaining, u->rows), low = 0, high = n;
     if (u->bound > 0) {
         bool known = s->cost.prefill_token_ms > 0;
+        uint32_t least = kvli_min_u32(s->desc.min_chunk, n);
+        if (u->prefill_rows && u->ms + kvli_rows_cost(s, position, least, false) > u->bound) return 0;
         while (known && low < high) {
             uint32_t mid = low + (high - low + 1) / 2;
             if (u->ms + kvli_rows_cost(s, position, mid, false) <= u->bound)
@@ -4209,7 +4212,7 @@ static void kvli_plan_decodes(kvl_sched *s) {
 }
 
 /* Every second step the prompts that can end in it come first, shortest first, and then new ones: a long prompt holds
-   up short ones by a factor of two at most, and they it. */
+   up short ones by a factor of two at most, and they it. Only so many are begun beside others that are not done. */
 static bool kvli_short_first(const kvl_sched *s) { return s->cache->step.id & 1; }
 
 static uint32_t kvli_prefill_left(const kvl_sched *s, uint32_t r) {
@@ -4217,10 +4220,10 @@ static uint32_t kvli_prefill_left(const kvl_sched *s, uint32_t r) {
 }
 
 static void kvli_plan_short_prefills(kvl_sched *s, kvl_class klass) {
-    uint32_t n = 0, *order = s->order;
+    uint32_t n = 0, *order = s->order, most = kvli_chunk(s, 0, s->budget.rows);
     for (uint32_t at = 0; at < s->n_running; at++) {
         uint32_t r = s->running[at], left = kvli_prefill_left(s, r), i = n;
-        if (s->reqs[r].decode || s->reqs[r].klass != klass || left > s->budget.rows) continue;
+        if (s->reqs[r].decode || s->reqs[r].klass != klass || left > most) continue;
         for (n++; i && kvli_prefill_left(s, order[i - 1]) > left; i--) order[i] = order[i - 1];
         order[i] = r;
     }
@@ -4343,9 +4346,9 @@ static bool kvli_admissible(kvl_sched *s, const kvli_req *q, const kvli_match *m
     return kvli_admissible_with(s, q, in_use);
 }
 
-typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_FULL, KVLI_STOP } kvli_admission;
+typedef enum kvli_admission { KVLI_ADMITTED, KVLI_SKIP, KVLI_FULL, KVLI_LATER, KVLI_STOP } kvli_admission;
 
-static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
+static kvli_admission kvli_admit(kvl_sched *s, uint32_t r, bool whole) {
     kvl_cache *c = s->cache;
     kvli_req *q = &s->reqs[r];
     kvl_seq_desc d = kvli_req_desc(q);
@@ -4354,6 +4357,7 @@ static kvli_admission kvli_admit(kvl_sched *s, uint32_t r) {
     if (!kvli_admissible(s, q, &m)) return KVLI_FULL;
     uint32_t n = kvli_chunk(s, m.length, q->n_tokens - m.length);
     if (!n) return KVLI_STOP;
+    if (whole && n < q->n_tokens - m.length) return KVLI_LATER;
     kvli_wait_remove(s, r);
     q->seq = kvli_seq_start(c, &d, &m);
     c->seqs[q->seq].scheduled = true;
@@ -4427,9 +4431,9 @@ static bool kvli_refused_over_gap(kvl_sched *s, uint32_t r) {
     return true;
 }
 
-/* Admits from one list. Who waits longest and finds no room may be passed by others of it that do, but not for ever.
+/* Admits from one list; `whole`: only what can be computed to its end in this step. Who waits longest and finds no room may be passed by others of it that do, but not for ever.
    False: lower priorities get nothing; starved: nor do lower classes. */
-static bool kvli_admit_list(kvl_sched *s, uint32_t r, bool bound) {
+static bool kvli_admit_list(kvl_sched *s, uint32_t r, bool bound, bool whole) {
     uint32_t skipped = 0, blocked = KVL_NONE;
     while (r != KVL_NONE && skipped <= KVLI_LOOKAHEAD) {
         if (!kvli_has_slot(s) || !s->budget.rows) return false;
@@ -4442,7 +4446,8 @@ static bool kvli_admit_list(kvl_sched *s, uint32_t r, bool bound) {
         if (bound && !begun && kvli_gap_full(s, pick)) {
             if (!kvli_refused_over_gap(s, pick)) return false;
         } else {
-            kvli_admission a = kvli_admit(s, pick);
+            kvli_admission a = kvli_admit(s, pick, whole);
+            if (a == KVLI_LATER) return false;
             s->budget.starved = s->budget.starved || a == KVLI_STOP;
             if (a == KVLI_FULL && blocked == KVL_NONE) {
                 blocked = s->stalled = r;
@@ -4462,10 +4467,12 @@ static bool kvli_admit_list(kvl_sched *s, uint32_t r, bool bound) {
     return !s->budget.starved;
 }
 
-static void kvli_plan_admissions(kvl_sched *s, kvl_class klass) {
-    uint32_t l = 0;
+static void kvli_plan_admissions(kvl_sched *s, kvl_class klass, bool early) {
+    uint32_t l = 0, begun = 0;
+    for (uint32_t i = 0; early && i < s->n_running; i++) begun += !s->reqs[s->running[i]].decode;
+    bool whole = early && begun >= KVLI_BEGUN;
     while (l < KVLI_PRIORITIES &&
-           kvli_admit_list(s, s->waiting[klass * KVLI_PRIORITIES + l].head, klass == KVL_INTERACTIVE))
+           kvli_admit_list(s, s->waiting[klass * KVLI_PRIORITIES + l].head, klass == KVL_INTERACTIVE, whole))
         l++;
 }
 
@@ -4535,10 +4542,10 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
         for (int k = KVL_INTERACTIVE; k <= KVL_BACKGROUND; k++) {
             if (kvli_short_first(s)) {
                 kvli_plan_short_prefills(s, (kvl_class)k);
-                kvli_plan_admissions(s, (kvl_class)k);
+                kvli_plan_admissions(s, (kvl_class)k, true);
             }
             kvli_plan_prefills(s, (kvl_class)k);
-            if (!kvli_short_first(s)) kvli_plan_admissions(s, (kvl_class)k);
+            kvli_plan_admissions(s, (kvl_class)k, false);
         }
         if (c->step.n_rows)
             *out = kvli_step_finish(c);
