@@ -92,17 +92,12 @@ def waste(figure, theme, runs):
 MODES = ("static", "request", "contiguous", "continuous", "ideal")
 
 
-def rate(mode):
-    """Tokens a second; the ideal's with the prefix hits that there were, not with Belady's."""
-    return mode["tokens_per_s"] * mode.get("makespan_ms", 1) / mode.get("same_hits_makespan_ms", mode.get("makespan_ms", 1))
-
-
 def batching(figure, theme, runs):
     """runs: [(name, trace report)]: rate of each way of batching, over that of static batching."""
     axes = figure.subplots()
     width = 0.16
     for m, mode in enumerate(MODES):
-        rates = [rate(r[mode]) / r["static"]["tokens_per_s"] for _, r in runs]
+        rates = [r[mode]["tokens_per_s"] / r["static"]["tokens_per_s"] for _, r in runs]
         at = [i + (m - 2) * width for i in range(len(runs))]
         color = theme["colors"][(6, 5, 3, 0, 2)[m]]
         bars = axes.bar(at, rates, width * 0.92, color=color, label=f"kvlite ({mode})" if mode == "continuous" else mode)
