@@ -81,14 +81,15 @@ def one_ms_a_step():
 def test_waste_and_times_by_hand():
     # Prompt of 40: two blocks of 32 with 24 rows free in its step, then 23, then 22; each step takes 1 ms.
     # The second request, 10 s later: 31 tokens and 1 of answer: one block with 1 row free.
-    trace = file("hand.csv", azure((0, 40, 3), (10, 31, 1)))
+    # The third, 10 s after that, fills its block.
+    trace = file("hand.csv", azure((0, 40, 3), (10, 31, 1), (20, 32, 1)))
     r = report("--trace", trace, *TINY, "--kv-bytes", "1M", "--cost", one_ms_a_step())
     c = r["continuous"]
-    near(c["waste"], (24 + 23 + 22 + 1) / (3 * 64 + 32), "waste")
-    assert c["steps"] == 4 and r["prompt_tokens"] == 71 and r["output_tokens"] == 4 and c["prefill_rows"] == 71, c
-    near(c["makespan_ms"], 10001)
-    near(c["busy_ms"], 4)
-    near(c["tokens_per_s"], 75 / 10.001)
+    near(c["waste"], (24 + 23 + 22 + 1 + 0) / (3 * 64 + 2 * 32), "waste")
+    assert c["steps"] == 5 and r["prompt_tokens"] == 103 and r["output_tokens"] == 5 and c["prefill_rows"] == 103, c
+    near(c["makespan_ms"], 20001)
+    near(c["busy_ms"], 5)
+    near(c["tokens_per_s"], 108 / 20.001)
     near(c["ttft_ms"]["p50"], 1)
     near(c["tbt_ms"]["max"], 1)
     near(c["longest_gap_ms"]["p99"], 1)
