@@ -5450,13 +5450,14 @@ KVL_API kvl_result kvl_sched_tokens(const kvl_sched *sched, kvl_req req, int32_t
    same operations as alone. What a row must not see is left out of loops or replaced by selection, never
    multiplied by zero: it may be NaN. Scores are kept in base 2: log2(e) is folded into q. */
 enum {
-    KVLI_CPU_TILE = 128,     /* tokens of one softmax step; segments are cut into tiles from their start */
-    KVLI_CPU_STRIDE = 144,   /* floats between score rows: the last 16-wide store may run over */
-    KVLI_CPU_CHUNK = 32,     /* tokens decoded at once where rows are decoded to memory: 1 << 5 */
-    KVLI_CPU_AHEAD = 2,      /* tiles that are prefetched before they are read */
-    KVLI_CPU_MAX_Q = 64,     /* query rows of a task */
-    KVLI_CPU_FLOATS = 22016, /* scratch of a task, on its stack: 86 KB */
-    KVLI_CPU_DIRECT_Q = 8    /* more query rows than that share K and V decoded to memory */
+    KVLI_CPU_TILE = 128,   /* tokens of one softmax step; segments are cut into tiles from their start */
+    KVLI_CPU_STRIDE = 144, /* floats between score rows: the last 16-wide store may run over */
+    KVLI_CPU_CHUNK = 32,   /* tokens decoded at once where rows are decoded to memory: 1 << 5 */
+    KVLI_CPU_BLOCKS = KVLI_CPU_TILE / 8, /* of a tile, at most */
+    KVLI_CPU_AHEAD = 2,                  /* tiles that are prefetched before they are read */
+    KVLI_CPU_MAX_Q = 64,                 /* query rows of a task */
+    KVLI_CPU_FLOATS = 22016,             /* scratch of a task, on its stack: 86 KB */
+    KVLI_CPU_DIRECT_Q = 8                /* more query rows than that share K and V decoded to memory */
 };
 static const float KVLI_LOG2E = 1.44269504088896f;
 static const float KVLI_LOW = -3.0e38f; /* below every score; finite, so that differences stay defined */
@@ -7104,15 +7105,14 @@ static bool kvli_cpu_tile_runs(kvli_cpu_unit *u, uint32_t t0, uint32_t n) {
 
 /* Consecutive blocks of the tile at hand, and the query rows [q0, q0 + n_q) that read this version of them.
  */
-enum { KVLI_CPU_BLOCKS = KVLI_CPU_TILE / 8 };
 typedef struct kvli_cpu_part {
     /* a few more, to be prefetched; those of 16 tokens look at two tiles of 8 */
     const uint8_t *k[KVLI_CPU_BLOCKS + KVLI_CPU_AHEAD], *v[KVLI_CPU_BLOCKS + KVLI_CPU_AHEAD];
     uint32_t cls, n_tiles, first, n, q0, n_q;
 } kvli_cpu_part;
 
-/* Adds a block, which n_ahead more follow in the table, read by query rows [q0, q1) less those at both ends that see none
-   of it: those may have no such block any more. */
+/* Adds a block, read by query rows [q0, q1) less those at both ends that see none of it: those may have no such block any
+   more. n_ahead entries behind it are looked at, so that kernels can prefetch their tiles. */
 static void kvli_cpu_add_block(const kvli_cpu_unit *u, const uint32_t *entry, uint32_t n_ahead,
                                uint32_t first, uint32_t q0, uint32_t q1, kvli_cpu_part *parts,
                                uint32_t *n_parts) {
@@ -7155,8 +7155,8 @@ static uint32_t kvli_cpu_tile_parts(const kvli_cpu_unit *u, uint32_t t0, uint32_
     for (uint32_t b = t0 / T; b * T < t0 + n; b++) {
         uint32_t later = kvli_cpu_first_at(u, ((uint64_t)b + 1) * T);
         if (later < u->n_q)
-            kvli_cpu_add_block(u, &blocks->table[b], blocks->n_blocks - b - 1, b * T - t0, later, u->n_q,
-                               parts, &n_parts);
+            kvli_cpu_add_block(u, &blocks->table[b], (b + 1) * T < t0 + n ? 0 : blocks->n_blocks - b - 1,
+                               b * T - t0, later, u->n_q, parts, &n_parts);
     }
     for (uint32_t b = kvli_max_u32(t0 / T, blocks->first_own); b * T < t0 + n; b++) {
         uint32_t own = kvli_cpu_first_at(u, (uint64_t)b * T),
@@ -7202,6 +7202,7 @@ static void kvli_cpu_prefetch_scales(const kvli_cpu_unit *u, uint32_t t0) {
     const kvl_span_blocks *blocks = &u->span->blocks;
     uint32_t T = job->a->geo->block_tokens, cls,
              end = kvli_min_u32((t0 + KVLI_CPU_TILE) / T, blocks->n_blocks);
+    if (job->k_scale_bytes + job->v_scale_bytes == 0) return;
     for (uint32_t b = t0 / T; b < end; b++) {
         const uint8_t *at =
             blocks->table[b] == KVL_NONE ? NULL : kvli_cpu_tile(job->a, blocks->table[b], u->head, &cls);

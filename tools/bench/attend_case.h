@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 
 enum {
     CASE_KV_HEADS = 8,
@@ -124,8 +125,9 @@ static void case_die(const char *what, const char *why) {
 }
 
 static void *case_alloc(size_t n) {
-    void *p = aligned_alloc(128, (n + 127) & ~(size_t)127);
+    void *p = aligned_alloc(4096, (n + 4095) & ~(size_t)4095);
     if (!p) case_die("no memory", "for the data of this context");
+    madvise(p, n, MADV_HUGEPAGE); /* kvlite asks for them too */
     return p;
 }
 
