@@ -4298,7 +4298,7 @@ static double kvli_growth_ahead(kvl_sched *s, const kvli_req *q) {
     kvli_ahead *a = &s->ahead[q->klass], sum;
     double peak = 0, freed = 0, alive;
     if (!a->width) {
-        a->width = (double)s->lengths.mean[0] * 4 / KVLI_AHEAD + 1;
+        a->width = (double)s->lengths.mean[0] * 4 / (int)KVLI_AHEAD + 1;
         for (uint32_t i = 0; i < s->n_running; i++)
             if (s->reqs[s->running[i]].klass <= q->klass) kvli_ahead_add(s, a, &s->reqs[s->running[i]]);
     }
@@ -4471,8 +4471,8 @@ static void kvli_plan_admissions(kvl_sched *s, kvl_class klass, bool early) {
     uint32_t l = 0, begun = 0;
     for (uint32_t i = 0; early && i < s->n_running; i++) begun += !s->reqs[s->running[i]].decode;
     bool whole = early && begun >= KVLI_BEGUN;
-    while (l < KVLI_PRIORITIES &&
-           kvli_admit_list(s, s->waiting[klass * KVLI_PRIORITIES + l].head, klass == KVL_INTERACTIVE, whole))
+    while (l < KVLI_PRIORITIES && kvli_admit_list(s, s->waiting[(uint32_t)klass * KVLI_PRIORITIES + l].head,
+                                                  klass == KVL_INTERACTIVE, whole))
         l++;
 }
 
