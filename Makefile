@@ -12,7 +12,7 @@ CLANG_FORMAT ?= clang-format
 CLANG_TIDY ?= clang-tidy
 CPPCHECK ?= cppcheck
 TESTS ?= compile unit model backend golden fault fuzz e2e
-TEST_TIMEOUT ?= 300 # seconds, for one test program
+TEST_TIMEOUT ?= 900 # seconds, for one test program
 ifeq ($(origin CC),default)
 CC := gcc
 endif
