@@ -95,11 +95,11 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 ## Testing
 
 test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
-	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) FULL=$(FULL) \
+	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS)
 
 test-full: ## the same with all of the traces and texts, and what kvlite set out to reach with them
-	@$(MAKE) --no-print-directory test FULL=1 TEST_TIMEOUT=3600
+	@$(MAKE) --no-print-directory test TESTS="$(TESTS) full" TEST_TIMEOUT=3600
 
 sanitized-test: $(TEST_PROGRAMS)
 	@tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_PROGRAMS)

@@ -21,7 +21,7 @@ BUILD = os.environ.get("BUILD", "build")
 DUMP = os.path.join(BUILD, "tests/e2e/dump_logits")
 COMPLETE = os.path.join(BUILD, "complete")
 MODEL = "build/models/SmolLM2-135M-Instruct.Q4_1.gguf"
-WIKITEXT = "../shared/data/wikitext2_test.txt"
+WIKITEXT = os.path.join(os.environ.get("DATA", "../shared/data"), "wikitext2_test.txt")
 
 try:
     import numpy as np

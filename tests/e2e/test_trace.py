@@ -19,7 +19,7 @@ ONLY = ""
 if ARGS[:1] == ["-k"]:
     ONLY, ARGS = ARGS[1], ARGS[2:]
 BUILD = ARGS[0] if ARGS else os.environ.get("BUILD", "build")
-DATA = ARGS[1] if len(ARGS) > 1 else "../shared/data"
+DATA = ARGS[1] if len(ARGS) > 1 else os.environ.get("DATA", "../shared/data")
 SCRATCH = tempfile.TemporaryDirectory()
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
