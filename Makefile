@@ -118,11 +118,13 @@ bench-peers: $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure against llam
 	else echo "SKIP bench-peers: llama.cpp is not there; make peers compiles it"; fi
 
 RESULTS := $(B)/results
+with_data = [ -f $(DATA)/$(1) ] || { echo "SKIP $(2): $(DATA)/$(1) is not there (DATA= names the folder, see the README)"; exit 0; }; \
+	$(B)/$(2) $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/$(1)
 run-bench-peers: $(PEER_PROGRAMS) model
 	@mkdir -p $(RESULTS)
 	$(B)/bench_peer_attention $(if $(QUICK),--quick) --json $(RESULTS)/peer_attention.json
-	$(B)/bench_peer_llm $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/alice29.txt --json $(RESULTS)/peer_llm.json
-	$(B)/bench_peer_quality $(if $(QUICK),--quick) -m $(MODEL) -f $(DATA)/wikitext2_test.txt --json $(RESULTS)/peer_quality.json
+	@$(call with_data,alice29.txt,bench_peer_llm) --json $(RESULTS)/peer_llm.json
+	@$(call with_data,wikitext2_test.txt,bench_peer_quality) --json $(RESULTS)/peer_quality.json
 .PHONY: test test-full sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
 
 report: $(TOOLS) $(BENCH_PROGRAMS) $(B)/demo model $(VENV)/.report $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure all, write BENCHMARKS.md and plots (QUICK=1, DATA=FOLDER; make peers first)

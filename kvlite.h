@@ -4228,10 +4228,11 @@ static void kvli_plan_short_prefills(kvl_sched *s, kvl_class klass) {
         order[i] = r;
     }
     for (uint32_t i = 0; i < n; i++) {
+        if (s->reqs[order[i]].seq == KVL_NONE) continue; /* preempted for one before */
         uint32_t at = 0, left = kvli_prefill_left(s, order[i]);
         if (kvli_chunk(s, s->cache->seqs[s->reqs[order[i]].seq].length, left) < left) return;
-        while (at < s->n_running && s->running[at] != order[i]) at++;
-        if (at < s->n_running) kvli_run(s, at, left); /* else it was preempted for one before */
+        while (s->running[at] != order[i]) at++;
+        kvli_run(s, at, left);
     }
 }
 

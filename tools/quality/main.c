@@ -1,6 +1,7 @@
 /* quality: what KV formats cost a model. See `quality --help`. */
 #include "quality.h"
 #include "llm/options.h"
+#include "llm/pretokenize.h"
 
 #include <cjson/cJSON.h>
 #include <errno.h>
@@ -112,7 +113,7 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
         return llm_fail(err, n, "--bits and --out go with --per-layer");
     if (p->layers.out && !(p->layers.bits > 0)) return llm_fail(err, n, "--out needs --bits");
     if (p->command == PER_LAYER && p->n_kv) return llm_fail(err, n, "--per-layer takes no --kv");
-    if (p->ctx % 2) return llm_fail(err, n, "--ctx %u: must be even", p->ctx);
+    if (p->ctx % 2 || p->ctx == 2) return llm_fail(err, n, "--ctx %u: must be even, 4 or more", p->ctx);
     if (!p->ctx) p->ctx = p->command == RETRIEVAL ? 2048 : 1024;
     return true;
 }
@@ -135,6 +136,20 @@ static bool read_text(const char *path, char **data, size_t *size, char *err, si
     return ok && (*size || llm_fail(err, n, "-f %.100s: the text is empty", path));
 }
 
+/* What is no text names its line: a NUL, or bytes that are no UTF-8. (A text may end inside a character.) */
+static bool check_text(const char *path, const char *data, size_t size, char *err, size_t n) {
+    uint32_t line = 1, cp;
+    for (size_t i = 0; i < size;) {
+        size_t len = utf8_decode(data + i, size - i, &cp);
+        if (!cp) return llm_fail(err, n, "-f %.100s:%u: a NUL byte: this is no text", path, line);
+        if (cp == UTF8_INVALID)
+            return llm_fail(err, n, "-f %.100s:%u: byte 0x%02x is no UTF-8", path, line, (uint8_t)data[i]);
+        line += data[i] == '\n';
+        i += len;
+    }
+    return true;
+}
+
 /* A model that wants a BOS gets one even before an empty text. */
 static bool find_bos(program *p, char *err, size_t n) {
     token_list l = {0};
@@ -150,7 +165,8 @@ static bool make_passage(program *p, char *err, size_t n) {
     size_t size = 0;
     if (p->ctx > p->rt.config->n_ctx)
         return llm_fail(err, n, "--ctx %u: the model's context is %u", p->ctx, p->rt.config->n_ctx);
-    bool ok = read_text(p->text, &data, &size, err, n) && find_bos(p, err, n) &&
+    bool ok = read_text(p->text, &data, &size, err, n) && check_text(p->text, data, size, err, n) &&
+              find_bos(p, err, n) &&
               tokenizer_encode(p->rt.tok, data, size, TOKENIZE_BOS, &text->ids, err, n);
     free(data);
     if (!ok) return false;

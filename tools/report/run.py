@@ -60,7 +60,7 @@ def run_step(step, quick, data, base):
         if not os.path.exists(os.path.join(ROOT, need)):
             return dict(base, skipped=f"{need} is not there: {how}")
     argv = step.command(quick, data)
-    base = dict(base, command=shlex.join(argv))
+    base = dict(base, command=shlex.join(step.command(quick, "DATA")))
     try:
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=step.limit, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

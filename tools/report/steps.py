@@ -21,9 +21,9 @@ class Step:
         return [a.replace("DATA/", data.rstrip("/") + "/") for a in argv]
 
     def needs(self, data):
-        """(file, what to do where it is absent), the program itself first."""
-        wanted = [(a, "DATA= names the folder of traces and texts (README)") for a in self.command(False, data)
-                  if a.startswith(data)]
+        """(file, what to do where it is absent)"""
+        wanted = [(a.replace("DATA/", data.rstrip("/") + "/"), "DATA= names the folder of traces and texts (README)")
+                  for a in self.argv if a.startswith("DATA/")]
         if self.peers:
             wanted.insert(0, PEERS)
         if self.model:

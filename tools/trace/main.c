@@ -245,6 +245,10 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
         }
     }
     if (err[0]) return false;
+    if (p->replay && (p->trace || p->has_synthetic || p->n_sweep || p->measure || p->json))
+        return llm_fail(err, n, "--replay goes alone: the event trace has its own requests and settings");
+    if (p->n_sweep && p->s.kv_bytes)
+        return llm_fail(err, n, "--sweep and --kv-bytes: the sweep has the sizes");
     if (p->events && (p->n_sweep || !p->run_real))
         return llm_fail(err, n, "--events: only a run of the real scheduler has them (--mode continuous)");
     if (!p->measure && !p->replay && !p->trace == !p->has_synthetic)
@@ -320,8 +324,10 @@ static bool run_sweep(program *p, report *r, char *err, size_t n) {
         at->hit_rate = (double)p->real.hit_tokens / total;
         at->lru_hit_rate = (double)lru / total;
         at->belady_hit_rate = (double)best / total;
-        result_free(&p->real);
+        if (i + 1 < p->n_sweep) result_free(&p->real);
     }
+    p->real.n_dropped = p->n_dropped;
+    r->swept = &p->real;
     r->sweep = p->points;
     r->n_sweep = p->n_sweep;
     return true;
@@ -395,6 +401,8 @@ int main(int argc, char **argv) {
         else if (ok)
             report_text(&r, stdout);
     }
+    if (ok && (fflush(stdout) || ferror(stdout)))
+        ok = llm_fail(err, sizeof err, "the output could not be written: %s", strerror(errno));
     workload_free(&p.w);
     result_free(&p.real);
     if (!ok) fprintf(stderr, "trace: %s\n", err);

@@ -177,7 +177,7 @@ static const result *any_result(const report *p) {
 bool report_json(const report *p, FILE *f) {
     cJSON *root = cJSON_CreateObject();
     const result *r = any_result(p);
-    if (r) add_setup(root, p, r);
+    if (r || p->swept) add_setup(root, p, r ? r : p->swept);
     if (p->real) add_continuous(root, p);
     if (r) add_ideal(root, p, r);
     for (int i = 0; i < 3; i++) {
@@ -252,7 +252,7 @@ static void real_text(const report *p, FILE *f) {
 }
 
 void report_text(const report *p, FILE *f) {
-    const result *r = any_result(p);
+    const result *r = any_result(p) ? any_result(p) : p->swept;
     if (r) {
         fprintf(f, "%s: %u requests", p->source, r->n_requests);
         if (r->n_dropped) fprintf(f, " (%u more do not fit)", r->n_dropped);
@@ -261,7 +261,7 @@ void report_text(const report *p, FILE *f) {
                 p->s->geometry.preset, (double)p->s->kv_bytes / 1048576, p->kv_token_bytes, p->s->cost.name);
     }
     if (p->real) real_text(p, f);
-    if (r)
+    if (any_result(p))
         fprintf(f, "ideal: %.1f tokens/s, done after %.1f s\n", per_second(n_tokens(r), p->ideal_ms),
                 p->ideal_ms / 1e3);
     for (int i = 0; i < 3; i++)

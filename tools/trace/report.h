@@ -24,6 +24,7 @@ typedef struct report {
         ideal_belady_ms; /* with the hits that there were (without a real run: with the latter) */
     const sweep_point *sweep;
     uint32_t n_sweep;
+    const result *swept; /* with a sweep: at its last size */
 } report;
 
 extern const char report_help[]; /* the keys */
