@@ -204,7 +204,7 @@ def scheduling(page):
                              m.get("preemptions", "")])
         page.add(table(["workload", "batching", "tokens/s", "of static", "waste", "first token p50", "preemptions"], rows))
         page.plot("batching", "Ways of batching", [], lambda f, t: plots.batching(
-            f, t, list(zip(("Azure\nconversations", "Mooncake\nconversations", "13B, 40 GB,\nexponential", "13B, 40 GB,\neven"), reports))))
+            f, t, list(zip(("Azure\nconversations", "Mooncake\nconversations", "13B, 40 GB,\nexponential", "13B, 40 GB,\neven"), reports))), size=(11, 4))
         page.add("Each way has the same bytes, model and cost of a step (`build/trace --help` defines them). ideal: the least time in which any "
                  "schedule could do the work with the prefix hits that there were; kvlite reaches "
                  + ", ".join(percent(r["continuous"]["of_ideal"]) for r in reports)

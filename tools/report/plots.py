@@ -101,7 +101,7 @@ def batching(figure, theme, runs):
         at = [i + (m - 2) * width for i in range(len(runs))]
         color = theme["colors"][(6, 5, 3, 0, 2)[m]]
         bars = axes.bar(at, rates, width * 0.92, color=color, label=f"kvlite ({mode})" if mode == "continuous" else mode)
-        axes.bar_label(bars, [f"{v:.1f}×" for v in rates], fontsize=8, padding=2)
+        axes.bar_label(bars, [f"{v:.1f}×" for v in rates], fontsize=7.5, padding=2)
     axes.set_xticks(range(len(runs)), [name for name, _ in runs])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     bare(axes, "", "tokens/s, of static batching's", "Ways of batching, equal bytes and cost")
