@@ -155,7 +155,7 @@ def goals(r):
     if attention:
         found.extend(attention_goals(attention["rows"], times))
     llm = {row["what"]: row for row in (r.get("peer-llm") or {"rows": []})["rows"]}
-    for what, target in (("prefill", 3), ("one stream", 1.5), ("eight streams, decode", 3), ("longest gap", 10)):
+    for what, target in (("prefill", 3), ("one stream", 1.5), ("eight streams, decode", 3), ("eight streams, whole", 3), ("longest gap", 10)):
         if what in llm:
             goal(f"{what}, SmolLM2, llama.cpp's times", llm[what]["ratio"], times, target, False)
     for row in core["capacity"]:
