@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
+
+from cases import Skip, run_methods
 
 BUILD = os.environ.get("BUILD", "build")
 DUMP = os.path.join(BUILD, "tests/e2e/dump_logits")
@@ -76,10 +76,6 @@ MOST_LOG_PROB_ERROR = 3e-4  # 6e-5 was measured
 MOST_INT8_ACTIVATIONS = 0.005
 
 verbose = "-v" in sys.argv[1:]
-
-
-class Skipped(Exception):
-    pass
 
 
 def say(text):
@@ -165,7 +161,7 @@ class Tests:
 
     def test_float_logits_wikitext(self):
         if not os.path.exists(WIKITEXT):
-            raise Skipped(f"{WIKITEXT} is not there")
+            raise Skip(f"{WIKITEXT} is not there")
         with open(WIKITEXT, encoding="utf-8") as f:
             tokens = self.files.encode(f.read(4000))[:192]
         self.compare_float(tokens, self.model.log_probs(tokens))
@@ -234,37 +230,13 @@ class Tests:
                 check(other == alone, f"{preset} with {more}: other logits")
 
 
-# ---- running them, with the lines that tools/run_tests.sh counts
-
-
-def run_case(tests, name):
-    print(f"[ RUN      ] {name}", flush=True)
-    start = time.monotonic()
-    try:
-        getattr(tests, name)()
-    except Skipped as reason:
-        print(f"SKIP: {name}: {reason}\n[  SKIPPED ] {name}", flush=True)
-        return True
-    except Exception as e:
-        if not isinstance(e, AssertionError):
-            traceback.print_exc(file=sys.stdout)
-        print(f"{e}\n[  FAILED  ] {name}", flush=True)
-        return False
-    say(f"{time.monotonic() - start:.1f} s")
-    print(f"[       OK ] {name}", flush=True)
-    return True
-
-
 def main():
     if not os.path.exists(MODEL):
         print(f"SKIP: {MODEL} is not there (make model)")
         sys.exit(77)
     with tempfile.TemporaryDirectory() as folder:
         tests = Tests(Files(folder))
-        asked = [name for name in sys.argv[1:] if name != "-v"]
-        names = asked or [name for name in vars(Tests) if name.startswith("test_")]
-        results = [run_case(tests, name) for name in names]
-    sys.exit(0 if all(results) else 1)
+        sys.exit(run_methods(tests, [name for name in sys.argv[1:] if name != "-v"]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
+
+from cases import Skip, run_functions
 
 ARGS = sys.argv[1:]
 ONLY = ""
@@ -360,10 +361,6 @@ def test_very_long_line():
     assert "8192 is the most" in err and len(reuse(err)) == 1 and out, err
 
 
-class Skip(Exception):
-    """This machine lacks what the case needs."""
-
-
 class Terminal:
     """A program on a pseudo terminal."""
 
@@ -427,22 +424,5 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves():
     assert t.status() == 0
 
 
-def main():
-    cases = [(n, f) for n, f in globals().items() if n.startswith("test_") and ONLY in n]
-    failed = 0
-    for name, case in cases:
-        print(f"[ RUN      ] {name}", flush=True)
-        try:
-            case()
-            print(f"[       OK ] {name}", flush=True)
-        except Skip as why:
-            print(f"SKIP: {why}\n[  SKIPPED ] {name}", flush=True)
-        except Exception:  # pylint: disable=broad-except
-            traceback.print_exc(file=sys.stdout)
-            print(f"[  FAILED  ] {name}", flush=True)
-            failed += 1
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_functions(globals(), ONLY))

@@ -12,18 +12,11 @@ import subprocess
 import sys
 import tempfile
 
-try:
-    import numpy as np
-
-    import test_logits
-    from reference_model import ReferenceModel, log_softmax
-except ModuleNotFoundError as e:
-    if e.name not in ("numpy", "gguf"):
-        raise
-    print(f"SKIP: the Python packages of tools/requirements.txt are not there ({e})")
-    sys.exit(77)
-
-from test_logits import BUILD, MODEL, TEXT, WIKITEXT, Skipped, check, say
+import test_logits  # first: where Python packages are missing, it says so and ends the run as skipped
+import numpy as np
+from cases import Skip, run_methods
+from reference_model import ReferenceModel, log_softmax
+from test_logits import BUILD, MODEL, TEXT, WIKITEXT, check, say
 
 QUALITY = os.path.join(BUILD, "quality")
 COMPLETE = os.path.join(BUILD, "complete")
@@ -141,7 +134,7 @@ class Tests:
 
     def test_presets_on_a_text(self):
         if not os.path.exists(WIKITEXT):
-            raise Skipped(f"{WIKITEXT} is not there")
+            raise Skip(f"{WIKITEXT} is not there")
         rows = self.quality("--ctx", 512, "--chunks", 1, "--whole", text=WIKITEXT)
         check(set(rows) == set(BOUNDS) | {"f32"}, f"the rows are {list(rows)}")
         for kv, bound in BOUNDS.items():
@@ -153,7 +146,7 @@ class Tests:
 
     def test_facts_are_found(self):
         if not os.path.exists(WIKITEXT):
-            raise Skipped(f"{WIKITEXT} is not there")
+            raise Skip(f"{WIKITEXT} is not there")
         rows = self.quality("--retrieval", "--ctx", 1024, "--chunks", 1, "--kv", "int8", text=WIKITEXT)
         for kv in "f32", "int8":
             say(f"{kv}: {rows[kv]}")
@@ -240,10 +233,7 @@ def main():
         sys.exit(77)
     with tempfile.TemporaryDirectory() as folder:
         tests = Tests(test_logits.Files(folder))
-        asked = [name for name in sys.argv[1:] if name != "-v"]
-        names = asked or [name for name in vars(Tests) if name.startswith("test_")]
-        results = [test_logits.run_case(tests, name) for name in names]
-    sys.exit(0 if all(results) else 1)
+        sys.exit(run_methods(tests, [name for name in sys.argv[1:] if name != "-v"]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import random
 import subprocess
 import sys
 import tempfile
-import traceback
+
+from cases import Skip, run_functions
 
 ARGS = sys.argv[1:]
 ONLY = ""
@@ -22,10 +23,6 @@ BUILD = ARGS[0] if ARGS else os.environ.get("BUILD", "build")
 DATA = ARGS[1] if len(ARGS) > 1 else os.environ.get("DATA", "../shared/data")
 SCRATCH = tempfile.TemporaryDirectory()
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-
-
-class Skip(Exception):
-    pass
 
 
 def file(name, content):
@@ -351,23 +348,5 @@ def test_wrong_options():
     assert "belady_hit_rate" in out and "static" in out
 
 
-def main():
-    failed = 0
-    for name, case in sorted(globals().items()):
-        if not name.startswith("test_") or ONLY not in name:
-            continue
-        print(f"[ RUN      ] {name}", flush=True)
-        try:
-            case()
-            print(f"[       OK ] {name}", flush=True)
-        except Skip as e:
-            print(f"SKIP {name}: {e}\n[==========] run.\n[  SKIPPED ] {name}", flush=True)
-        except Exception:
-            failed += 1
-            traceback.print_exc(file=sys.stdout)
-            print(f"[  FAILED  ] {name}", flush=True)
-    return failed != 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_functions(globals(), ONLY))
