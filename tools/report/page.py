@@ -170,11 +170,11 @@ def attention_goals(rows, times):
     good = [row for row in f16 if row["ratio"] >= 3 or row.get("ceiling_share", 0) >= 0.7]
     found = [("decode attention F16: ≥ 3× ggml's best layout or ≥ 70% of the ceiling", f"{len(good)} of {len(f16)} cells",
               "all", len(good) == len(f16))]
-    at16k = [row for row in f16 if tokens_k(row["context"]) == 16]
+    at16k = [row for row in f16 if plots.tokens(row["context"]) == "16k"]
     low = min((row["cache_ratio"] for row in at16k), default=0)
     found.append(("decode attention F16 at 16k, llama.cpp's layout, the least", times(low), "≥ 10×", low >= 10))
-    for names, what in ((("kvlite int8",), "int8"), (("kvlite int4",), "int4"), (("kvlite nvfp4",), "nvfp4")):
-        cells = [row for row in decode if row["kv"] in names]
+    for what in ("int8", "int4", "nvfp4"):
+        cells = [row for row in decode if row["kv"] == f"kvlite {what}"]
         good = [row for row in cells if row["ratio"] >= 4]
         found.append((f"decode attention {what}: ≥ 4× ggml's best layout", f"{len(good)} of {len(cells)} cells", "all",
                       len(good) == len(cells)))
@@ -183,10 +183,6 @@ def attention_goals(rows, times):
     found.append(("prefill attention: ≥ 2× ggml's best layout", f"{len(good)} of {len(prefill)} cells", "all",
                   len(good) == len(prefill)))
     return found
-
-
-def tokens_k(n):
-    return round(n / 1024)
 
 
 # ---- sections ----

@@ -67,7 +67,7 @@ STEPS = [
             quick=["--chunks", "1", "--ctx", "512"]),
     quality("quality-alice", "a second text", ALICE, "--chunks", "2", "--whole", quick=["--chunks", "1", "--ctx", "512"]),
     quality("quality-4096", "contexts of 4,096", WIKITEXT, "--ctx", "4096", "--chunks", "1", "--whole", quick=["--ctx", "512"]),
-    quality("quality-retrieval", "facts in a long context", ALICE, "--retrieval", quick=["--ctx", "512"]),
+    quality("quality-retrieval", "facts in a long context", ALICE, "--retrieval", quick=["--ctx", "768"]),
     peer("peer-attention", "attention, beside ggml", "bench_peer_attention", "--rounds", "3", model=False),
     peer("peer-llm", "a model end to end, beside llama.cpp", "bench_peer_llm", "-m", MODEL, "-f", ALICE),
     peer("peer-quality", "llama.cpp's cache formats", "bench_peer_quality", "-m", MODEL, "-f", WIKITEXT),
