@@ -2780,11 +2780,15 @@ static void kvli_need(const kvl_cache *c, uint32_t n_tokens, uint32_t chunk, uin
 }
 
 /* ==== >>prefix: the tree of cached blocks ==== */
+static uint64_t kvli_mix(uint64_t h, uint64_t x) {
+    h = (h ^ x) * 0xD6E8FEB86659FD93ull;
+    return h ^ h >> 32;
+}
+
 static uint64_t kvli_chain(const kvl_cache *c, uint64_t h, const int32_t *tokens) {
     for (uint32_t i = 0; i < c->geo.block_tokens; i += 2) { /* block_tokens is even */
         uint64_t pair = (uint32_t)tokens[i] | (uint64_t)(uint32_t)tokens[i + 1] << 32;
-        h = (h ^ pair) * 0xD6E8FEB86659FD93ull;
-        h ^= h >> 32;
+        h = kvli_mix(h, pair);
     }
     return h;
 }
@@ -4701,11 +4705,6 @@ KVL_API kvl_result kvl_sched_abort(kvl_sched *s, const kvl_step *step) {
 /* ==== >>events: the recording of what plans depend on (bytes: see kvl_event) ==== */
 enum { KVLI_RECORD_BYTES = 1 << 16, KVLI_CHUNK_HEAD = 8 };
 
-static uint64_t kvli_mix(uint64_t h, uint64_t x) {
-    h = (h ^ x) * 0xD6E8FEB86659FD93ull;
-    return h ^ h >> 32;
-}
-
 static void kvli_put_le(uint8_t *to, uint64_t x, uint32_t n) {
     for (uint32_t i = 0; i < n; i++) to[i] = (uint8_t)(x >> 8 * i);
 }
@@ -4751,9 +4750,8 @@ static void kvli_put(kvl_sched *s, uint64_t x) {
     *at++ = (uint8_t)x;
     s->record.used = (uint32_t)(at - s->record.buffer);
 }
-static void kvli_put_signed(kvl_sched *s, int64_t x) {
-    kvli_put(s, (uint64_t)x << 1 ^ (x < 0 ? UINT64_MAX : 0));
-}
+static uint64_t kvli_zigzag(int64_t x) { return (uint64_t)x << 1 ^ (x < 0 ? UINT64_MAX : 0); }
+static void kvli_put_signed(kvl_sched *s, int64_t x) { kvli_put(s, kvli_zigzag(x)); }
 static void kvli_put_fixed(kvl_sched *s, uint64_t x) {
     kvli_put_le(kvli_record_room(s), x, 8);
     s->record.used += 8;
@@ -4923,7 +4921,7 @@ static void kvli_record_plan(kvl_sched *s, kvl_result r) {
         const kvli_req *q = &s->reqs[(span->request & 0xfffff) - 1];
         int64_t step = (int64_t)(q->arrival - last);
         last = q->arrival;
-        kvli_put(s, ((uint64_t)step << 1 ^ (step < 0 ? UINT64_MAX : 0)) << 1 | q->decode);
+        kvli_put(s, kvli_zigzag(step) << 1 | q->decode);
         if (q->decode) continue;
         kvli_put(s, span->position);
         kvli_put(s, span->n_rows);

@@ -512,95 +512,21 @@ static void test_failing_write(void **state) {
 /* The bytes are those of the description in kvlite.h. */
 static void test_bytes(void **state) {
     (void)state;
-    static const uint8_t expected[] = {KVL_EVENT_SUBMIT,
-                                       0x80,
-                                       0xa8,
-                                       0xd6,
-                                       0xb9,
-                                       0x07, /* clock: 10^9, as 2 * 10^9 */
-                                       8 * 3 + 4,
-                                       5,
-                                       0,
-                                       1,
-                                       0xc8,
-                                       0x01,
-                                       3,
-                                       10,
-                                       2,
-                                       11,
-                                       2, /* no_keep, priority 3; namespace 5; stop 100; 5, 6, 0; 2 more */
-                                       KVL_EVENT_PLAN,
-                                       0,
-                                       KVL_OK,
-                                       0,
-                                       0,
-                                       1,
-                                       1,
-                                       0,
-                                       0,
-                                       0,
-                                       3,
-                                       3,
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd', /* rows 0..3 */
-                                       KVL_EVENT_COMMIT,
-                                       0x80,
-                                       0x89,
-                                       0x7a,
-                                       0,
-                                       1,
-                                       17, /* 1 ms later: -9 */
-                                       KVL_EVENT_FORK,
-                                       0,
-                                       0, /* of request 0 */
-                                       KVL_EVENT_PLAN,
-                                       0,
-                                       KVL_OK,
-                                       0,
-                                       0,
-                                       1,
-                                       2,
-                                       0,
-                                       1,
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd', /* decodes, 2 logits */
-                                       KVL_EVENT_COMMIT,
-                                       0x80,
-                                       0x89,
-                                       0x7a,
-                                       1,
-                                       2,
-                                       40,
-                                       0,
-                                       2,
-                                       3, /* 20 and the end; the end without a token */
-                                       KVL_EVENT_CLOSE,
-                                       KVL_EVENT_PLAN,
-                                       0,
-                                       KVL_DRAINED,
-                                       0,
-                                       0, /* nothing is left */
-                                       KVL_EVENT_END,
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd',
-                                       'd'};
+    /* A line for each event, or part of one. */
+    /* clang-format off */
+    static const uint8_t expected[] = {
+        KVL_EVENT_SUBMIT, 0x80, 0xa8, 0xd6, 0xb9, 0x07, /* clock: 10^9, as 2 * 10^9 */
+        8 * 3 + 4, 5, 0, 1, 0xc8, 0x01, 3, 10, 2, 11, 2, /* no_keep, priority 3; namespace 5; stop 100; 5, 6, 0; 2 more */
+        KVL_EVENT_PLAN, 0, KVL_OK, 0, 0, 1, 1, 0, 0, 0, 3, 3, 'd', 'd', 'd', 'd', 'd', 'd', 'd', 'd', /* rows 0..3 */
+        KVL_EVENT_COMMIT, 0x80, 0x89, 0x7a, 0, 1, 17, /* 1 ms later: -9 */
+        KVL_EVENT_FORK, 0, 0, /* of request 0 */
+        KVL_EVENT_PLAN, 0, KVL_OK, 0, 0, 1, 2, 0, 1, 'd', 'd', 'd', 'd', 'd', 'd', 'd', 'd', /* decodes, 2 logits */
+        KVL_EVENT_COMMIT, 0x80, 0x89, 0x7a, 1, 2, 40, 0, 2, 3, /* 20 and the end; the end without a token */
+        KVL_EVENT_CLOSE,
+        KVL_EVENT_PLAN, 0, KVL_DRAINED, 0, 0, /* nothing is left */
+        KVL_EVENT_END, 'd', 'd', 'd', 'd', 'd', 'd', 'd', 'd',
+    };
+    /* clang-format on */
     tape all = {0}, none = {0};
     kt_env env;
     size_t n, n_none;

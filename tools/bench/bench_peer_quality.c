@@ -3,6 +3,7 @@
 #include "bench.h"
 #include "llm/options.h"
 #include "peer.h"
+#include "tools/quality/stats.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -68,22 +69,12 @@ typedef struct comparison {
     score *scores;
 } comparison;
 
-/* ln of the sum of e^logit; *top is the likeliest token. */
-static double log_sum(const float *logits, uint32_t n, uint32_t *top) {
-    double sum = 0;
-    *top = 0;
-    for (uint32_t i = 1; i < n; i++)
-        if (logits[i] > logits[*top]) *top = i;
-    for (uint32_t i = 0; i < n; i++) sum += exp((double)logits[i] - logits[*top]);
-    return logits[*top] + log(sum);
-}
-
 static void compare_row(void *user, uint32_t row) {
     const comparison *c = user;
     const float *base = c->base + (size_t)row * c->n_vocab, *tested = c->tested + (size_t)row * c->n_vocab;
     uint32_t base_top, tested_top;
-    double base_sum = log_sum(base, c->n_vocab, &base_top), kld = 0;
-    double tested_sum = log_sum(tested, c->n_vocab, &tested_top);
+    double base_sum = log_sum_exp(base, c->n_vocab, &base_top), kld = 0;
+    double tested_sum = log_sum_exp(tested, c->n_vocab, &tested_top);
     for (uint32_t i = 0; i < c->n_vocab; i++) {
         double log_p = base[i] - base_sum;
         kld += exp(log_p) * (log_p - (tested[i] - tested_sum));
@@ -168,12 +159,6 @@ static bool score_text(program *p, char *err, size_t n) {
 }
 
 /* ---- output ---- */
-static double quantile(const format *f, double q) { /* of sorted kld, between neighbours */
-    double at = q * (f->n - 1);
-    uint32_t below = (uint32_t)at, above = below + 1 < f->n ? below + 1 : below;
-    return f->kld[below] + (at - below) * (f->kld[above] - f->kld[below]);
-}
-
 static cJSON *report(program *p, FILE *table) {
     cJSON *rows = cJSON_CreateArray();
     double base = exp(p->formats[0].nll / p->formats[0].n);
@@ -190,13 +175,14 @@ static cJSON *report(program *p, FILE *table) {
         cJSON_AddNumberToObject(o, "ppl", ppl);
         cJSON_AddNumberToObject(o, "dppl_percent", change);
         cJSON_AddNumberToObject(o, "kld_mean", mean);
-        cJSON_AddNumberToObject(o, "kld_p99", quantile(f, 0.99));
-        cJSON_AddNumberToObject(o, "kld_p999", quantile(f, 0.999));
+        cJSON_AddNumberToObject(o, "kld_p99", sorted_quantile(f->kld, f->n, 0.99));
+        cJSON_AddNumberToObject(o, "kld_p999", sorted_quantile(f->kld, f->n, 0.999));
         cJSON_AddNumberToObject(o, "top1_percent", 100.0 * f->n_same / f->n);
         cJSON_AddNumberToObject(o, "bits", bits);
         cJSON_AddItemToArray(rows, o);
         fprintf(table, "%-16s %6.2f %9.4f %+8.3f%% %10.6f %10.6f %10.6f %6.2f%%\n", f->name, bits, ppl,
-                change, mean, quantile(f, 0.99), quantile(f, 0.999), 100.0 * f->n_same / f->n);
+                change, mean, sorted_quantile(f->kld, f->n, 0.99), sorted_quantile(f->kld, f->n, 0.999),
+                100.0 * f->n_same / f->n);
     }
     return rows;
 }

@@ -1,5 +1,6 @@
 /* divergence.c - perplexity and Kullback-Leibler divergence of caches on a text; see quality.h. */
 #include "quality.h"
+#include "stats.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -25,17 +26,6 @@ typedef struct comparison {
     const int32_t *next; /* [rows] the token that the text goes on with */
     row_score *scores;   /* [rows] */
 } comparison;
-
-/* ln of the sum of e^logit; *top is the likeliest token. */
-static double log_sum_exp(const float *logits, uint32_t n, uint32_t *top) {
-    double sum = 0;
-    *top = 0;
-    for (uint32_t i = 1; i < n; i++)
-        if (logits[i] > logits[*top]) *top = i;
-    const double most = logits[*top];
-    for (uint32_t i = 0; i < n; i++) sum += exp(logits[i] - most);
-    return most + log(sum);
-}
 
 static void take_reference(void *ctx, uint32_t row) {
     const comparison *c = ctx;
@@ -235,10 +225,6 @@ void free_scores(variant *v, uint32_t n) {
     }
 }
 
-double kld_quantile(const variant *v, double q) {
-    const double at = q * (v->n - 1);
-    const uint32_t below = (uint32_t)at, above = below + 1 < v->n ? below + 1 : below;
-    return v->kld[below] + (at - below) * (v->kld[above] - v->kld[below]);
-}
+double kld_quantile(const variant *v, double q) { return sorted_quantile(v->kld, v->n, q); }
 
 double perplexity(const variant *v) { return exp(v->nll); }
