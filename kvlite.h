@@ -16,7 +16,7 @@
      >>blocks >>prefix >>steps     slabs and blocks; the prefix tree; sequences and rows into pages
      >>sched                       which tokens run next
      >>events                      the recording of what plans depend on
-     >>cpu >>null                  backends
+     >>cpu >>null >>cuda           backends
      >>public >>validate           create, destroy, checks of arguments; every invariant
 
    HOW TO BUILD
@@ -29,6 +29,11 @@
          KVL_STATIC     every function is static (one translation unit)
          KVL_API        your own decoration of public functions
          KVL_NO_SIMD    (in the implementation's file) scalar code alone
+         KVL_NO_CUDA    (in the implementation's file) no CUDA backend
+         KVL_CUDA_KERNELS  (in the implementation's file) where its kernels are; if that is not said,
+                        "kernels_cuda/kvlite_cuda_kernels.h" where the compiler finds it. A driver (libcuda)
+                        is looked for when a context is created; nothing of CUDA is needed to compile or link
+                        (before glibc 2.34: -ldl)
 
    STEP BY STEP
      1. Describe the model in a kvl_geometry and a budget in kvl_cache_desc.device_bytes;
@@ -47,7 +52,7 @@
      - Zero means default in every desc struct; kvl_*_defaults() shows what zero became.
      - The same answer: a sequence's attention does not depend on how its prefill was chunked, who else ran,
        how many threads worked, or whether its prefix was computed or reused: on the CPU bit for bit, within
-       one build and SIMD path.
+       one build and SIMD path; on a GPU from run to run and whoever else ran bit for bit, else within tolerance.
      - What a query sees is fixed by position alone: its own block exact, earlier blocks as sealed, the
        first sink_blocks exact.
      - Every byte is in one ledger and under its cap before it is allocated. plan, attend and commit
@@ -64,7 +69,7 @@
      thread-safe. Different caches are independent.
 
    WHAT IT DOES NOT DO (yet)
-     GPUs, host and disk tiers, drafts, latent (MLA) layouts, cross-layer sharing, recurrent state: refused
+     Vulkan, host and disk tiers, drafts, latent (MLA) layouts, cross-layer sharing, recurrent state: refused
      by name where asked for.
 
    Licence: MIT or public domain, as you choose; see LICENSE. */
@@ -121,7 +126,8 @@ extern "C" {
     X(NEVER_FITS, -11, "the request cannot fit even with the whole budget to itself")         \
     X(MISMATCH, -12, "geometry, format, fingerprint or step does not match")                  \
     X(CORRUPT, -13, "an internal invariant or stored data is broken")                         \
-    X(LIMIT, -14, "a fixed limit chosen at create is reached")
+    X(LIMIT, -14, "a fixed limit chosen at create is reached")                                \
+    X(DEVICE_LOST, -15, "the device failed or was reset: abort the step, then kvl_cache_recover")
 
 typedef enum kvl_result {
 #define KVL_RESULT_ENUM_(name, value, text) KVL_##name = value,
@@ -234,6 +240,7 @@ typedef enum kvl_backend_kind {
     KVL_BACKEND_AUTO = 0,
     KVL_BACKEND_NULL,
     KVL_BACKEND_CPU,
+    KVL_BACKEND_CUDA,
     KVL_BACKEND_FORCE_INT_ = 0x7fffffff
 } kvl_backend_kind;
 typedef enum kvl_simd {
@@ -261,7 +268,7 @@ typedef uint64_t (*kvl_clock_fn)(void *user);
 typedef void (*kvl_parallel_fn)(void *user, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg);
 
 typedef struct kvl_context_desc {
-    kvl_backend_kind backend; /* AUTO: the best that works */
+    kvl_backend_kind backend; /* AUTO: the first that works of CUDA, CPU */
     kvl_simd simd;            /* AUTO: the best this CPU has; a path it lacks is UNSUPPORTED */
     uint32_t n_threads; /* built-in pool: threads in all, at most 1024; 0 or 1 = none. With parallel_for: how
                            many it has, 0 = 2 */
@@ -269,8 +276,13 @@ typedef struct kvl_context_desc {
     kvl_alloc_fn alloc;
     kvl_log_fn log;
     kvl_clock_fn clock;
-    void *user;  /* handed to every callback */
-    char *error; /* where a failed create writes why, at most error_size bytes; may be null */
+    /* CUDA: a CUcontext and a CUstream of it that are lent (they must outlive the caches; a cudaStream_t is a
+       CUstream). Null: the device's primary context, and a stream a cache that is ordered with the legacy default
+       stream. Caches that share a lent stream have one owner thread. */
+    void *cuda_context, *cuda_stream;
+    uint32_t cuda_device; /* which one, where no context is lent */
+    void *user;           /* handed to every callback */
+    char *error;          /* where a failed create writes why, at most error_size bytes; may be null */
     size_t error_size;
 } kvl_context_desc;
 
@@ -281,6 +293,12 @@ KVL_API void kvl_context_destroy(kvl_context *ctx);
 /* "cpu (avx512)", and a line a backend: why it was chosen or skipped. Any thread; "" for null. */
 KVL_API const char *kvl_context_backend(const kvl_context *ctx);
 KVL_API const char *kvl_context_report(const kvl_context *ctx);
+/* What the driver said when it last failed: its number (a CUresult), 0 = it never did, and *text (may be null)
+   its name and meaning, which later failures overwrite. Not while another thread is inside a call. */
+KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
+/* After DEVICE_LOST, with a lent CUcontext: another one, and a CUstream of it or null, for kvl_cache_recover.
+   INVALID_ARG (not CUDA, nothing was lent), BUSY (the device is not lost). No other thread may be inside a call. */
+KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream);
 
 /* ==== cache ============================================================ */
 typedef struct kvl_cache_desc {
@@ -295,9 +313,11 @@ typedef struct kvl_cache_desc {
     uint32_t max_step_tokens;  /* rows in one step; 0 = 512 */
     uint32_t lookup_hash_bits; /* testing: keep only so many bits of the prefix lookup hash, to force
                                   collisions; 0 = all */
+    uint64_t slab_granularity; /* slabs of its size or more are multiples of it; 0 = the backend's (replay) */
     bool no_prefix_cache;      /* keep nothing of closed sequences */
-    bool poison;               /* debugging: fill freed and fresh blocks with NaN */
-    char *error;               /* where a failed create writes why, at most error_size bytes; may be null */
+    bool device_tensors; /* CUDA: every tensor will be in device memory; no staging is taken for others */
+    bool poison;         /* debugging: fill freed and fresh blocks with NaN */
+    char *error;         /* where a failed create writes why, at most error_size bytes; may be null */
     size_t error_size;
 } kvl_cache_desc;
 
@@ -320,6 +340,12 @@ KVL_API const char *kvl_last_error(const kvl_cache *cache);
    could not be given up. Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned
    and directly opened sequences hold), OUT_OF_DEVICE_MEMORY (grown as far as possible). Owner thread. */
 KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uint64_t *held_bytes);
+/* After DEVICE_LOST: starts the device again (an own CUcontext is reset; of a lent one, kvl_context_lend gives
+   another if it is dead) and forgets all KV: requests of the scheduler wait with their tokens and are computed
+   again, the caller's sequences stay open with length 0, pins are gone. Each cache of the context recovers for
+   itself. A cache whose device is well forgets its KV all the same. Errors: BUSY (abort the step first),
+   DEVICE_LOST (it did not start: try later), OUT_OF_DEVICE_MEMORY (fewer slabs than before). Owner thread. */
+KVL_API kvl_result kvl_cache_recover(kvl_cache *cache);
 
 typedef struct kvl_fit {
     uint64_t need_bytes;  /* of slabs, for n_sequences × n_tokens */
@@ -460,8 +486,12 @@ typedef struct kvl_step {
        out as in an exact block from that layer's layer_offset on */
     uint64_t scratch_address;
     size_t scratch_slot_bytes;
-    /* equal keys: same shapes and addresses of tables, a captured graph may be replayed */
+    /* Equal keys: a CUDA graph captured around the layers of one step may be replayed for another
+       (kvl_step_replayed). Tables are padded to a few shapes; a resize changes the key. */
     uint64_t graph_key;
+    uint32_t
+        n_padded; /* n_tokens rounded up to a shape, at most max_step_tokens: equal where keys are; rows from
+                          n_tokens on are neither read nor written */
 } kvl_step;
 
 /* Begins a step over spans of distinct sequences. *out stays valid until end or abort. Errors, all with state
@@ -482,19 +512,27 @@ typedef enum kvl_dtype {
     KVL_DTYPE_FORCE_INT_ = 0x7fffffff
 } kvl_dtype;
 
+typedef enum kvl_memory {
+    KVL_MEMORY_HOST = 0,
+    KVL_MEMORY_DEVICE, /* on the CPU: INVALID_ARG */
+    KVL_MEMORY_FORCE_INT_ = 0x7fffffff
+} kvl_memory;
+
 typedef struct kvl_tensor {
-    void *data; /* [rows][heads][dim] */
+    void *data; /* [rows][heads][dim], in device memory a CUdeviceptr */
     kvl_dtype dtype;
     size_t row_stride;  /* in elements; 0 = heads * dim */
     size_t head_stride; /* in elements; 0 = dim */
+    kvl_memory memory;  /* all four of a call alike */
 } kvl_tensor;
 
 /* Appends this layer's k and v (after RoPE) and attends. q [n_tokens][n_q_heads][k_dim], k
    [n_tokens][n_kv_heads][k_dim], v [n_tokens][n_kv_heads][v_dim], out [n_tokens][n_q_heads][v_dim]. Query
    head h reads KV head h / (n_q_heads / n_kv_heads). Each layer once a step, in any order. A row with NaN or
    Inf in k or v taints its own sequence alone (kvl_seq_tainted), which is never reused. Errors: INVALID_ARG,
-   MISMATCH (not the open step, a layer twice). Owner thread. Blocks until done on the CPU. Source: online
-   softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023 (Flash-Decoding); paging, Kwon et al.
+   MISMATCH (not the open step, a layer twice), DEVICE_LOST, OUT_OF_DEVICE_MEMORY; of an error of the device the
+   step must be aborted. Owner thread. Blocks until done with tensors in host memory; with tensors in device memory
+   it enqueues and returns, and may be captured into a CUDA graph. Source: online softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023 (Flash-Decoding); paging, Kwon et al.
    2023. */
 KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t layer, const kvl_tensor *q,
                               const kvl_tensor *k, const kvl_tensor *v, const kvl_tensor *out);
@@ -503,6 +541,9 @@ KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t l
    Errors as kvl_attend. Owner thread. */
 KVL_API kvl_result kvl_step_layer_done(kvl_cache *cache, const kvl_step *step, uint32_t layer,
                                        const uint8_t *tainted);
+/* All layers of this step were run by replaying a CUDA graph, captured in a step with the same graph_key. MISMATCH
+   (not the open step), UNSUPPORTED (not CUDA). Owner thread. */
+KVL_API kvl_result kvl_step_replayed(kvl_cache *cache, const kvl_step *step);
 /* Has the sequence committed a row that was not finite? false for a handle that is not open. Owner thread. */
 KVL_API bool kvl_seq_tainted(const kvl_cache *cache, kvl_seq seq);
 
@@ -602,12 +643,12 @@ KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owne
    (7 bits a byte, lowest first; top bit: more follow). ~: zigzag (2n, or -2n - 1 below 0). tokens: of each the
    ~difference to the one before, of the first to 0. clock: the ~difference in ns to the last one recorded, of
    the first to 0. double and digest are 8 bytes.
-     Description: u32 KVL_VERSION; fresh; the geometry's n_layers, n_q_heads, n_kv_heads, k_dim, v_dim,
+     Description: u32 KVL_VERSION; flags (1 fresh, 2 slab_granularity is at its end); the geometry's n_layers, n_q_heads, n_kv_heads, k_dim, v_dim,
    block_tokens, k_format, v_format, exact_format, sink_blocks, segment_tokens, fingerprint; each layer's window,
    sink_tokens, k_format, v_format; the cache's device_bytes and max_device_bytes, both less what attention takes
    of them on the backend, max_sequences, max_seq_tokens, max_step_tokens, lookup_hash_bits, no_prefix_cache; the
    scheduler's policy, max_running, max_waiting, token_pool_bytes, step_tokens, min_chunk, refuse_over_gap,
-   fixed_cost, double max_gap_ms and all of cost.
+   fixed_cost, double max_gap_ms and all of cost; slab_granularity where it is more than 1.
      Requests are numbered from 0 as they arrive, forks among them. A sequence is 2 * its slot or, the
    scheduler's, 2 * its request + 1. What stands after "gives" came out: a replay compares it. */
 typedef enum kvl_event {
@@ -635,6 +676,7 @@ typedef enum kvl_event {
     KVL_EVENT_STEP_BEGIN,  /* n_spans; of each sequence, n_tokens, n_logits, tokens; gives ~result */
     KVL_EVENT_STEP_END,    /* flags (2 some are tainted); with 2: as COMMIT */
     KVL_EVENT_STEP_ABORT,
+    KVL_EVENT_RECOVER,
     KVL_EVENT_COUNT,
     KVL_EVENT_FORCE_INT_ = 0x7fffffff
 } kvl_event;
@@ -1133,10 +1175,13 @@ struct kvli_backend;
 struct kvl_context {
     kvl_context_desc desc;
     const struct kvli_backend *backend;
+    struct kvli_cu *cu; /* >>cuda; null where another backend was chosen */
+    int native;         /* what the driver said when it last failed, and in words */
+    char native_text[160];
     kvl_simd simd;
     kvli_pool *pool;
     uint32_t null_pages; /* atomic: pages of 4 KB that the null backend has given out */
-    char name[32], report[256];
+    char name[96], report[768];
 };
 
 typedef struct kvli_text {
@@ -2348,20 +2393,34 @@ KVL_API kvl_result kvl_tile_decode(kvl_format f, uint32_t block_tokens, uint32_t
 }
 
 /* ==== >>backend: what a backend must do ==== */
-/* All calls come from the owner thread, between or inside steps. Addresses are the backend's own (host
- * pointers on the CPU). */
+/* Those with a cache come from its owner thread. Addresses are the backend's own (host pointers on the CPU). Of a
+   device, copy, poison and attend only enqueue; a copy that fails makes the device lost, which every call says
+   from then on. */
 typedef struct kvli_backend {
     const char *name;
     kvl_backend_kind kind;
+    bool automatic;  /* AUTO tries it */
     bool has_memory; /* false: addresses are only numbers */
+    /* For a context. *why becomes what the report says of it, in any case. close takes what a failed open left. */
+    kvl_result (*open)(kvl_context *ctx, kvli_text why);
+    void (*close)(kvl_context *ctx);
     bool (*supports)(kvl_format format, bool is_key, uint32_t block_tokens, uint32_t dim, const char **why);
-    uint64_t (*buffer_alloc)(kvl_context *ctx, size_t bytes); /* 0 = none; 128-byte aligned */
-    void (*buffer_free)(kvl_context *ctx, uint64_t address, size_t bytes);
-    void (*copy)(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes);
-    void (*poison)(kvl_context *ctx, uint64_t address, size_t bytes);
-    size_t (*workspace)(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens,
-                        uint32_t max_seq_tokens);
-    void (*attend)(kvl_context *ctx, const kvli_attend *args);
+    /* For a geometry that is resolved: sets workspace_bytes, backend_bytes (of the arena) and, if it is 0,
+       desc.slab_granularity. Says why not in the cache's error. */
+    kvl_result (*plan)(kvl_cache *c);
+    kvl_result (*start)(kvl_cache *c); /* the arena is there; stop takes what a failed start left */
+    void (*stop)(kvl_cache *c);
+    /* A slab, or the scratch and the workspace (slab KVL_NONE): 128-byte aligned. */
+    kvl_result (*map)(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t *address);
+    void (*unmap)(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t address);
+    kvl_result (*copy)(kvl_cache *c, uint64_t dst, uint64_t src, size_t bytes);
+    kvl_result (*poison)(kvl_cache *c, uint64_t address, size_t bytes);
+    kvl_result (*step)(
+        kvl_cache *c); /* the step's tables are final: does its copies, may change its graph_key */
+    kvl_result (*attend)(kvl_cache *c, const kvli_attend *args);
+    kvl_result (*finish)(kvl_cache *c);  /* of the step: its taint is in step.taint */
+    kvl_result (*check)(kvl_cache *c);   /* DEVICE_LOST or OK */
+    kvl_result (*recover)(kvl_cache *c); /* nothing is mapped: the device works again */
 } kvli_backend;
 
 /* ==== >>blocks: slabs, classes, block ids ==== */
@@ -2461,6 +2520,7 @@ typedef struct kvli_step_state {
     uint32_t *positions, *row_span, *logit_rows, *logit_requests;
     void **logit_users;
     uint8_t *done, *taint;
+    kvl_result failed;        /* what a layer of it failed with */
     kvl_step views[2], *view; /* the open step's */
 } kvli_step_state;
 
@@ -2480,9 +2540,11 @@ struct kvl_cache {
     kvli_class classes[KVLI_MAX_CLASSES]; /* group * 2 + exact */
     uint32_t max_blocks, max_slabs, max_per_slab, max_nodes, max_seqs, seq_blocks, max_spans, max_logits,
         n_buckets;
-    uint64_t fixed_bytes; /* scratch + workspace */
+    uint64_t fixed_bytes; /* scratch + workspace, one after the other */
     size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
     uint64_t scratch, workspace; /* addresses, 0 while the budget is below them */
+    void *backend_state;         /* [backend_bytes] of the arena */
+    size_t backend_bytes;
     kvli_slab *slabs;
     uint32_t *slot_block, *slot_free; /* [max_slabs][max_per_slab] */
     uint32_t n_slabs, free_slab, n_free_slabs, unmapped_slab;
@@ -2606,7 +2668,7 @@ static void kvli_slab_empty(kvl_cache *c, uint32_t s) {
         if (id == KVL_NONE) continue;
         uint64_t from = c->address[id];
         kvli_slot_take(c, klass, id);
-        c->ctx->backend->copy(c->ctx, c->address[id], from, c->classes[klass].bytes);
+        c->ctx->backend->copy(c, c->address[id], from, c->classes[klass].bytes);
         c->slot_block[(size_t)s * c->max_per_slab + slot] = KVL_NONE;
     }
     c->slabs[s].live = 0;
@@ -2675,7 +2737,7 @@ static void kvli_lru_push(kvl_cache *c, uint32_t id) { /* as the most recent */
 /* ---- blocks ---- */
 static void kvli_block_free(kvl_cache *c, uint32_t id) {
     kvli_block *b = &c->blocks[id];
-    if (c->desc.poison) c->ctx->backend->poison(c->ctx, c->address[id], c->classes[b->klass].bytes);
+    if (c->desc.poison) c->ctx->backend->poison(c, c->address[id], c->classes[b->klass].bytes);
     c->classes[b->klass].live--;
     kvli_slot_give(c, b->slab, b->slot);
     b->slab = KVL_NONE;
@@ -2734,7 +2796,7 @@ static uint32_t kvli_block_alloc(kvl_cache *c, uint32_t klass) {
     b->reserved = false;
     k->live++;
     kvli_slot_take(c, klass, id);
-    if (c->desc.poison) c->ctx->backend->poison(c->ctx, c->address[id], k->bytes);
+    if (c->desc.poison) c->ctx->backend->poison(c, c->address[id], k->bytes);
     return kvli_entry(c, id);
 }
 
@@ -3394,6 +3456,7 @@ static void kvli_step_reset(kvl_cache *c) {
     c->compacted = false;
     st->n_undo = st->n_own = st->n_copies = st->n_scratch = st->n_spans = st->n_rows = st->n_logits =
         st->layers_done = 0;
+    st->failed = KVL_OK;
     memset(st->done, 0, c->geo.n_layers);
 }
 
@@ -3521,8 +3584,13 @@ static void kvli_step_logit(kvl_cache *c, uint32_t row, uint32_t request, void *
     st->logit_users[st->n_logits++] = user;
 }
 
-/* The step is complete: does its copies, and shows it. */
-static const kvl_step *kvli_step_finish(kvl_cache *c) {
+/* Of shapes alone, the same on all backends. */
+static uint64_t kvli_step_key(const kvl_cache *c) {
+    return (c->epoch * 0x9E3779B97F4A7C15ull) ^ ((uint64_t)c->step.n_rows << 32 | c->step.n_spans);
+}
+
+/* The step is complete: shows it, after its copies. An error: it is open, but cannot run. */
+static kvl_result kvli_step_finish(kvl_cache *c) {
     kvli_step_state *st = &c->step;
     kvl_step *v = st->view;
     for (uint32_t g = 0; g < c->geo.n_groups; g++)
@@ -3533,19 +3601,14 @@ static const kvl_step *kvli_step_finish(kvl_cache *c) {
             a->position = st->spans[s].position;
             st->blocks[(size_t)g * st->n_spans + s] = a->blocks;
         }
-    for (uint32_t i = 0; i < st->n_copies; i++) {
-        const kvl_copy *copy = &st->copies[i];
-        c->ctx->backend->copy(c->ctx, c->address[copy->dst & KVL_ENTRY_ID],
-                              c->address[copy->src & KVL_ENTRY_ID], c->groups[copy->group].bytes[KVLI_EXACT]);
-    }
     v->id = st->id;
-    v->n_tokens = st->n_rows;
+    v->n_tokens = v->n_padded = st->n_rows;
     v->n_spans = st->n_spans;
     v->n_logits = st->n_logits;
     v->n_copies = st->n_copies;
     v->scratch_address = c->scratch;
-    v->graph_key = (c->epoch * 0x9E3779B97F4A7C15ull) ^ ((uint64_t)st->n_rows << 32 | st->n_spans);
-    return v;
+    v->graph_key = kvli_step_key(c);
+    return c->ctx->backend->step(c);
 }
 
 /* Hangs the block that a sequence has just filled under its node. An equal block that is there already takes
@@ -3656,7 +3719,7 @@ static kvl_result kvli_step_complete(kvl_cache *c, const kvl_step *step, const c
     if (r == KVL_OK && c->step.layers_done < c->geo.n_layers)
         r = KVLI_ERROR(c, KVL_MISMATCH, "%s: kvl_attend has run for %u of %u layers", call,
                        c->step.layers_done, c->geo.n_layers);
-    return r;
+    return r == KVL_OK ? c->ctx->backend->finish(c) : r;
 }
 
 /* Resident bytes, blocks by class: what the owner's calls leave for other threads to read. O(classes). */
@@ -3684,7 +3747,7 @@ static void kvli_publish(kvl_cache *c) {
     s->slabs_free = c->n_free_slabs;
     s->bytes_slabs = (uint64_t)c->n_slabs * c->slab_bytes;
     s->bytes_scratch = c->scratch ? c->scratch_bytes : 0;
-    s->bytes_workspace = c->workspace ? c->workspace_bytes : 0;
+    s->bytes_workspace = c->scratch ? c->workspace_bytes : 0;
     uint64_t device = s->bytes_slabs + s->bytes_scratch + s->bytes_workspace;
     if (device > s->device_peak) s->device_peak = device;
     s->nodes = c->n_nodes;
@@ -4532,6 +4595,8 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     if (!s || !out) return KVL_INVALID_ARG;
     kvl_cache *c = s->cache;
     if (c->step.open) return kvli_fail(c->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_plan: a step is open");
+    kvl_result r = c->ctx->backend->check(c), finished = KVL_OK;
+    if (r != KVL_OK) return kvli_fail(c->ctx, kvli_serr(s), r, "kvl_sched_plan: %s", c->error);
     uint32_t active = kvli_sched_intake(s);
     memset(&s->budget, 0, sizeof s->budget);
     memset(s->ahead, 0, sizeof s->ahead);
@@ -4539,7 +4604,7 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     s->budget.rows = s->desc.step_tokens;
     s->budget.ms = s->margin * s->cost.step_ms;
     s->budget.bound = s->n_streams && s->desc.max_gap_ms > 0 ? s->desc.max_gap_ms : 0;
-    kvl_result r = KVL_IDLE;
+    r = KVL_IDLE;
     if (c->n_slabs && active) {
         kvli_step_reset(c);
         kvli_make_room(s);
@@ -4552,21 +4617,25 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
             kvli_plan_prefills(s, (kvl_class)k);
             kvli_plan_admissions(s, (kvl_class)k, false);
         }
-        if (c->step.n_rows)
-            *out = kvli_step_finish(c);
-        else
+        if (c->step.n_rows) {
+            finished = kvli_step_finish(c);
+            s->step_open = true;
+            r = KVL_OK;
+        } else {
             kvli_step_rollback(c);
-    }
-    if (*out) {
-        s->step_open = true;
-        r = KVL_OK;
+        }
     }
     kvli_lock(&c->lock);
     kvli_sched_publish(s);
-    if (!*out && s->closing && !s->n_active) r = KVL_DRAINED;
+    if (!s->step_open && s->closing && !s->n_active) r = KVL_DRAINED;
     kvli_unlock(&c->lock);
     kvli_record_plan(s, r);
     kvli_publish(c);
+    if (finished != KVL_OK) { /* in a recording: a plan and its abort */
+        kvl_sched_abort(s, c->step.view);
+        return kvli_fail(NULL, kvli_serr(s), finished, "kvl_sched_plan: %s", c->error);
+    }
+    if (s->step_open) *out = c->step.view;
     return r;
 }
 
@@ -4805,7 +4874,7 @@ static void kvli_record_begin(kvl_sched *s) {
     s->record.used = KVLI_CHUNK_HEAD;
     kvli_put_le(head + KVLI_CHUNK_HEAD, KVL_VERSION, 4);
     s->record.used += 4;
-    kvli_put(s, fresh);
+    kvli_put(s, fresh | (c->desc.slab_granularity > 1 ? 2u : 0));
     kvli_record_geometry(s);
     uint64_t now = kvli_less_workspace(c, c->desc.device_bytes);
     const uint64_t of_cache[] = {now ? now : 1,           kvli_less_workspace(c, c->desc.max_device_bytes),
@@ -4820,6 +4889,7 @@ static void kvli_record_begin(kvl_sched *s) {
     for (size_t i = 0; i < sizeof of_cache / sizeof *of_cache; i++) kvli_put(s, of_cache[i]);
     for (size_t i = 0; i < sizeof of_sched / sizeof *of_sched; i++) kvli_put(s, of_sched[i]);
     for (size_t i = 0; i < sizeof costs / sizeof *costs; i++) kvli_put_double(s, costs[i]);
+    if (c->desc.slab_granularity > 1) kvli_put(s, c->desc.slab_granularity);
 }
 
 /* ---- events ---- */
@@ -4897,7 +4967,7 @@ static void kvli_digest_step(kvl_sched *s) {
     }
     for (uint32_t i = 0; i < st->n_copies; i++)
         h = kvli_mix(h, (uint64_t)st->copies[i].src << 32 | st->copies[i].dst);
-    s->record.digest = kvli_mix(h, st->view->graph_key);
+    s->record.digest = kvli_mix(h, kvli_step_key(c));
 }
 
 static void kvli_record_plan(kvl_sched *s, kvl_result r) {
@@ -5035,7 +5105,7 @@ static void kvli_record_resize(kvl_cache *c, uint64_t bytes, kvl_result r) {
     kvl_sched *s = kvli_recorded(c);
     if (!s) return;
     bytes = kvli_less_workspace(c, bytes);
-    if (r == KVL_OUT_OF_DEVICE_MEMORY)
+    if (r != KVL_OK && r != KVL_NO_BLOCKS)
         bytes = c->n_slabs ? (uint64_t)c->n_slabs * c->slab_bytes + c->scratch_bytes : 0;
     kvli_put(s, KVL_EVENT_RESIZE);
     kvli_put(s, bytes);
@@ -7479,66 +7549,115 @@ static void kvli_cpu_attend(struct kvl_context *ctx, const kvli_attend *a) {
 }
 
 /* ==== >>null: no math and no memory: scheduler tests, capacity planning ==== */
-static bool kvli_null_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
-    return kvli_side_supported(f, is_key, tokens, dim, why);
+static kvl_result kvli_null_map(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t *address) {
+    (void)slab;
+    *address = 4096ull * (1 + (uint64_t)kvli_atomic_add(&c->ctx->null_pages, (uint32_t)(bytes / 4096 + 1)));
+    return KVL_OK;
 }
-static uint64_t kvli_null_alloc(kvl_context *ctx, size_t bytes) {
-    return 4096ull * (1 + (uint64_t)kvli_atomic_add(&ctx->null_pages, (uint32_t)(bytes / 4096 + 1)));
-}
-static void kvli_null_free(kvl_context *ctx, uint64_t address, size_t bytes) {
-    (void)ctx;
-    (void)address;
+static void kvli_null_unmap(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t address) {
+    (void)c;
+    (void)slab;
     (void)bytes;
+    (void)address;
 }
-static void kvli_null_copy(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes) {
-    (void)ctx;
+static kvl_result kvli_null_copy(kvl_cache *c, uint64_t dst, uint64_t src, size_t bytes) {
+    (void)c;
     (void)dst;
     (void)src;
     (void)bytes;
+    return KVL_OK;
 }
-static size_t kvli_null_workspace(const kvli_geometry *geo, uint32_t n_threads, uint32_t max_step_tokens,
-                                  uint32_t max_seq_tokens) {
-    (void)geo;
-    (void)n_threads;
-    (void)max_step_tokens;
-    (void)max_seq_tokens;
-    return 0;
+static kvl_result kvli_null_poison(kvl_cache *c, uint64_t address, size_t bytes) {
+    return kvli_null_copy(c, address, 0, bytes);
 }
-static void kvli_null_attend(kvl_context *ctx, const kvli_attend *args) {
-    (void)ctx;
+static kvl_result kvli_null_cache(kvl_cache *c) {
+    (void)c;
+    return KVL_OK;
+}
+static kvl_result kvli_null_attend(kvl_cache *c, const kvli_attend *args) {
+    (void)c;
     (void)args;
+    return KVL_OK;
 }
+static kvl_result kvli_host_open(kvl_context *ctx, kvli_text why) {
+    (void)why;
+    snprintf(ctx->name, sizeof ctx->name, "%s", ctx->backend->name);
+    return KVL_OK;
+}
+static void kvli_host_close(kvl_context *ctx) { (void)ctx; }
+static void kvli_host_stop(kvl_cache *c) { (void)c; }
 
 /* The CPU's memory; its attention is in >>cpu. */
-static uint64_t kvli_cpu_alloc(kvl_context *ctx, size_t bytes) {
+static const char *const kvli_simd_names[] = {"auto", "scalar", "avx2", "avx512"};
+
+static kvl_result kvli_cpu_open(kvl_context *ctx, kvli_text why) {
+    (void)why;
+    snprintf(ctx->name, sizeof ctx->name, "cpu (%s)", kvli_simd_names[ctx->simd]);
+    return KVL_OK;
+}
+static kvl_result kvli_cpu_size(kvl_cache *c) {
+    c->workspace_bytes =
+        kvli_cpu_workspace(&c->geo, kvli_threads(c->ctx), c->desc.max_step_tokens, c->desc.max_seq_tokens);
+    return KVL_OK;
+}
+static kvl_result kvli_cpu_map(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t *address) {
     size_t size = bytes + 128 + sizeof(void *);
-    if (size < bytes) return 0;
-    uint8_t *raw = (uint8_t *)kvli_alloc(ctx, size);
-    if (!raw) return 0;
+    (void)slab;
+    if (size < bytes) return KVL_OUT_OF_DEVICE_MEMORY;
+    uint8_t *raw = (uint8_t *)kvli_alloc(c->ctx, size);
+    if (!raw) return KVL_OUT_OF_DEVICE_MEMORY;
     kvli_huge_pages(raw, size);
     uintptr_t at = ((uintptr_t)raw + sizeof(void *) + 127) & ~(uintptr_t)127;
     ((void **)at)[-1] = raw;
-    return (uint64_t)at;
+    *address = (uint64_t)at;
+    return KVL_OK;
 }
-static void kvli_cpu_free(kvl_context *ctx, uint64_t address, size_t bytes) {
-    kvli_free(ctx, ((void **)(uintptr_t)address)[-1], bytes + 128 + sizeof(void *));
+static void kvli_cpu_unmap(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t address) {
+    (void)slab;
+    kvli_free(c->ctx, ((void **)(uintptr_t)address)[-1], bytes + 128 + sizeof(void *));
 }
-static void kvli_cpu_copy(kvl_context *ctx, uint64_t dst, uint64_t src, size_t bytes) {
-    (void)ctx;
+static kvl_result kvli_cpu_copy(kvl_cache *c, uint64_t dst, uint64_t src, size_t bytes) {
+    (void)c;
     memcpy((void *)(uintptr_t)dst, (const void *)(uintptr_t)src, bytes);
+    return KVL_OK;
 }
-static void kvli_cpu_poison(kvl_context *ctx, uint64_t address,
-                            size_t bytes) { /* all ones: NaN in every float format */
-    (void)ctx;
+static kvl_result kvli_cpu_poison(kvl_cache *c, uint64_t address,
+                                  size_t bytes) { /* all ones: NaN in every float format */
+    (void)c;
     memset((void *)(uintptr_t)address, 0xff, bytes);
+    return KVL_OK;
+}
+static kvl_result kvli_cpu_step(kvl_cache *c) {
+    for (uint32_t i = 0; i < c->step.n_copies; i++) {
+        const kvl_copy *copy = &c->step.copies[i];
+        kvli_cpu_copy(c, c->address[copy->dst & KVL_ENTRY_ID], c->address[copy->src & KVL_ENTRY_ID],
+                      c->groups[copy->group].bytes[KVLI_EXACT]);
+    }
+    return KVL_OK;
+}
+static kvl_result kvli_cpu_layer(kvl_cache *c, const kvli_attend *args) {
+    kvli_cpu_attend(c->ctx, args);
+    return KVL_OK;
 }
 
+/* ==== >>cuda ==== */
+#if !defined(KVL_NO_CUDA)
+static kvl_result kvli_cu_open(kvl_context *ctx, kvli_text why) {
+    return kvli_fail(ctx, why, KVL_NO_BACKEND, "not in this build");
+}
+#endif
+
+/* In the order that AUTO tries them. */
 static const kvli_backend kvli_backends[] = {
-    /* in the order that AUTO tries them */
-    {"cpu", KVL_BACKEND_CPU, true, kvli_side_supported, kvli_cpu_alloc, kvli_cpu_free, kvli_cpu_copy,
-     kvli_cpu_poison, kvli_cpu_workspace, kvli_cpu_attend},
-    {"null", KVL_BACKEND_NULL, false, kvli_null_supports, kvli_null_alloc, kvli_null_free, kvli_null_copy,
-     kvli_null_free, kvli_null_workspace, kvli_null_attend},
+    {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_host_close, kvli_side_supported,
+     kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
+     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+    {"cpu", KVL_BACKEND_CPU, true, true, kvli_cpu_open, kvli_host_close, kvli_side_supported, kvli_cpu_size,
+     kvli_null_cache, kvli_host_stop, kvli_cpu_map, kvli_cpu_unmap, kvli_cpu_copy, kvli_cpu_poison,
+     kvli_cpu_step, kvli_cpu_layer, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+    {"null", KVL_BACKEND_NULL, false, false, kvli_host_open, kvli_host_close, kvli_side_supported,
+     kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
+     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache},
 };
 
 /* ==== >>public: context ==== */
@@ -7608,8 +7727,30 @@ static bool kvli_pool_create(kvl_context *ctx) {
     return false;
 }
 
+/* Opens the first backend that works, of those asked for, and writes the report. */
+static kvl_result kvli_backend_choose(kvl_context *ctx, kvli_text err) {
+    bool automatic = ctx->desc.backend == KVL_BACKEND_AUTO;
+    char why[256] = "is not known";
+    for (size_t i = 0; i < sizeof kvli_backends / sizeof *kvli_backends; i++) {
+        const kvli_backend *b = &kvli_backends[i];
+        size_t used = strlen(ctx->report);
+        if (automatic ? !b->automatic : ctx->desc.backend != b->kind) continue;
+        ctx->backend = b;
+        why[0] = 0;
+        kvl_result r = b->open(ctx, kvli_text_at(why, sizeof why));
+        if (r == KVL_OK) {
+            snprintf(ctx->report + used, sizeof ctx->report - used, "%s: %s%s%s\n", b->name,
+                     automatic ? "chosen: the first that works" : "as asked", why[0] ? "; " : "", why);
+            return KVL_OK;
+        }
+        snprintf(ctx->report + used, sizeof ctx->report - used, "%s: skipped: %s\n", b->name, why);
+        b->close(ctx);
+        if (!automatic) return kvli_fail(ctx, err, r, "backend: %s: %s", b->name, why);
+    }
+    return kvli_fail(ctx, err, KVL_NO_BACKEND, "backend: %d %s", (int)ctx->desc.backend, why);
+}
+
 KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context **out) {
-    static const char *const simd_names[] = {"auto", "scalar", "avx2", "avx512"};
     kvl_context local, *ctx;
     if (out) *out = NULL;
     memset(&local, 0, sizeof local);
@@ -7626,26 +7767,19 @@ KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context 
     local.simd = local.desc.simd ? local.desc.simd : kvli_simd_best();
     if (local.simd > kvli_simd_best())
         return kvli_fail(&local, err, KVL_UNSUPPORTED, "simd: this CPU or build has no %s",
-                         simd_names[local.simd]);
-    for (size_t i = 0; i < sizeof kvli_backends / sizeof *kvli_backends && !local.backend; i++)
-        if (local.desc.backend == KVL_BACKEND_AUTO || local.desc.backend == kvli_backends[i].kind)
-            local.backend = &kvli_backends[i];
-    if (!local.backend)
-        return kvli_fail(&local, err, KVL_NO_BACKEND, "backend: %d is not in this build",
-                         (int)local.desc.backend);
-    if (local.backend->kind == KVL_BACKEND_CPU)
-        snprintf(local.name, sizeof local.name, "cpu (%s)", simd_names[local.simd]);
-    else
-        snprintf(local.name, sizeof local.name, "%s", local.backend->name);
-    snprintf(local.report, sizeof local.report, "%s: %s\n", local.backend->name,
-             local.desc.backend == KVL_BACKEND_AUTO ? "chosen: the first that works" : "as asked");
+                         kvli_simd_names[local.simd]);
+    kvl_result r = kvli_backend_choose(&local, err);
+    if (r != KVL_OK) return r;
     ctx = (kvl_context *)kvli_alloc(&local, sizeof *ctx);
-    if (!ctx)
+    if (!ctx) {
+        local.backend->close(&local);
         return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY,
                          "kvl_context_create: the allocator returned null");
+    }
     *ctx = local;
     ctx->desc.error = NULL;
     if (!ctx->desc.parallel_for && ctx->desc.n_threads > 1 && !kvli_pool_create(ctx)) {
+        local.backend->close(&local);
         kvli_free(&local, ctx, sizeof *ctx);
         return kvli_fail(&local, err, KVL_OUT_OF_HOST_MEMORY, "n_threads: %u threads could not be started",
                          local.desc.n_threads);
@@ -7657,11 +7791,20 @@ KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context 
 KVL_API void kvl_context_destroy(kvl_context *ctx) {
     if (!ctx) return;
     kvli_pool_destroy(ctx);
+    ctx->backend->close(ctx);
     kvl_context local = *ctx;
     kvli_free(&local, ctx, sizeof *ctx);
 }
 KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? ctx->name : ""; }
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
+KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream) {
+    (void)cuda_stream;
+    return !ctx || !cuda_context || !ctx->cu ? KVL_INVALID_ARG : KVL_BUSY;
+}
+KVL_API int kvl_native_error(const kvl_context *ctx, const char **text) {
+    if (text) *text = ctx ? ctx->native_text : "";
+    return ctx ? ctx->native : 0;
+}
 
 /* ==== >>public: cache create ==== */
 static bool kvli_finite(float x) { return x > -1e30f && x < 1e30f; }
@@ -7856,6 +7999,12 @@ static size_t kvli_smallest_block(const kvl_cache *c) {
     return smallest;
 }
 
+static size_t kvli_slab_least(
+    const kvl_cache *c) { /* the largest block, in units of the granularity if it is more */
+    size_t bytes = kvli_largest_block(c), unit = (size_t)c->desc.slab_granularity;
+    return bytes < unit ? bytes : (bytes + unit - 1) / unit * unit;
+}
+
 static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes,
                               uint64_t budget) { /* returns how many slabs the budget holds */
     c->slab_bytes = bytes;
@@ -7872,7 +8021,7 @@ static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes,
 /* Slab size: at least the largest block and about 1/256 of the budget, chosen so that what the classes leave
    over at its end, and the slab that each class has half empty, waste least. */
 static size_t kvli_slab_size(const kvl_cache *c, uint64_t budget) {
-    size_t largest = kvli_largest_block(c), best = 0;
+    size_t largest = kvli_largest_block(c), best = 0, unit = (size_t)c->desc.slab_granularity;
     double best_cost = 1e30;
     uint32_t classes = 0;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) classes += c->classes[k].bytes != 0;
@@ -7882,6 +8031,7 @@ static size_t kvli_slab_size(const kvl_cache *c, uint64_t budget) {
         if (!bytes) continue;
         for (size_t n = (base + bytes - 1) / bytes, i = 0; i < 16; i++, n++) {
             size_t size = n * bytes;
+            if (size >= unit) size = (size + unit - 1) / unit * unit;
             double slack = 0, weight = 0;
             for (uint32_t j = 0; j < c->geo.n_groups * 2; j++) {
                 if (!c->classes[j].bytes) continue;
@@ -7930,6 +8080,9 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
     if (!d->max_step_tokens) d->max_step_tokens = 512;
     if (d->max_step_tokens > 1u << 20)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "max_step_tokens: %u is more than 1048576", d->max_step_tokens);
+    if (d->slab_granularity > 1u << 30)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "slab_granularity: %llu is more than 1 GiB",
+                          (unsigned long long)d->slab_granularity);
     if (d->lookup_hash_bits > 32)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "lookup_hash_bits: %u is more than 32", d->lookup_hash_bits);
     kvl_result r = kvli_geometry_make(c);
@@ -7941,8 +8094,9 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
         return KVLI_ERROR(c, KVL_LIMIT, "max_step_tokens: %u rows take more scratch than can be addressed",
                           d->max_step_tokens);
     c->scratch_bytes = two ? c->scratch_slot * (d->max_step_tokens / T) : 0;
-    c->workspace_bytes =
-        c->ctx->backend->workspace(&c->geo, kvli_threads(c->ctx), d->max_step_tokens, d->max_seq_tokens);
+    r = c->ctx->backend->plan(c);
+    if (r != KVL_OK) return r;
+    if (!d->slab_granularity) d->slab_granularity = 1;
     c->fixed_bytes = (uint64_t)c->scratch_bytes + c->workspace_bytes;
     if (d->max_device_bytes / kvli_smallest_block(c) >= KVL_ENTRY_ID)
         return KVLI_ERROR(c, KVL_LIMIT, "max_device_bytes: %llu bytes are more than 2^30 blocks",
@@ -7951,8 +8105,7 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
              least = 0, slabs;
     kvli_need(c, 2 * T, T, need);
     slabs = kvli_slab_set(c, kvli_slab_size(c, room), room);
-    if (!kvli_fits(c, need, (uint32_t)slabs, true, NULL))
-        slabs = kvli_slab_set(c, kvli_largest_block(c), room);
+    if (!kvli_fits(c, need, (uint32_t)slabs, true, NULL)) slabs = kvli_slab_set(c, kvli_slab_least(c), room);
     if (!kvli_fits(c, need, (uint32_t)slabs, true, &least))
         return KVLI_ERROR(
             c, KVL_NO_BLOCKS,
@@ -8014,6 +8167,7 @@ static void kvli_cache_carve(kvl_cache *c, kvli_arena *a) {
     c->free_seqs = KVLI_CARVE(a, uint32_t, c->max_seqs);
     c->path = KVLI_CARVE(a, uint32_t, c->seq_blocks);
     c->layer_group = KVLI_CARVE(a, uint32_t, c->geo.n_layers);
+    c->backend_state = KVLI_CARVE(a, uint8_t, c->backend_bytes);
     kvli_step_carve(c, a);
 }
 
@@ -8071,35 +8225,38 @@ static void kvli_step_views(kvl_cache *c) { /* the public step's arrays stay whe
     st->view = v;
 }
 
+static void kvli_unpin_path(kvl_cache *c, uint32_t node);
+static uint32_t kvli_loose_pins(const kvl_cache *c, uint32_t n);
+
 /* ---- slabs from and to the backend ---- */
 static void kvli_fixed_unmap(kvl_cache *c) {
-    if (c->scratch) c->ctx->backend->buffer_free(c->ctx, c->scratch, c->scratch_bytes);
-    if (c->workspace) c->ctx->backend->buffer_free(c->ctx, c->workspace, c->workspace_bytes);
+    if (c->scratch) c->ctx->backend->unmap(c, KVL_NONE, (size_t)c->fixed_bytes, c->scratch);
     c->scratch = c->workspace = 0;
 }
 
-static bool kvli_fixed_map(kvl_cache *c) {
-    if (c->scratch_bytes && !c->scratch) c->scratch = c->ctx->backend->buffer_alloc(c->ctx, c->scratch_bytes);
-    if (c->workspace_bytes && !c->workspace)
-        c->workspace = c->ctx->backend->buffer_alloc(c->ctx, c->workspace_bytes);
-    if ((!c->scratch_bytes || c->scratch) && (!c->workspace_bytes || c->workspace)) return true;
-    kvli_fixed_unmap(c);
-    return false;
+static kvl_result kvli_fixed_map(kvl_cache *c) {
+    if (c->scratch || !c->fixed_bytes) return KVL_OK;
+    kvl_result r = c->ctx->backend->map(c, KVL_NONE, (size_t)c->fixed_bytes, &c->scratch);
+    c->workspace = r == KVL_OK ? c->scratch + c->scratch_bytes : 0;
+    if (r != KVL_OK) c->scratch = 0;
+    return r;
 }
 
-static bool kvli_slab_map(kvl_cache *c) {
+static kvl_result kvli_slab_map(kvl_cache *c) {
     uint32_t s = c->unmapped_slab;
-    uint64_t address = c->ctx->backend->buffer_alloc(c->ctx, c->slab_bytes);
-    if (!address) return false;
+    kvl_result r = c->ctx->backend->map(c, s, c->slab_bytes, &c->slabs[s].address);
+    if (r != KVL_OK) {
+        c->slabs[s].address = 0;
+        return r;
+    }
     c->unmapped_slab = c->slabs[s].next;
-    c->slabs[s].address = address;
     c->slabs[s].next = c->free_slab;
     c->free_slab = s;
     c->n_free_slabs++;
     c->n_slabs++;
     c->epoch++;
-    if (c->desc.poison) c->ctx->backend->poison(c->ctx, address, c->slab_bytes);
-    return true;
+    if (c->desc.poison) c->ctx->backend->poison(c, c->slabs[s].address, c->slab_bytes);
+    return KVL_OK;
 }
 
 static void kvli_slab_unmap(kvl_cache *c) { /* there is a free one */
@@ -8108,7 +8265,7 @@ static void kvli_slab_unmap(kvl_cache *c) { /* there is a free one */
     c->n_free_slabs--;
     c->n_slabs--;
     c->epoch++;
-    c->ctx->backend->buffer_free(c->ctx, c->slabs[s].address, c->slab_bytes);
+    c->ctx->backend->unmap(c, s, c->slab_bytes, c->slabs[s].address);
     c->slabs[s].address = 0;
     c->slabs[s].next = c->unmapped_slab;
     c->unmapped_slab = s;
@@ -8125,8 +8282,9 @@ KVL_API void kvl_cache_destroy(kvl_cache *c) {
     kvl_context *ctx = c->ctx;
     bool own = c->own_ctx;
     for (uint32_t s = 0; c->arena && s < c->max_slabs; s++)
-        if (c->slabs[s].address) ctx->backend->buffer_free(ctx, c->slabs[s].address, c->slab_bytes);
+        if (c->slabs[s].address) ctx->backend->unmap(c, s, c->slab_bytes, c->slabs[s].address);
     kvli_fixed_unmap(c);
+    if (c->arena) ctx->backend->stop(c);
     kvli_free(ctx, c->arena, c->arena_bytes);
     kvli_free(ctx, c->layer_arena, c->layer_bytes);
     kvli_mutex_free(&c->lock);
@@ -8156,13 +8314,17 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     c->stats.slab_bytes = c->slab_bytes;
     c->stats.device_budget = c->desc.device_bytes;
     uint32_t target = kvli_slabs_in(c, c->desc.device_bytes);
-    if (target && !kvli_fixed_map(c))
-        return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for %llu bytes of scratch",
-                          (unsigned long long)c->fixed_bytes);
-    while (c->n_slabs < target)
-        if (!kvli_slab_map(c))
-            return KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "no memory for slab %u of %u (%zu bytes each)",
-                              c->n_slabs + 1, target, c->slab_bytes);
+    r = c->ctx->backend->start(c);
+    if (r != KVL_OK) return r;
+    if (target) r = kvli_fixed_map(c);
+    if (r != KVL_OK)
+        return KVLI_ERROR(c, r, "no memory for %llu bytes of scratch", (unsigned long long)c->fixed_bytes);
+    while (c->n_slabs < target) {
+        r = kvli_slab_map(c);
+        if (r != KVL_OK)
+            return KVLI_ERROR(c, r, "no memory for slab %u of %u (%zu bytes each)", c->n_slabs + 1, target,
+                              c->slab_bytes);
+    }
     kvli_publish(c);
     return KVL_OK;
 }
@@ -8244,7 +8406,8 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
         return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes: %llu is above max_device_bytes %llu",
                           (unsigned long long)device_bytes, (unsigned long long)c->desc.max_device_bytes);
     uint32_t target = kvli_slabs_in(c, device_bytes);
-    kvl_result r = KVL_OK;
+    kvl_result r = c->ctx->backend->check(c), room;
+    if (r != KVL_OK) return r;
     while (c->n_slabs > target) {
         if (c->n_free_slabs)
             kvli_slab_unmap(c);
@@ -8258,16 +8421,61 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
                        (unsigned long long)held);
     }
     if (!c->n_slabs && !target) kvli_fixed_unmap(c);
-    bool room = c->n_slabs >= target || kvli_fixed_map(c);
-    while (room && c->n_slabs < target) room = kvli_slab_map(c);
-    if (!room) {
+    room = c->n_slabs < target ? kvli_fixed_map(c) : KVL_OK;
+    while (room == KVL_OK && c->n_slabs < target) room = kvli_slab_map(c);
+    if (room != KVL_OK) {
         if (!c->n_slabs) kvli_fixed_unmap(c);
-        r = KVLI_ERROR(c, KVL_OUT_OF_DEVICE_MEMORY, "kvl_cache_resize: memory for %u of %u slabs", c->n_slabs,
-                       target);
+        r = KVLI_ERROR(c, room, "kvl_cache_resize: memory for %u of %u slabs", c->n_slabs, target);
     }
     c->stats.device_budget =
         r == KVL_NO_BLOCKS ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : device_bytes;
     kvli_record_resize(c, device_bytes, r);
+    kvli_publish(c);
+    kvli_sched_resized(c);
+    return r;
+}
+
+/* A sequence of the caller forgets what it holds and goes on from its root, empty. */
+static void kvli_seq_forget(kvl_cache *c, uint32_t i) {
+    kvli_seq *seq = &c->seqs[i];
+    uint32_t root = seq->node;
+    while (root != KVL_NONE && c->nodes[root].parent != KVL_NONE) root = c->nodes[root].parent;
+    if (seq->pin_node != KVL_NONE) kvli_unpin_path(c, seq->pin_node);
+    seq->pin_node = KVL_NONE;
+    kvli_seq_cut(c, i, 0);
+    kvli_reserve_free(c, i);
+    kvli_seq_node(c, i, root);
+    seq->length = 0;
+    seq->tail_known = true;
+    seq->attached = seq->keep && !seq->tainted && root != KVL_NONE;
+}
+
+/* Nothing is cached or pinned any more, and no slab is in use. */
+static void kvli_forget_all(kvl_cache *c) {
+    while (kvli_sched_preempt_any(c)) {
+    }
+    for (uint32_t i = 0; i < c->max_seqs; i++)
+        if (c->seqs[i].open) kvli_seq_forget(c, i);
+    for (uint32_t n = 0; n < c->max_nodes; n++)
+        while (c->nodes[n].used && c->nodes[n].pins && kvli_loose_pins(c, n)) kvli_unpin_path(c, n);
+    while (kvli_evict_one(c)) {
+    }
+}
+
+KVL_API kvl_result kvl_cache_recover(kvl_cache *c) {
+    if (!c) return KVL_INVALID_ARG;
+    if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_cache_recover: a step is open: abort it");
+    uint32_t before = c->n_slabs, target = kvli_slabs_in(c, c->stats.device_budget);
+    kvli_forget_all(c);
+    if (c->sched) kvli_record_event(c->sched, KVL_EVENT_RECOVER);
+    while (c->n_free_slabs) kvli_slab_unmap(c);
+    kvli_fixed_unmap(c);
+    kvl_result r = c->ctx->backend->recover(c);
+    if (r == KVL_OK && target) r = kvli_fixed_map(c);
+    while (r == KVL_OK && c->n_slabs < target) r = kvli_slab_map(c);
+    if (!c->n_slabs) kvli_fixed_unmap(c);
+    if (c->n_slabs != before) kvli_record_resize(c, c->stats.device_budget, r);
+    if (c->n_slabs < before) c->epoch += 2 * (before - c->n_slabs); /* as where a recording is replayed */
     kvli_publish(c);
     kvli_sched_resized(c);
     return r;
@@ -8538,6 +8746,8 @@ KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t 
     if (!out || !spans || !n_spans)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_step_begin: no spans, or out is null");
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_step_begin: a step is open");
+    r = c->ctx->backend->check(c);
+    if (r != KVL_OK) return r;
     if (n_spans > c->max_spans)
         return KVLI_ERROR(c, KVL_LIMIT, "kvl_step_begin: %u spans are more than %u", n_spans, c->max_spans);
     for (uint32_t s = 0; s < n_spans; s++) {
@@ -8556,13 +8766,16 @@ KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t 
         for (uint32_t k = spans[s].n_tokens - spans[s].n_logits; k < spans[s].n_tokens && r == KVL_OK; k++)
             kvli_step_logit(c, first + k, 0, spans[s].user);
     }
-    if (r != KVL_OK)
-        kvli_step_rollback(c);
-    else
-        *out = kvli_step_finish(c);
+    kvl_result finished = r == KVL_OK ? kvli_step_finish(c) : r;
+    if (r != KVL_OK) kvli_step_rollback(c);
     kvli_record_step(c, spans, n_spans, r);
+    if (r == KVL_OK && finished != KVL_OK) { /* in a recording: a step and its abort */
+        kvli_step_rollback(c);
+        if (c->sched) kvli_record_event(c->sched, KVL_EVENT_STEP_ABORT);
+    }
+    if (finished == KVL_OK) *out = c->step.view;
     kvli_publish(c);
-    return r;
+    return finished;
 }
 
 KVL_API kvl_result kvl_step_end(kvl_cache *c, const kvl_step *step) {
@@ -8592,7 +8805,9 @@ KVL_API kvl_result kvl_step_abort(kvl_cache *c, const kvl_step *step) {
 
 static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim, bool has_memory,
                              kvl_tensor *out) {
-    if (!in || (has_memory && !in->data) || (uint32_t)in->dtype > KVL_DTYPE_BF16) return false;
+    if (!in || (has_memory && !in->data) || (uint32_t)in->dtype > KVL_DTYPE_BF16 ||
+        (uint32_t)in->memory > KVL_MEMORY_DEVICE)
+        return false;
     *out = *in;
     if (!out->head_stride) out->head_stride = dim;
     if (!out->row_stride) out->row_stride = (size_t)heads * dim;
@@ -8607,6 +8822,8 @@ static kvl_result kvli_layer_open(kvl_cache *c, const kvl_step *step, uint32_t l
         return KVLI_ERROR(c, KVL_INVALID_ARG, "%s: layer %u of %u", call, layer, c->geo.n_layers);
     if (c->step.done[layer])
         return KVLI_ERROR(c, KVL_MISMATCH, "%s: layer %u has run in this step", call, layer);
+    if (c->step.failed != KVL_OK)
+        return KVLI_ERROR(c, c->step.failed, "%s: a layer of this step failed: abort it", call);
     return KVL_OK;
 }
 
@@ -8629,7 +8846,13 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
                       : !kvli_tensor_fill(out, c->geo.n_q_heads, c->geo.v_dim, memory, &a.out) ? "out"
                                                                                                : NULL;
     if (bad)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensor %s is null or of an unknown dtype", bad);
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_attend: tensor %s is null or of an unknown dtype or memory", bad);
+    if (a.k.memory != a.q.memory || a.v.memory != a.q.memory || a.out.memory != a.q.memory)
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_attend: some tensors are in host memory, some in the device's");
+    if (a.q.memory == KVL_MEMORY_DEVICE && c->ctx->backend->kind == KVL_BACKEND_CPU)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensors in device memory: the backend is the CPU");
     a.geo = &c->geo;
     a.layer = &c->geo.layers[layer];
     a.spans = &c->step.attend[(size_t)a.layer->group * c->max_spans];
@@ -8641,8 +8864,23 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
     a.workspace = (void *)(uintptr_t)c->workspace;
     a.workspace_bytes = c->workspace_bytes;
     a.taint = c->step.taint;
-    c->ctx->backend->attend(c->ctx, &a);
-    kvli_layer_done(c, layer);
+    r = c->ctx->backend->attend(c, &a);
+    if (r == KVL_OK)
+        kvli_layer_done(c, layer);
+    else if (r != KVL_INVALID_ARG)
+        c->step.failed = r;
+    return r;
+}
+
+KVL_API kvl_result kvl_step_replayed(kvl_cache *c, const kvl_step *step) {
+    if (!c) return KVL_INVALID_ARG;
+    kvl_result r = kvli_step_is(c, step, "kvl_step_replayed");
+    if (r != KVL_OK) return r;
+    if (c->ctx->backend->kind != KVL_BACKEND_CUDA)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "kvl_step_replayed: the backend is %s, which has no graphs",
+                          c->ctx->backend->name);
+    for (uint32_t l = 0; l < c->geo.n_layers; l++)
+        if (!c->step.done[l]) kvli_layer_done(c, l);
     return KVL_OK;
 }
 
@@ -8935,8 +9173,7 @@ KVL_API kvl_result kvl_validate(kvl_cache *c) {
     if (r == KVL_OK) r = kvli_check_seqs(c);
     if (r == KVL_OK) r = kvli_check_step(c);
     if (r != KVL_OK) return r;
-    uint64_t device = (uint64_t)c->n_slabs * c->slab_bytes + (c->scratch ? c->scratch_bytes : 0) +
-                      (c->workspace ? c->workspace_bytes : 0);
+    uint64_t device = (uint64_t)c->n_slabs * c->slab_bytes + (c->scratch ? c->fixed_bytes : 0);
     KVLI_MUST(device <= c->stats.device_budget || !c->n_slabs, "ledger: %llu bytes above the budget",
               (unsigned long long)device);
     kvli_lock(&c->lock);

@@ -54,8 +54,7 @@ int main(void) {
     const kvl_step *step;
     while (kvl_sched_plan(sched, &step) == KVL_OK) { /* which tokens run now */
         int32_t next[MAX_ROWS];
-        kvl_tensor tq = {q, KVL_DTYPE_F32, 0, 0}, tk = {k, KVL_DTYPE_F32, 0, 0},
-                   tv = {v, KVL_DTYPE_F32, 0, 0}, to = {out, KVL_DTYPE_F32, 0, 0};
+        kvl_tensor tq = {.data = q}, tk = {.data = k}, tv = {.data = v}, to = {.data = out}; /* f32 */
         for (uint32_t r = 0; r < step->n_tokens; r++) x[r] = (float)step->tokens[r] / VOCAB;
         for (uint32_t layer = 0; layer < LAYERS; layer++) {
             project(3 * layer, step, x, Q_HEADS, q);

@@ -201,7 +201,7 @@ static void get_tokens(struct reader *r, const char *what, int32_t *to, uint32_t
 /* ---------------------------------------------------------------- the description */
 
 struct description {
-    bool fresh;
+    bool fresh, granular;
     uint32_t version;
     kvl_cache_desc cache;
     kvl_sched_desc sched;
@@ -228,7 +228,9 @@ static void read_description(struct reader *r, struct description *d) {
     kvl_sched_desc *s = &d->sched;
     memset(d, 0, sizeof *d);
     d->version = (uint32_t)get_fixed(r, "KVL_VERSION", 4);
-    d->fresh = get(r, "fresh") != 0;
+    uint64_t flags = get(r, "flags");
+    d->fresh = flags & 1;
+    d->granular = flags & 2;
     g->n_layers = get_u32(r, "n_layers");
     g->n_q_heads = get_u32(r, "n_q_heads");
     g->n_kv_heads = get_u32(r, "n_kv_heads");
@@ -263,15 +265,31 @@ static void read_description(struct reader *r, struct description *d) {
     s->cost.decode_ms = get_double(r, "decode_ms");
     s->cost.kv_megatoken_ms = get_double(r, "kv_megatoken_ms");
     s->cost.prefill_kv_megatoken_ms = get_double(r, "prefill_kv_megatoken_ms");
+    if (d->granular) d->cache.slab_granularity = get(r, "slab_granularity");
 }
 
 /* ---------------------------------------------------------------- events */
 
-static const char *const event_names[KVL_EVENT_COUNT] = {
-    "end",           "submit",      "fork",          "cancel",           "close",          "plan",
-    "commit",        "abort",       "resize",        "kvl_seq_open",     "kvl_seq_extend", "kvl_seq_fork",
-    "kvl_seq_trim",  "kvl_seq_pin", "kvl_seq_close", "kvl_prefix_unpin", "kvl_step_begin", "kvl_step_end",
-    "kvl_step_abort"};
+static const char *const event_names[KVL_EVENT_COUNT] = {"end",
+                                                         "submit",
+                                                         "fork",
+                                                         "cancel",
+                                                         "close",
+                                                         "plan",
+                                                         "commit",
+                                                         "abort",
+                                                         "resize",
+                                                         "kvl_seq_open",
+                                                         "kvl_seq_extend",
+                                                         "kvl_seq_fork",
+                                                         "kvl_seq_trim",
+                                                         "kvl_seq_pin",
+                                                         "kvl_seq_close",
+                                                         "kvl_prefix_unpin",
+                                                         "kvl_step_begin",
+                                                         "kvl_step_end",
+                                                         "kvl_step_abort",
+                                                         "kvl_cache_recover"};
 
 struct array { /* grows to what one event takes */
     void *at;
@@ -422,7 +440,8 @@ static bool read_event(struct reader *r, struct event *e) {
     case KVL_EVENT_COMMIT: read_commit(r, e); break;
     case KVL_EVENT_CLOSE:
     case KVL_EVENT_ABORT:
-    case KVL_EVENT_STEP_ABORT: break;
+    case KVL_EVENT_STEP_ABORT:
+    case KVL_EVENT_RECOVER: break;
     case KVL_EVENT_RESIZE:
         e->a = get(r, "bytes");
         get(r, "number of slabs");
@@ -739,6 +758,7 @@ static bool play_event(struct player *p, const struct event *e) {
     case KVL_EVENT_RESIZE:
         r = kvl_cache_resize(p->cache, e->a, NULL);
         return r == KVL_NO_BLOCKS || done(p, "resize", r);
+    case KVL_EVENT_RECOVER: return done(p, "kvl_cache_recover", kvl_cache_recover(p->cache));
     case KVL_EVENT_SEQ_OPEN:
     case KVL_EVENT_UNPIN: return play_open(p, e);
     case KVL_EVENT_STEP_BEGIN: return play_step(p, e);
