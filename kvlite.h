@@ -7640,18 +7640,1292 @@ static kvl_result kvli_cpu_layer(kvl_cache *c, const kvli_attend *args) {
     return KVL_OK;
 }
 
-/* ==== >>cuda ==== */
-#if !defined(KVL_NO_CUDA)
+/* ==== >>cuda: NVIDIA GPUs, through the driver alone ====
+   A step's tables are uploaded once, when it is planned: which rows to store and seal, which blocks of which tables
+   each block of threads attends to, what to merge. A layer's call then only launches kernels on them: store, decode
+   and prefill, merge. Everything a launch depends on is fixed but for counts, which stand in device memory, so that a
+   captured graph may be replayed for another step with the same graph_key.
+     What is attended by one block of threads is cut by position and geometry alone, and merged in a fixed order, so
+   that an answer does not depend on who else runs. */
+#if UINTPTR_MAX <= 0xffffffffu || defined(KVL_NO_CUDA)
+#define KVLI_CUDA 0 /* (there are no drivers for programs of 32 bits) */
+#elif defined(KVL_CUDA_KERNELS)
+#include KVL_CUDA_KERNELS
+#define KVLI_CUDA 1
+#elif defined(__has_include)
+#if __has_include("kernels_cuda/kvlite_cuda_kernels.h")
+#include "kernels_cuda/kvlite_cuda_kernels.h"
+#define KVLI_CUDA 1
+#endif
+#endif
+#ifndef KVLI_CUDA
+#define KVLI_CUDA 0
+#endif
+
+#if KVLI_CUDA
+#if defined(_WIN32)
+#define KVLI_CU_CALL __stdcall
+#else
+#include <dlfcn.h>
+#define KVLI_CU_CALL
+#endif
+
+/* ---- the driver (its API: docs.nvidia.com/cuda/cuda-driver-api), with prototypes of our own ---- */
+typedef unsigned long long kvli_cu_ptr;
+typedef struct kvli_cu_location { /* CUmemLocation */
+    int type, id;
+} kvli_cu_location;
+typedef struct kvli_cu_memory { /* CUmemAllocationProp */
+    int type, handle_types;
+    kvli_cu_location location;
+    void *win32;
+    unsigned char flags[8];
+} kvli_cu_memory;
+typedef struct kvli_cu_access { /* CUmemAccessDesc */
+    kvli_cu_location location;
+    int flags;
+} kvli_cu_access;
+
+/* clang-format off */
+#define KVLI_CU_DRIVER(X)                                                                             \
+    X(init, "cuInit", (unsigned flags))                                                               \
+    X(driver_version, "cuDriverGetVersion", (int *version))                                           \
+    X(error_name, "cuGetErrorName", (int error, const char **text))                                   \
+    X(error_text, "cuGetErrorString", (int error, const char **text))                                 \
+    X(device_count, "cuDeviceGetCount", (int *count))                                                 \
+    X(device_get, "cuDeviceGet", (int *device, int ordinal))                                          \
+    X(device_name, "cuDeviceGetName", (char *name, int size, int device))                             \
+    X(device_attribute, "cuDeviceGetAttribute", (int *value, int attribute, int device))              \
+    X(primary_retain, "cuDevicePrimaryCtxRetain", (void **context, int device))                       \
+    X(primary_release, "cuDevicePrimaryCtxRelease_v2", (int device))                                  \
+    X(primary_reset, "cuDevicePrimaryCtxReset_v2", (int device))                                      \
+    X(context_push, "cuCtxPushCurrent_v2", (void *context))                                           \
+    X(context_pop, "cuCtxPopCurrent_v2", (void **context))                                            \
+    X(context_device, "cuCtxGetDevice", (int *device))                                                \
+    X(module_load, "cuModuleLoadData", (void **module, const void *image))                            \
+    X(module_unload, "cuModuleUnload", (void *module))                                                \
+    X(module_function, "cuModuleGetFunction", (void **function, void *module, const char *name))      \
+    X(function_set, "cuFuncSetAttribute", (void *function, int attribute, int value))                 \
+    X(stream_create, "cuStreamCreate", (void **stream, unsigned flags))                               \
+    X(stream_destroy, "cuStreamDestroy_v2", (void *stream))                                           \
+    X(stream_wait, "cuStreamSynchronize", (void *stream))                                             \
+    X(event_create, "cuEventCreate", (void **event, unsigned flags))                                  \
+    X(event_destroy, "cuEventDestroy_v2", (void *event))                                              \
+    X(event_record, "cuEventRecord", (void *event, void *stream))                                     \
+    X(event_wait, "cuEventSynchronize", (void *event))                                                \
+    X(alloc, "cuMemAlloc_v2", (kvli_cu_ptr *address, size_t bytes))                                   \
+    X(free, "cuMemFree_v2", (kvli_cu_ptr address))                                                    \
+    X(host_alloc, "cuMemHostAlloc", (void **at, size_t bytes, unsigned flags))                        \
+    X(host_free, "cuMemFreeHost", (void *at))                                                         \
+    X(upload, "cuMemcpyHtoDAsync_v2", (kvli_cu_ptr to, const void *from, size_t bytes, void *stream)) \
+    X(download, "cuMemcpyDtoHAsync_v2", (void *to, kvli_cu_ptr from, size_t bytes, void *stream))     \
+    X(copy, "cuMemcpyDtoDAsync_v2", (kvli_cu_ptr to, kvli_cu_ptr from, size_t bytes, void *stream))   \
+    X(fill, "cuMemsetD8Async", (kvli_cu_ptr to, unsigned char value, size_t bytes, void *stream))     \
+    X(launch, "cuLaunchKernel",                                                                       \
+      (void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,           \
+       unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **args, void **extra))
+/* Virtual memory: may be missing. */
+#define KVLI_CU_VIRTUAL(X)                                                                            \
+    X(reserve, "cuMemAddressReserve",                                                                 \
+      (kvli_cu_ptr *address, size_t bytes, size_t alignment, kvli_cu_ptr hint, unsigned long long flags)) \
+    X(unreserve, "cuMemAddressFree", (kvli_cu_ptr address, size_t bytes))                             \
+    X(granularity, "cuMemGetAllocationGranularity", (size_t *bytes, const kvli_cu_memory *memory, int option)) \
+    X(create, "cuMemCreate",                                                                          \
+      (unsigned long long *handle, size_t bytes, const kvli_cu_memory *memory, unsigned long long flags)) \
+    X(release, "cuMemRelease", (unsigned long long handle))                                           \
+    X(map, "cuMemMap",                                                                                \
+      (kvli_cu_ptr address, size_t bytes, size_t offset, unsigned long long handle, unsigned long long flags)) \
+    X(unmap, "cuMemUnmap", (kvli_cu_ptr address, size_t bytes))                                       \
+    X(set_access, "cuMemSetAccess", (kvli_cu_ptr address, size_t bytes, const kvli_cu_access *access, size_t n))
+/* clang-format on */
+
+typedef struct kvli_cu_driver {
+#define KVLI_CU_MEMBER_(name, symbol, args) int(KVLI_CU_CALL * name) args;
+    KVLI_CU_DRIVER(KVLI_CU_MEMBER_)
+    KVLI_CU_VIRTUAL(KVLI_CU_MEMBER_)
+#undef KVLI_CU_MEMBER_
+} kvli_cu_driver;
+
+enum { /* of CUresult */
+       KVLI_CU_OUT_OF_MEMORY = 2,
+       KVLI_CU_INSUFFICIENT_DRIVER = 35,
+       KVLI_CU_STUB = 34,
+       KVLI_CU_NO_DEVICE = 100,
+       KVLI_CU_NO_BINARY = 209,
+       KVLI_CU_BAD_PTX = 218,
+       KVLI_CU_NEW_PTX = 222,
+       KVLI_CU_NOT_SUPPORTED = 801,
+       KVLI_CU_CAPTURE_FIRST = 900,
+       KVLI_CU_CAPTURE_LAST = 909
+};
+enum { /* of CUdevice_attribute, CUfunction_attribute, flags */
+       KVLI_CU_ATTRIBUTE_SMS = 16,
+       KVLI_CU_ATTRIBUTE_MAJOR = 75,
+       KVLI_CU_ATTRIBUTE_MINOR = 76,
+       KVLI_CU_ATTRIBUTE_SM_SHARED = 81,
+       KVLI_CU_ATTRIBUTE_BLOCK_SHARED = 97,
+       KVLI_CU_ATTRIBUTE_VIRTUAL = 102,
+       KVLI_CU_FUNCTION_SHARED = 8,
+       KVLI_CU_EVENT_NO_TIMING = 2,
+       KVLI_CU_READ_WRITE = 3
+};
+enum {
+    KVLI_CU_RING = 3,          /* uploads that may be under way */
+    KVLI_CU_PART_TOKENS = 256, /* least length of what one block of threads attends to */
+    KVLI_CU_PARTS = 64,        /* most parts of what a row sees */
+    KVLI_CU_PART_ROWS = 1024,  /* most parts times rows */
+    KVLI_CU_DRAFT_ROWS = 8     /* query tokens of a span that decode kernels take */
+};
+
+/* The device, of a context. */
+struct kvli_cu {
+    void *library;
+    kvli_cu_driver fn;
+    int device;
+    void *context, *stream;                             /* stream: lent, or null */
+    bool lent, renewed, retained, lost, virtual_memory; /* renewed: another context was lent */
+    void *module;
+    uint8_t *image;
+    uint32_t generation; /* grows when the device is started again: what was on it is gone */
+    int major, minor, block_shared, sm_shared;
+    size_t granularity;
+};
+
+/* A pair of formats' functions. */
+typedef struct kvli_cu_kernels {
+    void *decode[2], *prefill; /* for 8 and for 16 rows; or decode[0] is kvl_plain */
+    uint32_t decode_shared[2], prefill_shared, stages;
+} kvli_cu_kernels;
+
+/* What is attended: sorts of items. */
+enum { KVLI_CU_DECODE8, KVLI_CU_DECODE16, KVLI_CU_PREFILL, KVLI_CU_MERGE, KVLI_CU_SORTS };
+
+/* Launches over some items of a group: their partial results are merged before the next pass. */
+typedef struct kvli_cu_pass {
+    uint32_t n[KVLI_CU_SORTS], padded[KVLI_CU_SORTS];
+    uint32_t at[KVLI_CU_SORTS]; /* in the tables: bytes */
+} kvli_cu_pass;
+typedef struct kvli_cu_group {
+    uint32_t counts, spans, stores; /* in the tables: bytes */
+    uint32_t n_stores, padded_stores, first_pass, n_passes;
+} kvli_cu_group;
+
+/* A cache's part of it. The tables are built in pinned memory and have the same offsets on the device. */
+typedef struct kvli_cu_cache {
+    uint32_t generation; /* of the device when it was started */
+    void *stream;
+    bool own_stream;
+    void *event[KVLI_CU_RING];
+    uint8_t *pinned; /* [KVLI_CU_RING][tables_bytes], [staging_bytes], [max_spans] taint */
+    uint32_t turn;   /* in the ring */
+    kvli_cu_ptr reserved;
+    size_t reserved_bytes;
+    void *store, *copy, *merge;
+    kvli_cu_kernels kernels[16]; /* by preset */
+    uint8_t *layer_kernels;      /* [n_layers] */
+    kvli_cu_group groups[KVLI_MAX_GROUPS];
+    kvli_cu_pass *passes; /* [max_passes] */
+    uint32_t max_passes, max_partials, max_spans, prefill_rows;
+    size_t tables_bytes, staging_bytes;
+    size_t partial_o, partial_ml, staging, sinks; /* where in the workspace; the tables are at its start */
+    uint32_t entries, used;                       /* in the tables of this step: bytes */
+    uint32_t mapped;                              /* grows whenever memory is mapped or unmapped */
+} kvli_cu_cache;
+
+static kvli_cu_cache *kvli_cu_of(const kvl_cache *c) { return (kvli_cu_cache *)c->backend_state; }
+
+/* ---- errors ---- */
+static kvl_result kvli_cu_fail(kvl_context *ctx, kvli_text text, int e, const char *call) {
+    const char *name = "", *meaning = "";
+    struct kvli_cu *cu = ctx->cu;
+    if (cu->fn.error_name(e, &name) || !name) name = "an unknown error";
+    if (cu->fn.error_text(e, &meaning) || !meaning) meaning = "";
+    ctx->native = e;
+    snprintf(ctx->native_text, sizeof ctx->native_text, "%s: %s (%d): %s", call, name, e, meaning);
+    kvl_result r = e == KVLI_CU_OUT_OF_MEMORY                                ? KVL_OUT_OF_DEVICE_MEMORY
+                   : e == KVLI_CU_NOT_SUPPORTED                              ? KVL_UNSUPPORTED
+                   : e >= KVLI_CU_CAPTURE_FIRST && e <= KVLI_CU_CAPTURE_LAST ? KVL_INVALID_ARG
+                                                                             : KVL_DEVICE_LOST;
+    cu->lost = cu->lost || r == KVL_DEVICE_LOST;
+    return kvli_fail(ctx, text, r, "%s", ctx->native_text);
+}
+static kvl_result kvli_cu_ok(kvl_cache *c, int e, const char *call) {
+    return e ? kvli_cu_fail(c->ctx, kvli_err(c), e, call) : KVL_OK;
+}
+
+static kvl_result kvli_cu_check(kvl_cache *c) {
+    const struct kvli_cu *cu = c->ctx->cu;
+    if (cu->lost) return KVLI_ERROR(c, KVL_DEVICE_LOST, "the device is lost (%s)", c->ctx->native_text);
+    if (cu->generation != kvli_cu_of(c)->generation)
+        return KVLI_ERROR(c, KVL_DEVICE_LOST, "the device was started again: the KV of this cache is gone");
+    return KVL_OK;
+}
+
+/* Makes the device's context current until kvli_cu_leave: the app's own comes back then. */
+static kvl_result kvli_cu_enter(kvl_cache *c) {
+    kvl_result r = kvli_cu_check(c);
+    return r == KVL_OK ? kvli_cu_ok(c, c->ctx->cu->fn.context_push(c->ctx->cu->context), "cuCtxPushCurrent")
+                       : r;
+}
+static void kvli_cu_leave(const kvl_context *ctx) {
+    void *old;
+    ctx->cu->fn.context_pop(&old);
+}
+
+/* ---- open: library, device, context, module ---- */
+static void *kvli_cu_library(void) {
+#if defined(_WIN32)
+    return (void *)LoadLibraryA("nvcuda.dll");
+#else
+    void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    return library ? library : dlopen("libcuda.so", RTLD_NOW | RTLD_LOCAL);
+#endif
+}
+static void kvli_cu_unload(void *library) {
+#if defined(_WIN32)
+    FreeLibrary((HMODULE)library);
+#else
+    dlclose(library);
+#endif
+}
+
+/* Writes the address of a function of the library to *to, a pointer to a function. */
+static bool kvli_cu_symbol(void *library, const char *symbol, void *to) {
+#if defined(_WIN32)
+    FARPROC at = GetProcAddress((HMODULE)library, symbol);
+#else
+    void *at = dlsym(library, symbol);
+#endif
+    memcpy(to, &at, sizeof at);
+    return at != NULL;
+}
+
+static kvl_result kvli_cu_load(kvl_context *ctx, kvli_text why) {
+    struct kvli_cu *cu = ctx->cu;
+    bool ok;
+    cu->library = kvli_cu_library();
+    if (!cu->library) return kvli_fail(NULL, why, KVL_NO_BACKEND, "no driver: libcuda is not there");
+#define KVLI_CU_LOAD_(name, symbol, args)                   \
+    ok = kvli_cu_symbol(cu->library, symbol, &cu->fn.name); \
+    if (!ok) return kvli_fail(NULL, why, KVL_NO_BACKEND, "the driver is too old: no %s", symbol);
+    KVLI_CU_DRIVER(KVLI_CU_LOAD_)
+#undef KVLI_CU_LOAD_
+    cu->virtual_memory = true;
+#define KVLI_CU_LOAD_(name, symbol, args)                   \
+    ok = kvli_cu_symbol(cu->library, symbol, &cu->fn.name); \
+    cu->virtual_memory = cu->virtual_memory && ok;
+    KVLI_CU_VIRTUAL(KVLI_CU_LOAD_)
+#undef KVLI_CU_LOAD_
+    return KVL_OK;
+}
+
+/* Why the driver will not do, with what it says. */
+static kvl_result kvli_cu_refuse(kvl_context *ctx, kvli_text why, int e, const char *call) {
+    const char *hint = e == KVLI_CU_STUB                  ? "this libcuda is the toolkit's stub; "
+                       : e == KVLI_CU_NO_DEVICE           ? "no GPU; "
+                       : e == KVLI_CU_INSUFFICIENT_DRIVER ? "the driver is too old; "
+                       : e == KVLI_CU_NO_BINARY || e == KVLI_CU_BAD_PTX || e == KVLI_CU_NEW_PTX
+                           ? "the driver does not take the kernels; "
+                           : "";
+    kvli_cu_fail(ctx, kvli_text_at(NULL, 0), e, call);
+    return kvli_fail(NULL, why, KVL_NO_BACKEND, "%s%s", hint, ctx->native_text);
+}
+/* In a function with ctx and why: leaves it where the driver fails. */
+#define KVLI_CU_OPEN(name, symbol, args)                     \
+    do {                                                     \
+        int e_ = ctx->cu->fn.name args;                      \
+        if (e_) return kvli_cu_refuse(ctx, why, e_, symbol); \
+    } while (0)
+
+static kvl_result kvli_cu_device(kvl_context *ctx, kvli_text why) {
+    struct kvli_cu *cu = ctx->cu;
+    int version = 0, count = 0, virtual_memory = 0;
+    KVLI_CU_OPEN(init, "cuInit", (0));
+    KVLI_CU_OPEN(driver_version, "cuDriverGetVersion", (&version));
+    if (version < kvli_cu_image_min_driver)
+        return kvli_fail(NULL, why, KVL_NO_BACKEND, "the driver is for CUDA %d.%d, the kernels need %d.%d",
+                         version / 1000, version % 1000 / 10, kvli_cu_image_min_driver / 1000,
+                         kvli_cu_image_min_driver % 1000 / 10);
+    if (cu->lent) {
+        KVLI_CU_OPEN(context_push, "cuCtxPushCurrent", (cu->context));
+        int e = cu->fn.context_device(&cu->device);
+        kvli_cu_leave(ctx);
+        if (e) return kvli_cu_refuse(ctx, why, e, "cuCtxGetDevice");
+    } else {
+        KVLI_CU_OPEN(device_count, "cuDeviceGetCount", (&count));
+        if (ctx->desc.cuda_device >= (uint32_t)count)
+            return kvli_fail(NULL, why, KVL_NO_BACKEND, "cuda_device: %u of %d", ctx->desc.cuda_device,
+                             count);
+        KVLI_CU_OPEN(device_get, "cuDeviceGet", (&cu->device, (int)ctx->desc.cuda_device));
+    }
+    KVLI_CU_OPEN(device_attribute, "cuDeviceGetAttribute", (&cu->major, KVLI_CU_ATTRIBUTE_MAJOR, cu->device));
+    KVLI_CU_OPEN(device_attribute, "cuDeviceGetAttribute", (&cu->minor, KVLI_CU_ATTRIBUTE_MINOR, cu->device));
+    if (cu->major * 10 + cu->minor < 75)
+        return kvli_fail(NULL, why, KVL_NO_BACKEND, "the GPU is of compute capability %d.%d, 7.5 is needed",
+                         cu->major, cu->minor);
+    KVLI_CU_OPEN(device_attribute, "cuDeviceGetAttribute",
+                 (&cu->block_shared, KVLI_CU_ATTRIBUTE_BLOCK_SHARED, cu->device));
+    KVLI_CU_OPEN(device_attribute, "cuDeviceGetAttribute",
+                 (&cu->sm_shared, KVLI_CU_ATTRIBUTE_SM_SHARED, cu->device));
+    KVLI_CU_OPEN(device_attribute, "cuDeviceGetAttribute",
+                 (&virtual_memory, KVLI_CU_ATTRIBUTE_VIRTUAL, cu->device));
+    cu->virtual_memory = cu->virtual_memory && virtual_memory;
+    return KVL_OK;
+}
+
+static kvli_cu_memory kvli_cu_memory_of(const struct kvli_cu *cu) {
+    kvli_cu_memory m;
+    memset(&m, 0, sizeof m);
+    m.type = m.location.type = 1; /* pinned, on a device */
+    m.location.id = cu->device;
+    return m;
+}
+
+/* The context and what is loaded into it; also when the device is started again. */
+static kvl_result kvli_cu_start_device(kvl_context *ctx, kvli_text why) {
+    struct kvli_cu *cu = ctx->cu;
+    kvli_cu_memory memory = kvli_cu_memory_of(cu);
+    if (!cu->lent) {
+        KVLI_CU_OPEN(primary_retain, "cuDevicePrimaryCtxRetain", (&cu->context, cu->device));
+        cu->retained = true;
+    }
+    cu->granularity = 1;
+    if (cu->virtual_memory)
+        KVLI_CU_OPEN(granularity, "cuMemGetAllocationGranularity", (&cu->granularity, &memory, 0));
+    KVLI_CU_OPEN(context_push, "cuCtxPushCurrent", (cu->context));
+    int e = cu->fn.module_load(&cu->module, cu->image);
+    kvli_cu_leave(ctx);
+    if (e) cu->module = NULL;
+    if (e) return kvli_cu_refuse(ctx, why, e, "cuModuleLoadData");
+    cu->lost = cu->renewed = false;
+    cu->generation++;
+    return KVL_OK;
+}
+
+static void kvli_cu_stop_device(kvl_context *ctx,
+                                bool reset) { /* the device may be lost: nothing is asked of it */
+    struct kvli_cu *cu = ctx->cu;
+    if (cu->module && !cu->fn.context_push(cu->context)) {
+        cu->fn.module_unload(cu->module);
+        kvli_cu_leave(ctx);
+    }
+    cu->module = NULL;
+    if (cu->retained) cu->fn.primary_release(cu->device);
+    if (cu->retained && reset) cu->fn.primary_reset(cu->device);
+    cu->retained = false;
+}
+
+/* The image from its text: see the generated header. */
+static void kvli_cu_unpack(uint8_t *to) {
+    uint32_t v = 0, digits = 0, n = 0;
+    for (const char *const *chunk = kvli_cu_image; *chunk; chunk++)
+        for (const char *p = *chunk; *p; p++) {
+            uint32_t digit = (uint32_t)((unsigned char)*p - 35 - (*p > '?') - (*p > '\\'));
+            v = v * 85 + digit;
+            if (++digits < 5) continue;
+            for (int i = 24; i >= 0; i -= 8)
+                if (n < kvli_cu_image_bytes) to[n++] = (uint8_t)(v >> i);
+            v = digits = 0;
+        }
+}
+
+static void kvli_cu_close(kvl_context *ctx) {
+    struct kvli_cu *cu = ctx->cu;
+    if (!cu) return;
+    if (cu->library) kvli_cu_stop_device(ctx, false);
+    if (cu->library) kvli_cu_unload(cu->library);
+    kvli_free(ctx, cu->image, kvli_cu_image_bytes);
+    kvli_free(ctx, cu, sizeof *cu);
+    ctx->cu = NULL;
+}
+
 static kvl_result kvli_cu_open(kvl_context *ctx, kvli_text why) {
-    return kvli_fail(ctx, why, KVL_NO_BACKEND, "not in this build");
+    struct kvli_cu *cu = (struct kvli_cu *)kvli_alloc(ctx, sizeof *cu);
+    char name[64] = "";
+    if (cu) memset(cu, 0, sizeof *cu);
+    ctx->cu = cu;
+    if (cu) cu->image = (uint8_t *)kvli_alloc(ctx, kvli_cu_image_bytes);
+    if (!cu || !cu->image) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    cu->context = ctx->desc.cuda_context;
+    cu->stream = ctx->desc.cuda_stream;
+    cu->lent = cu->context != NULL;
+    kvl_result r = kvli_cu_load(ctx, why);
+    if (r == KVL_OK) r = kvli_cu_device(ctx, why);
+    if (r != KVL_OK) return r;
+    kvli_cu_unpack(cu->image);
+    r = kvli_cu_start_device(ctx, why);
+    if (r != KVL_OK) return r;
+    KVLI_CU_OPEN(device_name, "cuDeviceGetName", (name, (int)sizeof name, cu->device));
+    snprintf(ctx->name, sizeof ctx->name, "cuda (%s, sm_%d%d)", name, cu->major, cu->minor);
+    return KVL_OK;
+}
+
+/* ---- what a cache needs ---- */
+static bool kvli_cu_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
+    static const uint32_t dims[] = {64, 80, 96, 128, 192, 256};
+    bool known = false;
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) known = known || dims[i] == dim;
+    if (!known)
+        *why =
+            is_key ? "k_dim is not 64, 80, 96, 128, 192 or 256" : "v_dim is not 64, 80, 96, 128, 192 or 256";
+    if (tokens < 16) *why = "block_tokens is below 16";
+    return known && tokens >= 16 && kvli_side_supported(f, is_key, tokens, dim, why);
+}
+
+/* Which preset a layer has; KVL_NONE: none. */
+static uint32_t kvli_cu_preset(const kvl_cache *c, uint32_t layer) {
+    const kvli_side *k = &c->geo.layers[layer].k[KVLI_PACKED], *v = &c->geo.layers[layer].v[KVLI_PACKED];
+    uint32_t n;
+    const kvl_preset *p = kvl_presets(&n);
+    for (uint32_t i = 0; i < n; i++)
+        if (p[i].k == (k->format | (k->rotated ? (kvl_format)KVL_ROTATED : 0)) &&
+            p[i].v == (v->format | (v->rotated ? (kvl_format)KVL_ROTATED : 0)) && p[i].exact == c->geo.exact)
+            return i;
+    return KVL_NONE;
+}
+
+static kvl_result kvli_cu_geometry(kvl_cache *c) {
+    const kvli_geometry *g = &c->geo;
+    if (g->k_dim != g->v_dim)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.v_dim: %u is not k_dim %u (cuda)", g->v_dim,
+                          g->k_dim);
+    if (g->gqa > 16)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED,
+                          "geometry.n_q_heads: %u for each KV head are more than 16 (cuda)", g->gqa);
+    for (uint32_t l = 0; l < g->n_layers; l++) {
+        const kvli_side *k = &g->layers[l].k[KVLI_PACKED], *v = &g->layers[l].v[KVLI_PACKED];
+        if (kvli_cu_preset(c, l) != KVL_NONE) continue;
+        return KVLI_ERROR(
+            c, KVL_UNSUPPORTED,
+            "k_format, v_format, exact_format of layer %u: %s%s, %s%s, %s are not together in a preset "
+            "(cuda)",
+            l, kvl_format_name(k->format), k->rotated ? "+rot" : "", kvl_format_name(v->format),
+            v->rotated ? "+rot" : "", kvl_format_name(g->exact));
+    }
+    return KVL_OK;
+}
+
+/* n rounded up to a shape: at most a quarter more. */
+static uint32_t kvli_cu_pad(uint32_t n) {
+    uint32_t step = 1;
+    while (n > 8 * step) step *= 2;
+    return (n + step - 1) / step * step;
+}
+static size_t kvli_cu_align(size_t bytes) { return (bytes + 255) & ~(size_t)255; }
+
+/* Sizes that follow from the desc. */
+typedef struct kvli_cu_sizes {
+    uint32_t spans, tiles, parts, partials, prefill_rows;
+    uint64_t tables, staging, partial_o, partial_ml, sinks;
+} kvli_cu_sizes;
+
+/* No sequence is longer: each of its blocks in a group without a window takes memory of its own. */
+static uint32_t kvli_cu_longest(const kvl_cache *c) {
+    uint64_t longest = c->desc.max_seq_tokens;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        size_t bytes = c->groups[g].bytes[c->groups[g].two_class ? KVLI_PACKED : KVLI_EXACT];
+        uint64_t blocks = c->desc.max_device_bytes / bytes + 2;
+        if (!c->groups[g].window && blocks * c->geo.block_tokens < longest)
+            longest = blocks * c->geo.block_tokens;
+    }
+    return (uint32_t)longest;
+}
+
+static kvli_cu_sizes kvli_cu_size(const kvl_cache *c) {
+    kvli_cu_sizes z;
+    const kvli_geometry *g = &c->geo;
+    uint64_t rows = c->desc.max_step_tokens, T = g->block_tokens, seq = kvli_cu_longest(c), arrays, room;
+    uint64_t row_bytes = (uint64_t)g->n_kv_heads * (g->v_dim + 2) * sizeof(float);
+    memset(&z, 0, sizeof z);
+    z.spans = kvli_min_u32(c->desc.max_sequences, c->desc.max_step_tokens);
+    z.prefill_rows = kvli_cu_prefill_rows(g->k_dim);
+    z.tiles = z.spans + (uint32_t)(rows * g->gqa / KVLI_CU_PLAIN_ROWS);
+    z.parts = kvli_min_u32(KVLI_CU_PARTS,
+                           (uint32_t)(seq / kvli_min_u32(KVLI_CU_PART_TOKENS, g->segment_tokens)) + 4);
+    /* tables: taint; of each group spans, stores, items, merges and counts of each pass, all padded; entries; copies */
+    arrays = z.spans * sizeof(kvli_cu_span) + (rows / T + 2 * z.spans) * sizeof(kvli_cu_store);
+    arrays +=
+        (2ull * z.spans * z.parts + 2 * z.tiles) * sizeof(kvli_cu_item) + z.tiles * sizeof(kvli_cu_merge);
+    arrays = arrays / 4 * 5 + (z.tiles + 1) * (2 * sizeof(kvli_cu_counts) + KVLI_CU_SORTS * 256ull) + 2048;
+    arrays += z.spans * (seq / T + 2 + rows / T) * sizeof(uint64_t) + z.spans * sizeof(kvli_cu_copy);
+    z.tables = kvli_cu_align((size_t)(z.spans * sizeof(uint32_t) + g->n_groups * arrays));
+    /* partial results: a tile's at least, else of all that may be, or what the budget can spare */
+    z.partials = kvli_min_u32(KVLI_CU_PART_ROWS, z.prefill_rows * z.parts);
+    room = c->desc.max_device_bytes / 64;
+    room = (room < 32u << 20 ? room : 32u << 20) / row_bytes;
+    if (room > (uint64_t)z.spans * z.parts * KVLI_CU_DECODE_ROWS)
+        room = (uint64_t)z.spans * z.parts * KVLI_CU_DECODE_ROWS;
+    if (room > z.partials) z.partials = (uint32_t)room;
+    z.partial_o = kvli_cu_align((size_t)z.partials * g->n_kv_heads * g->v_dim * sizeof(float));
+    z.partial_ml = kvli_cu_align((size_t)z.partials * g->n_kv_heads * 2 * sizeof(float));
+    z.staging = c->desc.device_tensors
+                    ? 0
+                    : 2 * rows * (g->n_q_heads + g->n_kv_heads) * g->k_dim * sizeof(float) + 1024;
+    for (uint32_t l = 0; l < g->n_layers; l++)
+        if (g->layers[l].sink_logits) z.sinks = (uint64_t)g->n_layers * g->n_q_heads * sizeof(float);
+    return z;
+}
+
+static kvl_result kvli_cu_plan(kvl_cache *c) {
+    const struct kvli_cu *cu = c->ctx->cu;
+    kvl_result r = kvli_cu_geometry(c);
+    if (r != KVL_OK) return r;
+    if (!c->desc.slab_granularity) c->desc.slab_granularity = cu->granularity;
+    kvli_cu_sizes z = kvli_cu_size(c);
+    uint64_t bytes = z.tables + z.partial_o + z.partial_ml + z.staging + z.sinks + 5 * 256;
+    if (z.tables > UINT32_MAX / 2 || bytes > SIZE_MAX / 4)
+        return KVLI_ERROR(c, KVL_LIMIT,
+                          "max_sequences, max_seq_tokens, max_step_tokens: a step's tables take %llu bytes",
+                          (unsigned long long)z.tables);
+    uint64_t fixed = bytes + c->scratch_bytes, unit = cu->granularity;
+    if (fixed >= unit) bytes += (unit - fixed % unit) % unit; /* as the driver rounds it */
+    c->workspace_bytes = (size_t)bytes;
+    c->backend_bytes = sizeof(kvli_cu_cache) + c->geo.n_layers +
+                       (size_t)c->geo.n_groups * (z.tiles + 1) * sizeof(kvli_cu_pass) + 64;
+    return KVL_OK;
+}
+
+/* ---- start: stream, pinned memory, functions ---- */
+static kvl_result kvli_cu_function(kvl_cache *c, const char *name, uint32_t shared, void **out) {
+    struct kvli_cu *cu = c->ctx->cu;
+    if (shared > (uint32_t)cu->block_shared)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "%s takes %u bytes of shared memory, this GPU has %d", name,
+                          shared, cu->block_shared);
+    kvl_result r = kvli_cu_ok(c, cu->fn.module_function(out, cu->module, name), "cuModuleGetFunction");
+    if (r == KVL_OK && shared)
+        r = kvli_cu_ok(c, cu->fn.function_set(*out, KVLI_CU_FUNCTION_SHARED, (int)shared),
+                       "cuFuncSetAttribute");
+    return r;
+}
+
+/* Depth of a warp's ring of loads: as deep as two blocks of threads on an SM allow, else one. */
+static uint32_t kvli_cu_stages(const struct kvli_cu *cu, kvl_format k, kvl_format v, uint32_t dim,
+                               uint32_t n) {
+    if (cu->major < 8) return 0;
+    for (uint32_t stages = 4; stages > 1; stages--)
+        if (2 * (kvli_cu_decode_smem(k, v, dim, stages, n) + 1024) <= (uint32_t)cu->sm_shared) return stages;
+    for (uint32_t stages = 4; stages > 1; stages--)
+        if (kvli_cu_decode_smem(k, v, dim, stages, n) <= (uint32_t)cu->block_shared) return stages;
+    return 1;
+}
+
+static bool kvli_cu_is_plain(const kvl_cache *c) { /* all its layers, since they share the exact format */
+    return c->geo.exact == KVL_F32 || (c->geo.exact == KVL_BF16 && c->ctx->cu->major < 8);
+}
+
+static kvl_result kvli_cu_kernels_get(kvl_cache *c, const kvl_preset *p, kvli_cu_kernels *out) {
+    uint32_t dim = c->geo.k_dim;
+    kvl_format k = p->k & ~(kvl_format)KVL_ROTATED, v = p->v & ~(kvl_format)KVL_ROTATED;
+    char name[64];
+    kvl_result r = KVL_OK;
+    const char *sort = strcmp(p->name, "int8+") == 0 ? "int8c" : p->name;
+    if (kvli_cu_is_plain(c)) {
+        out->decode_shared[0] = kvli_cu_plain_smem(dim);
+        return kvli_cu_function(c, "kvl_plain", out->decode_shared[0], &out->decode[0]);
+    }
+    out->stages = kvli_cu_stages(c->ctx->cu, k, v, dim, 16);
+    for (uint32_t i = 0; i < 2 && r == KVL_OK; i++) {
+        out->decode_shared[i] = kvli_cu_decode_smem(k, v, dim, out->stages, 8 << i);
+        snprintf(name, sizeof name, "kvl_decode_%s_d%u_n%u", sort, dim, 8u << i);
+        r = kvli_cu_function(c, name, out->decode_shared[i], &out->decode[i]);
+    }
+    out->prefill_shared = kvli_cu_prefill_smem(dim);
+    snprintf(name, sizeof name, "kvl_prefill_%s_d%u", sort, dim);
+    return r == KVL_OK ? kvli_cu_function(c, name, out->prefill_shared, &out->prefill) : r;
+}
+
+static kvl_result kvli_cu_functions(kvl_cache *c) {
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    uint32_t n;
+    const kvl_preset *presets = kvl_presets(&n);
+    kvl_result r = kvli_cu_function(c, "kvl_store", KVLI_CU_STORE_SMEM, &cc->store);
+    if (r == KVL_OK) r = kvli_cu_function(c, "kvl_merge", 0, &cc->merge);
+    if (r == KVL_OK) r = kvli_cu_function(c, "kvl_copy", 0, &cc->copy);
+    memset(cc->kernels, 0, sizeof cc->kernels);
+    for (uint32_t l = 0; l < c->geo.n_layers && r == KVL_OK; l++) {
+        uint32_t i = cc->layer_kernels[l];
+        if (!cc->kernels[i].decode[0]) r = kvli_cu_kernels_get(c, &presets[i], &cc->kernels[i]);
+    }
+    return r;
+}
+
+static size_t kvli_cu_pinned_bytes(const kvli_cu_cache *cc) {
+    return KVLI_CU_RING * cc->tables_bytes + cc->staging_bytes + cc->max_spans * sizeof(uint32_t);
+}
+
+/* What start and recover do. */
+static kvl_result kvli_cu_acquire(kvl_cache *c) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    void *pinned = NULL;
+    cc->generation = cu->generation;
+    kvl_result r = kvli_cu_enter(c);
+    if (r != KVL_OK) return r;
+    r = kvli_cu_functions(c);
+    cc->stream = cu->stream;
+    if (r == KVL_OK && !cc->stream) {
+        r = kvli_cu_ok(c, cu->fn.stream_create(&cc->stream, 0), "cuStreamCreate");
+        cc->own_stream = r == KVL_OK;
+    }
+    for (uint32_t i = 0; i < KVLI_CU_RING && r == KVL_OK; i++) {
+        r = kvli_cu_ok(c, cu->fn.event_create(&cc->event[i], KVLI_CU_EVENT_NO_TIMING), "cuEventCreate");
+        if (r != KVL_OK) cc->event[i] = NULL;
+    }
+    if (r == KVL_OK) {
+        r = kvli_cu_ok(c, cu->fn.host_alloc(&pinned, kvli_cu_pinned_bytes(cc), 0), "cuMemHostAlloc");
+        cc->pinned = r == KVL_OK ? (uint8_t *)pinned : NULL;
+    }
+    if (r == KVL_OK && cu->virtual_memory && c->slab_bytes % cu->granularity == 0) {
+        size_t bytes = c->max_slabs * c->slab_bytes;
+        r = kvli_cu_ok(c, cu->fn.reserve(&cc->reserved, bytes, 0, 0, 0), "cuMemAddressReserve");
+        cc->reserved_bytes = r == KVL_OK ? bytes : 0;
+    }
+    kvli_cu_leave(c->ctx);
+    return r;
+}
+
+/* Also of a device that is lost: what it says is not asked. What stood in a context that is gone is forgotten. */
+static void kvli_cu_stop(kvl_cache *c) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    bool there = cc->generation == cu->generation && !cu->fn.context_push(cu->context);
+    if (cc->reserved_bytes) cu->fn.unreserve(cc->reserved, cc->reserved_bytes);
+    for (uint32_t i = 0; i < KVLI_CU_RING; i++) {
+        if (there && cc->event[i]) cu->fn.event_destroy(cc->event[i]);
+        cc->event[i] = NULL;
+    }
+    if (there && cc->pinned) cu->fn.host_free(cc->pinned);
+    if (there && cc->own_stream) cu->fn.stream_destroy(cc->stream);
+    if (there) kvli_cu_leave(c->ctx);
+    cc->stream = cc->pinned = NULL;
+    cc->own_stream = false;
+    cc->reserved_bytes = 0;
+}
+
+static kvl_result kvli_cu_start(kvl_cache *c) {
+    kvli_cu_sizes z = kvli_cu_size(c);
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    uint8_t *at = (uint8_t *)(cc + 1);
+    memset(cc, 0, c->backend_bytes);
+    cc->passes = (kvli_cu_pass *)(void *)at;
+    cc->layer_kernels = at + (size_t)c->geo.n_groups * (z.tiles + 1) * sizeof(kvli_cu_pass);
+    cc->max_passes = c->geo.n_groups * (z.tiles + 1);
+    for (uint32_t l = 0; l < c->geo.n_layers; l++) cc->layer_kernels[l] = (uint8_t)kvli_cu_preset(c, l);
+    cc->max_spans = z.spans;
+    cc->max_partials = z.partials;
+    cc->prefill_rows = z.prefill_rows;
+    cc->tables_bytes = (size_t)z.tables;
+    cc->staging_bytes = (size_t)z.staging;
+    cc->partial_o = cc->tables_bytes;
+    cc->partial_ml = cc->partial_o + (size_t)z.partial_o;
+    cc->staging = cc->partial_ml + (size_t)z.partial_ml;
+    cc->sinks = z.sinks ? kvli_cu_align(cc->staging + cc->staging_bytes) : 0;
+    return kvli_cu_acquire(c);
+}
+
+static kvl_result kvli_cu_recover(kvl_cache *c) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_stop(c);
+    if (cu->lost && cu->lent && !cu->renewed) {
+        cu->lost = false; /* if its context is dead, the next call says so */
+    } else if (cu->lost) {
+        kvli_cu_stop_device(c->ctx, true);
+        if (kvli_cu_start_device(c->ctx, kvli_err(c)) != KVL_OK) {
+            cu->lost = true;
+            return KVL_DEVICE_LOST;
+        }
+    }
+    kvl_result r = kvli_cu_acquire(c);
+    if (r == KVL_OK) return r;
+    kvli_cu_stop(c);
+    kvli_cu_of(c)->generation = 0; /* not started */
+    return r;
+}
+
+/* ---- memory ---- */
+static kvl_result kvli_cu_map_virtual(kvl_cache *c, size_t bytes, kvli_cu_ptr at) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_memory memory = kvli_cu_memory_of(cu);
+    kvli_cu_access access;
+    unsigned long long handle;
+    access.location = memory.location;
+    access.flags = KVLI_CU_READ_WRITE;
+    kvl_result r = kvli_cu_ok(c, cu->fn.create(&handle, bytes, &memory, 0), "cuMemCreate");
+    if (r != KVL_OK) return r;
+    r = kvli_cu_ok(c, cu->fn.map(at, bytes, 0, handle, 0), "cuMemMap");
+    cu->fn.release(handle); /* what is mapped stays */
+    if (r != KVL_OK) return r;
+    r = kvli_cu_ok(c, cu->fn.set_access(at, bytes, &access, 1), "cuMemSetAccess");
+    if (r != KVL_OK) cu->fn.unmap(at, bytes);
+    return r;
+}
+
+/* What of the workspace stays as it is. */
+static kvl_result kvli_cu_fill_workspace(kvl_cache *c, size_t bytes, kvli_cu_ptr at) {
+    struct kvli_cu *cu = c->ctx->cu;
+    const kvli_cu_cache *cc = kvli_cu_of(c);
+    kvli_cu_ptr sinks = at + c->scratch_bytes + cc->sinks;
+    size_t n = c->geo.n_q_heads * sizeof(float);
+    kvl_result r = KVL_OK;
+    if (c->desc.poison) r = kvli_cu_ok(c, cu->fn.fill(at, 0xff, bytes, cc->stream), "cuMemsetD8Async");
+    for (uint32_t l = 0; l < c->geo.n_layers && r == KVL_OK; l++)
+        if (c->geo.layers[l].sink_logits)
+            r = kvli_cu_ok(c, cu->fn.upload(sinks + l * n, c->geo.layers[l].sink_logits, n, cc->stream),
+                           "cuMemcpyHtoDAsync");
+    return r == KVL_OK ? kvli_cu_ok(c, cu->fn.stream_wait(cc->stream), "cuStreamSynchronize") : r;
+}
+
+static kvl_result kvli_cu_map(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t *address) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    kvli_cu_ptr at = 0;
+    kvl_result r = kvli_cu_enter(c);
+    if (r != KVL_OK) return r;
+    if (slab != KVL_NONE && cc->reserved_bytes) {
+        at = cc->reserved + (kvli_cu_ptr)slab * c->slab_bytes;
+        r = kvli_cu_map_virtual(c, bytes, at);
+    } else {
+        r = kvli_cu_ok(c, cu->fn.alloc(&at, bytes), "cuMemAlloc");
+        if (r == KVL_OK && slab == KVL_NONE) {
+            r = kvli_cu_fill_workspace(c, bytes, at);
+            if (r != KVL_OK) cu->fn.free(at);
+        }
+    }
+    kvli_cu_leave(c->ctx);
+    *address = r == KVL_OK ? at : 0;
+    cc->mapped++;
+    return r;
+}
+
+static void kvli_cu_unmap(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t address) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    bool is_virtual = slab != KVL_NONE && cc->reserved_bytes, there = cc->generation == cu->generation;
+    bool pushed = there && !cu->fn.context_push(cu->context);
+    cc->mapped++;
+    if (pushed) cu->fn.stream_wait(cc->stream); /* nobody may still be using it */
+    if (is_virtual)
+        cu->fn.unmap(address, bytes);
+    else if (pushed)
+        cu->fn.free(address);
+    if (pushed) kvli_cu_leave(c->ctx);
+}
+
+static bool kvli_cu_is_lost(const kvl_cache *c) {
+    return c->ctx->cu->lost || c->ctx->cu->generation != kvli_cu_of(c)->generation;
+}
+
+static kvl_result kvli_cu_move(kvl_cache *c, uint64_t dst, uint64_t src, size_t bytes) {
+    if (kvli_cu_is_lost(c)) return KVL_DEVICE_LOST;
+    kvl_result r = kvli_cu_enter(c);
+    if (r == KVL_OK) {
+        r = kvli_cu_ok(c, c->ctx->cu->fn.copy(dst, src, bytes, kvli_cu_of(c)->stream), "cuMemcpyDtoDAsync");
+        kvli_cu_leave(c->ctx);
+    }
+    if (r != KVL_OK) c->ctx->cu->lost = true; /* the caller cannot go back */
+    return r;
+}
+
+static kvl_result kvli_cu_poison(kvl_cache *c, uint64_t address, size_t bytes) {
+    if (kvli_cu_is_lost(c)) return KVL_DEVICE_LOST;
+    kvl_result r = kvli_cu_enter(c);
+    if (r != KVL_OK) return r;
+    r = kvli_cu_ok(c, c->ctx->cu->fn.fill(address, 0xff, bytes, kvli_cu_of(c)->stream), "cuMemsetD8Async");
+    kvli_cu_leave(c->ctx);
+    return r;
+}
+
+/* ---- a step's tables ---- */
+typedef struct kvli_cu_builder {
+    kvl_cache *c;
+    kvli_cu_cache *cc;
+    uint8_t *to; /* the tables; null: to count */
+    uint32_t group, pass, n[KVLI_CU_SORTS], partials;
+} kvli_cu_builder;
+
+static void kvli_cu_pass_end(kvli_cu_builder *b) {
+    if (!b->to) memcpy(b->cc->passes[b->pass].n, b->n, sizeof b->n);
+    memset(b->n, 0, sizeof b->n);
+    b->partials = 0;
+    b->pass++;
+}
+
+static void kvli_cu_put(kvli_cu_builder *b, uint32_t sort,
+                        const void *item) { /* items and merges are of one size */
+    uint32_t i = b->n[sort]++;
+    if (b->to)
+        memcpy(b->to + b->cc->passes[b->pass].at[sort] + i * sizeof(kvli_cu_item), item,
+               sizeof(kvli_cu_item));
+}
+
+/* Blocks that rows at positions first..last see: one range, or two with a gap between sinks and window. */
+typedef struct kvli_cu_ranges {
+    uint32_t begin[2], end[2], n;
+} kvli_cu_ranges;
+
+static kvli_cu_ranges kvli_cu_ranges_of(const kvl_cache *c, uint32_t group, uint32_t first, uint32_t last) {
+    uint32_t T = c->geo.block_tokens, window = c->groups[group].window, end = last / T + 1;
+    uint32_t sinks = kvli_min_u32(kvli_div_up(c->groups[group].sink_tokens, T), end);
+    uint32_t from = window && first + 1 > window ? (first + 1 - window) / T : 0;
+    kvli_cu_ranges r = {{0, 0}, {end, end}, 1};
+    if (from <= sinks && sinks) return r;
+    r.begin[0] = from;
+    if (!sinks) return r;
+    r.begin[0] = 0;
+    r.end[0] = sinks;
+    r.begin[1] = from;
+    r.n = 2;
+    return r;
+}
+
+static uint32_t kvli_cu_pieces(const kvli_cu_ranges *r, uint32_t step) { /* cut at multiples of step blocks */
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < r->n; i++) n += (r->end[i] - 1) / step - r->begin[i] / step + 1;
+    return n;
+}
+
+/* Packed rows of a span that a block of threads takes, in at most so many parts. */
+static void kvli_cu_tile(kvli_cu_builder *b, uint32_t s, uint32_t row, uint32_t n_rows, uint32_t sort,
+                         uint32_t parts) {
+    const kvl_cache *c = b->c;
+    const kvli_attend_span *span = &c->step.attend[(size_t)b->group * c->max_spans + s];
+    uint32_t T = c->geo.block_tokens, gqa = c->geo.gqa, first = span->position + row / gqa,
+             last = span->position + (row + n_rows - 1) / gqa;
+    kvli_cu_ranges r = kvli_cu_ranges_of(c, b->group, first, last);
+    uint32_t step = parts > 1 ? kvli_min_u32(KVLI_CU_PART_TOKENS, c->geo.segment_tokens) / T : 1u << 30, n;
+    for (n = kvli_cu_pieces(&r, step); n > parts && step < 1u << 30; n = kvli_cu_pieces(&r, step)) step *= 2;
+    if (n > 1 && b->partials + n * n_rows > b->cc->max_partials) kvli_cu_pass_end(b);
+    for (uint32_t i = 0, piece = 0; i < r.n; i++)
+        for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, piece++) {
+            kvli_cu_item item = {s, row, n_rows, 0, 0, 0, 0, KVLI_CU_NONE};
+            end = kvli_min_u32((at / step + 1) * step, r.end[i]);
+            item.end = kvli_min_u32(end, last / T);
+            item.begin = kvli_min_u32(at, item.end);
+            item.own_end = end;
+            item.own_begin = kvli_min_u32(kvli_max_u32(at, first / T), end);
+            if (n > 1) item.partial = b->partials + piece * n_rows;
+            kvli_cu_put(b, sort, &item);
+        }
+    if (n < 2) return;
+    kvli_cu_merge merge = {s, row, n_rows, b->partials, n, {0, 0, 0}};
+    kvli_cu_put(b, KVLI_CU_MERGE, &merge);
+    b->partials += n * n_rows;
+}
+
+static void kvli_cu_items(kvli_cu_builder *b) { /* of all spans, for one group */
+    const kvl_cache *c = b->c;
+    bool plain = kvli_cu_is_plain(c);
+    for (uint32_t s = 0; s < c->step.n_spans; s++) {
+        uint32_t n = c->step.spans[s].n_rows, packed = n * c->geo.gqa;
+        bool few = packed <= KVLI_CU_DECODE_ROWS && n <= KVLI_CU_DRAFT_ROWS;
+        uint32_t sort = plain || packed <= 8 ? KVLI_CU_DECODE8 : few ? KVLI_CU_DECODE16 : KVLI_CU_PREFILL;
+        uint32_t most = plain ? (uint32_t)KVLI_CU_PLAIN_ROWS : few ? packed : b->cc->prefill_rows;
+        uint32_t parts = few || packed <= most ? kvli_min_u32(KVLI_CU_PARTS, KVLI_CU_PART_ROWS / packed) : 1;
+        if (!few && sort != KVLI_CU_PREFILL && !plain) sort = KVLI_CU_PREFILL;
+        for (uint32_t row = 0; row < packed; row += most)
+            kvli_cu_tile(b, s, row, kvli_min_u32(most, packed - row), sort, parts);
+    }
+    kvli_cu_pass_end(b);
+}
+
+/* Sizes of all arrays and where they stand; into the key what launches depend on. */
+static uint32_t kvli_cu_array(uint32_t *used, uint32_t n, uint32_t size, uint64_t *key) {
+    uint32_t at = (*used + 127) & ~127u;
+    *used = at + n * size;
+    *key = kvli_mix(*key, n);
+    return at;
+}
+
+static uint64_t kvli_cu_lay_out(kvl_cache *c, kvli_cu_builder *b) {
+    kvli_cu_cache *cc = b->cc;
+    const kvli_step_state *st = &c->step;
+    uint32_t used = cc->max_spans * (uint32_t)sizeof(uint32_t);
+    uint64_t key = kvli_mix(cc->mapped, kvli_cu_pad(st->n_rows));
+    for (b->group = 0; b->group < c->geo.n_groups; b->group++) {
+        kvli_cu_group *g = &cc->groups[b->group];
+        g->first_pass = b->pass;
+        kvli_cu_items(b);
+        g->n_passes = b->pass - g->first_pass;
+        g->n_stores = 0;
+        for (uint32_t s = 0; s < st->n_spans; s++)
+            g->n_stores += st->attend[(size_t)b->group * c->max_spans + s].blocks.n_own;
+        g->padded_stores = kvli_cu_pad(g->n_stores);
+        g->counts = kvli_cu_array(&used, 2 * g->n_passes, sizeof(kvli_cu_counts), &key);
+        g->spans = kvli_cu_array(&used, kvli_cu_pad(st->n_spans), sizeof(kvli_cu_span), &key);
+        g->stores = kvli_cu_array(&used, g->padded_stores, sizeof(kvli_cu_store), &key);
+        for (uint32_t p = g->first_pass; p < b->pass; p++)
+            for (uint32_t k = 0; k < KVLI_CU_SORTS; k++) {
+                kvli_cu_pass *pass = &cc->passes[p];
+                pass->padded[k] = kvli_cu_pad(pass->n[k]);
+                pass->at[k] = kvli_cu_array(&used, pass->padded[k], sizeof(kvli_cu_item), &key);
+            }
+    }
+    cc->used = (used + 127) & ~127u;
+    return key;
+}
+
+static uint64_t kvli_cu_entry(const kvl_cache *c, uint32_t entry) {
+    if (entry == KVL_NONE) return 0;
+    uint32_t id = entry & KVL_ENTRY_ID;
+    if (entry & KVL_ENTRY_SCRATCH)
+        return (c->scratch + (uint64_t)id * c->scratch_slot) | KVLI_CU_EXACT | KVLI_CU_SCRATCH;
+    return c->address[id] | (entry & KVL_ENTRY_EXACT ? KVLI_CU_EXACT : 0);
+}
+
+/* A span's entries, from *n on; what is before a window (and no sink) is left out. */
+static kvli_cu_span kvli_cu_put_span(const kvl_cache *c, uint32_t group, const kvli_attend_span *span,
+                                     uint64_t *entries, uint32_t *n) {
+    const kvl_span_blocks *b = &span->blocks;
+    uint32_t window = c->groups[group].window, from = 0;
+    if (window && !c->groups[group].sink_tokens && span->position + 1 > window)
+        from = (span->position + 1 - window) / c->geo.block_tokens;
+    kvli_cu_span out = {span->first_row, span->n_rows, span->position, *n - from, b->first_own, 0};
+    for (uint32_t j = from; j + 1 < b->n_blocks; j++) entries[(*n)++] = kvli_cu_entry(c, b->table[j]);
+    out.own = *n;
+    for (uint32_t i = 0; i < b->n_own; i++) entries[(*n)++] = kvli_cu_entry(c, b->own[i]);
+    return out;
+}
+
+static void kvli_cu_put_stores(const kvl_cache *c, const kvli_attend_span *span, uint32_t s,
+                               kvli_cu_store *stores, uint32_t *n) {
+    const kvl_span_blocks *b = &span->blocks;
+    uint32_t T = c->geo.block_tokens, end = span->position + span->n_rows;
+    for (uint32_t i = 0; i < b->n_own; i++) {
+        uint32_t start = (b->first_own + i) * T, from = kvli_max_u32(start, span->position), own = b->own[i],
+                 target = b->table[b->first_own + i];
+        kvli_cu_store out = {kvli_cu_entry(c, own), target != own ? kvli_cu_entry(c, target) : 0, s, 0, 0, 0};
+        out.row = span->first_row + (from - span->position);
+        out.n_rows = kvli_min_u32(start + T, end) - from;
+        out.at = from - start;
+        stores[(*n)++] = out;
+    }
+}
+
+static void kvli_cu_put_counts(const kvli_cu_cache *cc, const kvli_cu_group *g, uint8_t *to) {
+    kvli_cu_counts *counts = (kvli_cu_counts *)(void *)(to + g->counts);
+    memset(counts, 0, 2 * g->n_passes * sizeof *counts);
+    counts->stores = g->n_stores;
+    for (uint32_t p = 0; p < g->n_passes; p++) {
+        const kvli_cu_pass *pass = &cc->passes[g->first_pass + p];
+        counts[2 * p].decodes = pass->n[KVLI_CU_DECODE8];
+        counts[2 * p].prefills = pass->n[KVLI_CU_PREFILL];
+        counts[2 * p].merges = pass->n[KVLI_CU_MERGE];
+        counts[2 * p + 1].decodes = pass->n[KVLI_CU_DECODE16];
+    }
+}
+
+/* The tables of the step; *copies: where its copies stand in them. */
+static void kvli_cu_build(kvl_cache *c, uint8_t *to, uint32_t *copies) {
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    const kvli_step_state *st = &c->step;
+    kvli_cu_builder b;
+    memset(&b, 0, sizeof b);
+    b.c = c;
+    b.cc = cc;
+    c->step.view->graph_key = kvli_cu_lay_out(c, &b);
+    b.to = to;
+    b.pass = 0;
+    memset(to, 0, cc->max_spans * sizeof(uint32_t));
+    uint64_t *entries = (uint64_t *)(void *)(to + cc->used);
+    uint32_t n = 0;
+    cc->entries = cc->used;
+    for (b.group = 0; b.group < c->geo.n_groups; b.group++) {
+        const kvli_cu_group *g = &cc->groups[b.group];
+        uint32_t n_stores = 0;
+        kvli_cu_put_counts(cc, g, to);
+        for (uint32_t s = 0; s < st->n_spans; s++) {
+            const kvli_attend_span *span = &st->attend[(size_t)b.group * c->max_spans + s];
+            ((kvli_cu_span *)(void *)(to + g->spans))[s] = kvli_cu_put_span(c, b.group, span, entries, &n);
+            kvli_cu_put_stores(c, span, s, (kvli_cu_store *)(void *)(to + g->stores), &n_stores);
+        }
+        kvli_cu_items(&b);
+    }
+    *copies = (cc->entries + n * (uint32_t)sizeof *entries + 15) & ~15u;
+    kvli_cu_copy *list = (kvli_cu_copy *)(void *)(to + *copies);
+    for (uint32_t i = 0; i < st->n_copies; i++) {
+        const kvl_copy *copy = &st->copies[i];
+        list[i].dst = c->address[copy->dst & KVL_ENTRY_ID];
+        list[i].src = c->address[copy->src & KVL_ENTRY_ID];
+        list[i].bytes = c->groups[copy->group].bytes[KVLI_EXACT];
+    }
+    cc->used = *copies + st->n_copies * (uint32_t)sizeof *list;
+}
+
+/* ---- launches ---- */
+static kvl_result kvli_cu_launch(kvl_cache *c, void *function, uint32_t x, uint32_t y, uint32_t z,
+                                 uint32_t threads, uint32_t shared, void *args) {
+    void *params[1];
+    params[0] = args;
+    return kvli_cu_ok(
+        c,
+        c->ctx->cu->fn.launch(function, x, y, z, threads, 1, 1, shared, kvli_cu_of(c)->stream, params, NULL),
+        "cuLaunchKernel");
+}
+
+static kvl_result kvli_cu_step(kvl_cache *c) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    uint8_t *to = cc->pinned + cc->turn * cc->tables_bytes;
+    uint32_t copies = 0;
+    kvl_result r = kvli_cu_enter(c);
+    if (r != KVL_OK) return r;
+    r = kvli_cu_ok(c, cu->fn.event_wait(cc->event[cc->turn]), "cuEventSynchronize");
+    if (r == KVL_OK) {
+        kvli_cu_build(c, to, &copies);
+        c->step.view->n_padded = kvli_min_u32(kvli_cu_pad(c->step.n_rows), c->desc.max_step_tokens);
+        r = kvli_cu_ok(c, cu->fn.upload(c->workspace, to, cc->used, cc->stream), "cuMemcpyHtoDAsync");
+    }
+    if (r == KVL_OK) r = kvli_cu_ok(c, cu->fn.event_record(cc->event[cc->turn], cc->stream), "cuEventRecord");
+    cc->turn = (cc->turn + 1) % KVLI_CU_RING;
+    if (r == KVL_OK && c->step.n_copies) {
+        kvli_cu_copy_args args;
+        memset(&args, 0, sizeof args);
+        args.copies = (const kvli_cu_copy *)(uintptr_t)(c->workspace + copies);
+        args.n_copies = c->step.n_copies;
+        r = kvli_cu_launch(c, cc->copy, c->step.n_copies, 16, 1, KVLI_CU_COPY_THREADS, 0, &args);
+    }
+    kvli_cu_leave(c->ctx);
+    return r;
+}
+
+/* An address in the workspace, as a kernel's struct has it. */
+static const void *kvli_cu_at(const kvl_cache *c, size_t offset) {
+    return (const void *)(uintptr_t)(c->workspace + offset);
+}
+
+static kvli_cu_tensor kvli_cu_tensor_of(const kvl_tensor *t) {
+    kvli_cu_tensor out = {(uint64_t)(uintptr_t)t->data, t->row_stride, t->head_stride, (uint32_t)t->dtype, 0};
+    return out;
+}
+
+static kvli_cu_pages kvli_cu_pages_of(const kvli_layer *l) {
+    kvli_cu_pages p;
+    for (int e = 0; e < 2; e++) {
+        p.offset[e] = l->offset[e];
+        p.head_stride[e] = l->head_stride[e];
+        p.v_offset[e] = l->v_offset[e];
+    }
+    return p;
+}
+
+static kvl_result kvli_cu_store_rows(kvl_cache *c, const kvli_attend *a, const kvli_cu_group *g) {
+    const kvli_layer *l = a->layer;
+    const kvli_side *k = &l->k[KVLI_PACKED], *v = &l->v[KVLI_PACKED];
+    kvli_cu_store_args args;
+    memset(&args, 0, sizeof args);
+    args.counts = (const kvli_cu_counts *)kvli_cu_at(c, g->counts);
+    args.stores = (const kvli_cu_store *)kvli_cu_at(c, g->stores);
+    args.taint = (uint32_t *)kvli_cu_at(c, 0);
+    args.k = kvli_cu_tensor_of(&a->k);
+    args.v = kvli_cu_tensor_of(&a->v);
+    args.pages = kvli_cu_pages_of(l);
+    args.block_tokens = c->geo.block_tokens;
+    args.k_dim = c->geo.k_dim;
+    args.v_dim = c->geo.v_dim;
+    args.exact = c->geo.exact;
+    args.k_format = k->format;
+    args.v_format = v->format;
+    args.k_rotated = k->rotated;
+    args.v_rotated = v->rotated;
+    args.k_global = k->global;
+    args.v_global = v->global;
+    return kvli_cu_launch(c, kvli_cu_of(c)->store, g->padded_stores, c->geo.n_kv_heads, 2,
+                          KVLI_CU_STORE_THREADS, KVLI_CU_STORE_SMEM, &args);
+}
+
+static kvli_cu_attend_args kvli_cu_args(kvl_cache *c, const kvli_attend *a, const kvli_cu_group *g) {
+    const kvli_cu_cache *cc = kvli_cu_of(c);
+    const kvli_layer *l = a->layer;
+    uint32_t layer = (uint32_t)(l - c->geo.layers);
+    kvli_cu_attend_args args;
+    memset(&args, 0, sizeof args);
+    args.spans = (const kvli_cu_span *)kvli_cu_at(c, g->spans);
+    args.entries = (const uint64_t *)kvli_cu_at(c, cc->entries);
+    if (l->sink_logits)
+        args.sink_logits =
+            (const float *)kvli_cu_at(c, cc->sinks + (size_t)layer * c->geo.n_q_heads * sizeof(float));
+    args.partial_o = (float *)kvli_cu_at(c, cc->partial_o);
+    args.partial_ml = (float *)kvli_cu_at(c, cc->partial_ml);
+    args.q = kvli_cu_tensor_of(&a->q);
+    args.out = kvli_cu_tensor_of(&a->out);
+    args.pages = kvli_cu_pages_of(l);
+    args.block_tokens = c->geo.block_tokens;
+    args.n_q_heads = c->geo.n_q_heads;
+    args.n_kv_heads = c->geo.n_kv_heads;
+    args.gqa = c->geo.gqa;
+    args.dim = c->geo.k_dim;
+    args.window = l->window;
+    args.sink_tokens = l->sink_tokens;
+    args.exact = c->geo.exact;
+    args.stages = cc->kernels[cc->layer_kernels[layer]].stages;
+    args.scale = l->scale;
+    args.softcap = l->softcap;
+    args.k_global = l->k[KVLI_PACKED].global;
+    args.v_global = l->v[KVLI_PACKED].global;
+    return args;
+}
+
+/* One sort of items of a pass. */
+static kvl_result kvli_cu_run(kvl_cache *c, kvli_cu_attend_args *args, const kvli_cu_kernels *f,
+                              const kvli_cu_group *g, uint32_t p, uint32_t sort) {
+    const kvli_cu_cache *cc = kvli_cu_of(c);
+    const kvli_cu_pass *pass = &cc->passes[p];
+    uint32_t second = sort == KVLI_CU_DECODE16, threads = 32 * KVLI_CU_DECODE_WARPS, shared;
+    void *function;
+    if (!pass->padded[sort]) return KVL_OK;
+    args->counts = (const kvli_cu_counts *)kvli_cu_at(c, g->counts) + 2 * (p - g->first_pass) + second;
+    args->end_item = pass->padded[sort];
+    if (sort == KVLI_CU_MERGE)
+        args->merges = (const kvli_cu_merge *)kvli_cu_at(c, pass->at[sort]);
+    else
+        args->items = (const kvli_cu_item *)kvli_cu_at(c, pass->at[sort]);
+    if (sort == KVLI_CU_MERGE) {
+        function = cc->merge;
+        threads = KVLI_CU_MERGE_THREADS;
+        shared = 0;
+    } else if (sort == KVLI_CU_PREFILL) {
+        function = f->prefill;
+        threads = 32 * KVLI_CU_PREFILL_WARPS;
+        shared = f->prefill_shared;
+    } else {
+        function = f->decode[second];
+        if (kvli_cu_is_plain(c)) threads = KVLI_CU_PLAIN_THREADS;
+        shared = f->decode_shared[second];
+    }
+    return kvli_cu_launch(c, function, pass->padded[sort], c->geo.n_kv_heads, 1, threads, shared, args);
+}
+
+static kvl_result kvli_cu_layer(kvl_cache *c, const kvli_attend *a) { /* tensors in device memory */
+    const kvli_cu_cache *cc = kvli_cu_of(c);
+    const kvli_cu_group *g = &cc->groups[a->layer->group];
+    const kvli_cu_kernels *f = &cc->kernels[cc->layer_kernels[a->layer - c->geo.layers]];
+    kvl_result r = kvli_cu_store_rows(c, a, g);
+    kvli_cu_attend_args args = kvli_cu_args(c, a, g);
+    for (uint32_t p = g->first_pass; p < g->first_pass + g->n_passes; p++)
+        for (uint32_t sort = 0; sort < KVLI_CU_SORTS && r == KVL_OK; sort++)
+            r = kvli_cu_run(c, &args, f, g, p, sort);
+    return r;
+}
+
+/* ---- tensors in host memory ---- */
+static size_t kvli_cu_dtype_size(kvl_dtype d) { return d == KVL_DTYPE_F32 ? 4 : 2; }
+
+/* Rows of a tensor, one after the other, to or from `at`. */
+static void kvli_cu_pack(const kvl_tensor *t, uint32_t rows, uint32_t heads, uint32_t dim, uint8_t *at,
+                         bool from) {
+    size_t size = kvli_cu_dtype_size(t->dtype), n = dim * size;
+    bool whole = t->head_stride == dim;
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t h = 0; h < (whole ? 1 : heads); h++) {
+            uint8_t *there = (uint8_t *)t->data + (r * t->row_stride + h * t->head_stride) * size;
+            size_t bytes = whole ? n * heads : n;
+            memcpy(from ? there : at, from ? at : there, bytes);
+            at += bytes;
+        }
+}
+
+/* The same tensor in the staging memory; *used bytes of it are taken. */
+static kvl_tensor kvli_cu_stage(kvl_cache *c, const kvl_tensor *t, uint32_t heads, uint32_t dim,
+                                size_t *used) {
+    kvl_tensor out = *t;
+    out.data = (void *)(uintptr_t)(c->workspace + kvli_cu_of(c)->staging + *used);
+    out.head_stride = dim;
+    out.row_stride = (size_t)heads * dim;
+    *used += kvli_cu_align((size_t)c->step.n_rows * heads * dim * kvli_cu_dtype_size(t->dtype));
+    return out;
+}
+
+static kvl_result kvli_cu_host_layer(kvl_cache *c, const kvli_attend *a) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    const kvli_geometry *g = &c->geo;
+    kvli_attend d = *a;
+    uint32_t rows = a->n_rows;
+    size_t k_at, v_at, out_at, used = 0;
+    uint8_t *host = cc->pinned + KVLI_CU_RING * cc->tables_bytes;
+    if (c->desc.device_tensors)
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_attend: tensors in host memory, though desc.device_tensors");
+    d.q = kvli_cu_stage(c, &a->q, g->n_q_heads, g->k_dim, &used);
+    k_at = used;
+    d.k = kvli_cu_stage(c, &a->k, g->n_kv_heads, g->k_dim, &used);
+    v_at = used;
+    d.v = kvli_cu_stage(c, &a->v, g->n_kv_heads, g->v_dim, &used);
+    out_at = used;
+    d.out = kvli_cu_stage(c, &a->out, g->n_q_heads, g->v_dim, &used);
+    kvli_cu_pack(&a->q, rows, g->n_q_heads, g->k_dim, host, false);
+    kvli_cu_pack(&a->k, rows, g->n_kv_heads, g->k_dim, host + k_at, false);
+    kvli_cu_pack(&a->v, rows, g->n_kv_heads, g->v_dim, host + v_at, false);
+    kvl_result r = kvli_cu_ok(c, cu->fn.upload(c->workspace + cc->staging, host, out_at, cc->stream),
+                              "cuMemcpyHtoDAsync");
+    if (r == KVL_OK) r = kvli_cu_layer(c, &d);
+    if (r == KVL_OK)
+        r = kvli_cu_ok(
+            c, cu->fn.download(host + out_at, (kvli_cu_ptr)(uintptr_t)d.out.data, used - out_at, cc->stream),
+            "cuMemcpyDtoHAsync");
+    kvl_result waited = kvli_cu_ok(c, cu->fn.stream_wait(cc->stream), "cuStreamSynchronize");
+    if (r == KVL_OK) r = waited;
+    if (r == KVL_OK) kvli_cu_pack(&a->out, rows, g->n_q_heads, g->v_dim, host + out_at, true);
+    return r;
+}
+
+static kvl_result kvli_cu_attend(kvl_cache *c, const kvli_attend *a) {
+    kvl_result r = kvli_cu_enter(c);
+    if (r != KVL_OK) return r;
+    r = a->q.memory == KVL_MEMORY_DEVICE ? kvli_cu_layer(c, a) : kvli_cu_host_layer(c, a);
+    kvli_cu_leave(c->ctx);
+    return r;
+}
+
+static kvl_result kvli_cu_finish(kvl_cache *c) {
+    struct kvli_cu *cu = c->ctx->cu;
+    kvli_cu_cache *cc = kvli_cu_of(c);
+    uint32_t *taint = (uint32_t *)(void *)(cc->pinned + KVLI_CU_RING * cc->tables_bytes + cc->staging_bytes);
+    kvl_result r = kvli_cu_enter(c);
+    if (r != KVL_OK) return r;
+    r = kvli_cu_ok(c, cu->fn.download(taint, c->workspace, c->step.n_spans * sizeof *taint, cc->stream),
+                   "cuMemcpyDtoHAsync");
+    if (r == KVL_OK) r = kvli_cu_ok(c, cu->fn.stream_wait(cc->stream), "cuStreamSynchronize");
+    kvli_cu_leave(c->ctx);
+    for (uint32_t s = 0; s < c->step.n_spans && r == KVL_OK; s++) c->step.taint[s] |= taint[s] != 0;
+    return r;
+}
+
+static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
+    struct kvli_cu *cu = ctx->cu;
+    if (!cu || !cu->lent) return KVL_INVALID_ARG;
+    if (!cu->lost) return KVL_BUSY;
+    cu->module = NULL; /* it went with its context */
+    cu->context = context;
+    cu->stream = stream;
+    cu->renewed = true;
+    return KVL_OK;
+}
+#else
+static kvl_result kvli_cu_open(kvl_context *ctx, kvli_text why) {
+    (void)ctx;
+    return kvli_fail(NULL, why, KVL_NO_BACKEND,
+                     "not in this build (KVL_NO_CUDA, or its kernels were not found)");
+}
+static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
+    (void)ctx;
+    (void)context;
+    (void)stream;
+    return KVL_INVALID_ARG;
 }
 #endif
 
 /* In the order that AUTO tries them. */
 static const kvli_backend kvli_backends[] = {
+#if KVLI_CUDA
+    {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_cu_close, kvli_cu_supports, kvli_cu_plan,
+     kvli_cu_start, kvli_cu_stop, kvli_cu_map, kvli_cu_unmap, kvli_cu_move, kvli_cu_poison, kvli_cu_step,
+     kvli_cu_attend, kvli_cu_finish, kvli_cu_check, kvli_cu_recover},
+#else
     {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_host_close, kvli_side_supported,
      kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
      kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+#endif
     {"cpu", KVL_BACKEND_CPU, true, true, kvli_cpu_open, kvli_host_close, kvli_side_supported, kvli_cpu_size,
      kvli_null_cache, kvli_host_stop, kvli_cpu_map, kvli_cpu_unmap, kvli_cpu_copy, kvli_cpu_poison,
      kvli_cpu_step, kvli_cpu_layer, kvli_null_cache, kvli_null_cache, kvli_null_cache},
@@ -7798,8 +9072,7 @@ KVL_API void kvl_context_destroy(kvl_context *ctx) {
 KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? ctx->name : ""; }
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream) {
-    (void)cuda_stream;
-    return !ctx || !cuda_context || !ctx->cu ? KVL_INVALID_ARG : KVL_BUSY;
+    return ctx && cuda_context ? kvli_cu_lend(ctx, cuda_context, cuda_stream) : KVL_INVALID_ARG;
 }
 KVL_API int kvl_native_error(const kvl_context *ctx, const char **text) {
     if (text) *text = ctx ? ctx->native_text : "";
