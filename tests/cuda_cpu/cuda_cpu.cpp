@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <thread>
 #include <sys/mman.h>
 
@@ -100,7 +99,7 @@ struct Worker : Block {
 
     ~Worker() {
         if (stacks) munmap(stacks, n_stacks * STACK_STRIDE);
-        if (arena) munmap((void *)arena, arena_bytes);
+        if (arena) munmap(arena, arena_bytes);
     }
 };
 
@@ -197,24 +196,32 @@ void give_way(Worker &b, bool leaving = false) {
 
 // ---- errors ----
 
-std::string text(const char *format, ...) __attribute__((format(printf, 1, 2)));
-std::string text(const char *format, ...) {
-    char buffer[512];
-    va_list list;
-    va_start(list, format);
-    vsnprintf(buffer, sizeof buffer, format, list);
-    va_end(list);
-    return buffer;
-}
+// A line of text without memory of its own: the stacks that it is written on are given up without being unwound.
+struct Message {
+    char text[4096];
+    size_t length = 0;
 
-std::string place(Site site) {
-    const char *slash = strrchr(site.file, '/');
-    return text("%s:%u", slash ? slash + 1 : site.file, site.line);
-}
+    void add(const char *format, ...) __attribute__((format(printf, 2, 3))) {
+        va_list list;
+        va_start(list, format);
+        add_list(format, list);
+        va_end(list);
+    }
+    void add_list(const char *format, va_list list) {
+        int n = vsnprintf(text + length, sizeof text - length, format, list);
+        length = std::min(length + (size_t)std::max(n, 0), sizeof text - 1);
+    }
+    void add_place(Site site) {
+        const char *slash = strrchr(site.file, '/');
+        add("%s:%u", slash ? slash + 1 : site.file, site.line);
+    }
+    void add_block(const Worker &b) { add("block (%u,%u,%u), ", b.index.x, b.index.y, b.index.z); }
+};
 
-void report(Launch &l, const std::string &message) {
+void report(Launch &l, const Message &message) {
     if (l.failed.exchange(true)) return;
-    std::string line = text("kernel %s", l.kernel->name) + message;
+    Message line;
+    line.add("kernel %s, %s", l.kernel->name, message.text);
     ErrorHook hook;
     void *user;
     {
@@ -223,19 +230,26 @@ void report(Launch &l, const std::string &message) {
         user = error_user;
     }
     if (!hook) {
-        fprintf(stderr, "cuda_cpu: %s\n", line.c_str());
+        fprintf(stderr, "cuda_cpu: %s\n", line.text);
         abort();
     }
-    hook(line.c_str(), user);
+    hook(line.text, user);
 }
 
-std::string where(const Worker &b) { return text(", block (%u,%u,%u)", b.index.x, b.index.y, b.index.z); }
-
-[[noreturn]] void fail(const std::string &message, Site site) {
+// An error of the running thread; the launch is given up.
+[[noreturn]] void fail(Site site, const char *format, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fail(Site site, const char *format, ...) {
     Worker &b = worker();
-    report(*b.launch, where(b) +
-                          text(", thread (%u,%u,%u), ", fiber->thread.x, fiber->thread.y, fiber->thread.z) +
-                          place(site) + ": " + message);
+    Message m;
+    m.add_block(b);
+    m.add("thread (%u,%u,%u), ", fiber->thread.x, fiber->thread.y, fiber->thread.z);
+    m.add_place(site);
+    m.add(": ");
+    va_list list;
+    va_start(list, format);
+    m.add_list(format, list);
+    va_end(list);
+    report(*b.launch, m);
     leave_to_main();
 }
 
@@ -246,40 +260,53 @@ uint64_t meeting_of(Op op, uint32_t mask, Site site) {
     return (uint64_t)mask << 32 | (uint64_t)(op == SYNCWARP ? 0 : site.line & 0xffffff) << 8 | op;
 }
 
-std::string waits_for(const Worker &b, const Fiber &f) {
+bool wait_alike(const Fiber &f, const Fiber &g) {
+    const Warp &w = *f.warp;
+    uint32_t both = 1u << f.lane | 1u << g.lane;
+    if (f.site.line != g.site.line) return false;
+    if ((w.at_collective & both) == both) return w.meeting[f.lane] == w.meeting[g.lane];
+    if ((w.at_mbarrier & both) == both) return f.mbarrier == g.mbarrier && f.parity == g.parity;
+    return (w.at_barrier & both) == both;
+}
+
+void add_wait(Message &m, const Worker &b, const Fiber &f) {
     const Warp &w = *f.warp;
     if (w.at_collective >> f.lane & 1)
-        return text("%s of mask %08x at ", OP_NAMES[w.meeting[f.lane] & 255],
-                    (unsigned)(w.meeting[f.lane] >> 32)) +
-               place(f.site);
-    if (w.at_barrier >> f.lane & 1) return "__syncthreads at " + place(b.barrier_site);
-    uint64_t word;
-    memcpy(&word, f.mbarrier, 8);
-    return text("parity %u of the mbarrier at shared offset %td (which misses %d bytes and %u arrivals) at ",
-                f.parity, (const unsigned char *)f.mbarrier - b.shared, (int)(uint32_t)word,
-                (unsigned)(word >> 32 & 0xfff)) +
-           place(f.site);
+        m.add("%s of mask %08x", OP_NAMES[w.meeting[f.lane] & 255], (unsigned)(w.meeting[f.lane] >> 32));
+    else if (w.at_barrier >> f.lane & 1)
+        m.add("__syncthreads");
+    else {
+        uint64_t word;
+        memcpy(&word, f.mbarrier, 8);
+        m.add(
+            "kvl_mbar_wait for parity %u of that at shared offset %td (%d bytes and %u arrivals are missing)",
+            f.parity, (const unsigned char *)f.mbarrier - b.shared, (int)(uint32_t)word,
+            (unsigned)(word >> 32 & 0xfff));
+    }
+    m.add(" at ");
+    m.add_place(f.site);
 }
 
 // Nobody can go on: says who waits where.
 void deadlock(Worker &b) {
-    std::string message = where(b) + ": threads wait for each other:";
+    Message m;
+    m.add_block(b);
+    m.add("threads wait for each other");
     for (Warp &w : b.warps) {
         uint32_t left = w.alive;
+        const Fiber *fibers = &b.fibers[w.index * 32];
         while (left) {
             unsigned first = (unsigned)__builtin_ctz(left);
-            std::string what = waits_for(b, b.fibers[w.index * 32 + first]);
             uint32_t same = 0;
             for (unsigned l = first; l < 32; l++)
-                if (left >> l & 1 && waits_for(b, b.fibers[w.index * 32 + l]) == what) same |= 1u << l;
+                if (left >> l & 1 && wait_alike(fibers[first], fibers[l])) same |= 1u << l;
+            m.add("; warp %u lanes %08x: ", w.index, same);
+            add_wait(m, b, fibers[first]);
             left &= ~same;
-            message += text(" warp %u lanes %08x in ", w.index, same) + what + ";";
         }
-        if (w.alive !=
-            (w.index + 1 == b.warps.size() && b.fibers.size() % 32 ? (1u << b.fibers.size() % 32) - 1 : ~0u))
-            message += text(" warp %u lanes %08x alive only;", w.index, w.alive);
+        if (~w.alive) m.add("; warp %u lanes %08x have ended", w.index, ~w.alive);
     }
-    report(*b.launch, message);
+    report(*b.launch, m);
     leave_to_main();
 }
 
@@ -333,9 +360,8 @@ void perform_shuffle(Warp &w, uint32_t lanes) {
             Worker &b = worker();
             Fiber &reader = b.fibers[w.index * 32 + l];
             fiber = &reader;
-            fail(text("lane %u shuffles from lane %u, which does not take part (lanes %08x)", l, w.source[l],
-                      lanes),
-                 reader.site);
+            fail(reader.site, "lane %u shuffles from lane %u, which does not take part (lanes %08x)", l,
+                 w.source[l], lanes);
         }
         w.result[l] = w.value[w.source[l]];
     }
@@ -444,7 +470,7 @@ uint64_t read_mbarrier(const uint64_t *bar, Site site) {
     check_access(bar, 8, "mbarrier", site);
     if (!is_shared(bar)) bad_access(bar, 8, "an mbarrier outside of shared memory", site);
     memcpy(&word, bar, 8);
-    if (word >> 57 != MBARRIER_MARK) fail("this mbarrier was not initialised, or overwritten", site);
+    if (word >> 57 != MBARRIER_MARK) fail(site, "this mbarrier was not initialised, or overwritten");
     return word;
 }
 
@@ -515,16 +541,16 @@ void *map_pages(size_t bytes) {
 void prepare_shared(Worker &b, size_t bytes) {
     size_t need = 2 * GUARD_BYTES + ((bytes + 4095) & ~(size_t)4095);
     if (b.arena_bytes < need) {
-        if (b.arena) munmap((void *)b.arena, b.arena_bytes);
+        if (b.arena) munmap(b.arena, b.arena_bytes);
         b.arena = (unsigned char *)map_pages(need);
         b.arena_bytes = need;
     }
-    b.shared = (unsigned char *)b.arena + GUARD_BYTES;
+    b.shared = b.arena + GUARD_BYTES;
     b.shared_bytes = bytes;
 #ifdef CUDA_CPU_ASAN
     ASAN_UNPOISON_MEMORY_REGION(b.arena, b.arena_bytes);
 #endif
-    memset((void *)b.arena, GUARD, GUARD_BYTES);
+    memset(b.arena, GUARD, GUARD_BYTES);
     memset(b.shared + bytes, GUARD, GUARD_BYTES);
 #ifdef CUDA_CPU_ASAN
     ASAN_POISON_MEMORY_REGION(b.arena, GUARD_BYTES);
@@ -539,9 +565,11 @@ void check_guards(Worker &b) {
         if (guard[0] == GUARD && !memcmp(guard, guard + 1, GUARD_BYTES - 1)) continue;
         size_t i = 0;
         while (guard[i] == GUARD) i++;
-        report(*b.launch,
-               where(b) + text(": something was written at offset %td of shared memory, which has %zu bytes",
-                               guard + i - b.shared, b.shared_bytes));
+        Message m;
+        m.add_block(b);
+        m.add("something was written at offset %td of shared memory, which has %zu bytes",
+              guard + i - b.shared, b.shared_bytes);
+        report(*b.launch, m);
     }
 #endif
     (void)b;
@@ -619,8 +647,12 @@ void start_block(Worker &b, unsigned number) {
 
 void finish_block(Worker &b) {
     Launch &l = *b.launch;
-    if (!l.failed && !b.bulk.empty())
-        report(l, where(b) + text(": the block ended while %zu bulk copies were under way", b.bulk.size()));
+    if (!l.failed && !b.bulk.empty()) {
+        Message m;
+        m.add_block(b);
+        m.add("the block ended while %zu bulk copies were under way", b.bulk.size());
+        report(l, m);
+    }
     if (!l.failed) check_guards(b);
 #ifdef CUDA_CPU_ASAN
     ASAN_UNPOISON_MEMORY_REGION(b.shared, b.shared_bytes);
@@ -684,7 +716,7 @@ void meet(Op op, uint32_t mask, Site site) {
     Warp &w = *f->warp;
     uint32_t bit = 1u << f->lane;
     f->site = site;
-    if (!(mask & bit)) fail(text("%s of mask %08x, in which its own lane is not", OP_NAMES[op], mask), site);
+    if (!(mask & bit)) fail(site, "%s of mask %08x, in which its own lane is not", OP_NAMES[op], mask);
     w.meeting[f->lane] = meeting_of(op, mask, site);
     w.at_collective |= bit;
     if (complete(b, w, f->lane)) {
@@ -705,8 +737,7 @@ void sync_threads(Site site) {
     if (!b.at_barrier++)
         b.barrier_site = site;
     else if (b.barrier_site.line != site.line)
-        fail("__syncthreads, while other threads of the block wait in that at " + place(b.barrier_site),
-             site);
+        fail(site, "__syncthreads, while threads of the block wait in that of line %u", b.barrier_site.line);
     w.at_barrier |= bit;
     w.runnable &= ~bit;
     end_barrier(b);
@@ -746,7 +777,7 @@ void async_wait(uint32_t groups_left) {
 void mbarrier_init(uint64_t *bar, uint32_t count, Site site) {
     check_access(bar, 8, "mbarrier", site);
     if (!is_shared(bar)) bad_access(bar, 8, "an mbarrier outside of shared memory", site);
-    if (count < 1 || count > 0xfff) fail(text("an mbarrier of %u arrivals", count), site);
+    if (count < 1 || count > 0xfff) fail(site, "an mbarrier of %u arrivals", count);
     uint64_t word = MBARRIER_MARK << 57 | (uint64_t)count << 44 | (uint64_t)count << 32;
     memcpy(bar, &word, 8);
     fiber->unfenced = true;
@@ -754,21 +785,21 @@ void mbarrier_init(uint64_t *bar, uint32_t count, Site site) {
 
 void mbarrier_expect(uint64_t *bar, uint32_t bytes, Site site) {
     uint64_t word = read_mbarrier(bar, site);
-    if (bytes >= 1u << 20) fail(text("an mbarrier cannot count %u bytes", bytes), site);
+    if (bytes >= 1u << 20) fail(site, "an mbarrier cannot count %u bytes", bytes);
     if (!(word >> 32 & 0xfff))
-        fail("more arrivals than the mbarrier was made for, or its bytes are not there yet", site);
+        fail(site, "more arrivals than the mbarrier was made for, or its bytes are not there yet");
     advance_mbarrier(worker(), bar, 1, -(int64_t)bytes);
 }
 
 void bulk_copy(void *dst, const void *src, uint32_t bytes, uint64_t *bar, Site site) {
-    if (bytes % 16 || !bytes) fail(text("kvl_bulk_copy of %u bytes", bytes), site);
+    if (bytes % 16 || !bytes) fail(site, "kvl_bulk_copy of %u bytes", bytes);
     check_access(dst, 16, "kvl_bulk_copy to", site);
     check_access((char *)dst + bytes - 16, 16, "kvl_bulk_copy to", site);
     check_access(src, 16, "kvl_bulk_copy from", site);
     if (!is_shared(dst)) bad_access(dst, bytes, "kvl_bulk_copy to global memory", site);
     if (is_shared(src)) bad_access(src, bytes, "kvl_bulk_copy from shared memory", site);
     read_mbarrier(bar, site);
-    if (fiber->unfenced) fail("kvl_bulk_copy without kvl_mbar_fence since kvl_mbar_init", site);
+    if (fiber->unfenced) fail(site, "kvl_bulk_copy without kvl_mbar_fence since kvl_mbar_init");
     poison_destination(dst, bytes);
     worker().bulk.push_back({dst, src, bytes, bar});
 }
@@ -782,9 +813,8 @@ void mbarrier_wait(uint64_t *bar, uint32_t parity, Site site) {
         if (c.mbarrier == bar) arriving += c.bytes;
     uint64_t word = read_mbarrier(bar, site);
     if (!(word >> 32 & 0xfff) && arriving > (int32_t)(uint32_t)word)
-        fail(text("%lld bytes are on their way to an mbarrier that expects %d", (long long)arriving,
-                  (int)(uint32_t)word),
-             site);
+        fail(site, "%lld bytes are on their way to an mbarrier that expects %d", (long long)arriving,
+             (int)(uint32_t)word);
     if (arriving) finish_bulk_copies(b, bar);
     if (parity_of(read_mbarrier(bar, site)) != (parity & 1)) return;
     f->mbarrier = bar;
@@ -796,17 +826,14 @@ void mbarrier_wait(uint64_t *bar, uint32_t parity, Site site) {
 }
 
 void bad_access(const void *p, unsigned bytes, const char *what, Site site) {
-    std::string message = text("%s: %u bytes at %p", what, bytes, p);
-    if ((uintptr_t)p & (std::min(bytes, 16u) - 1)) message += ", which is not aligned";
+    const char *not_aligned = (uintptr_t)p & (std::min(bytes, 16u) - 1) ? ", which is not aligned" : "";
     if (is_shared(p))
-        message += text(", offset %td of shared memory, which has %zu bytes",
-                        (const unsigned char *)p - block->shared, block->shared_bytes);
-    fail(message, site);
+        fail(site, "%s: %u bytes at offset %td of shared memory, which has %zu bytes%s", what, bytes,
+             (const unsigned char *)p - block->shared, block->shared_bytes, not_aligned);
+    fail(site, "%s: %u bytes at %p%s", what, bytes, p, not_aligned);
 }
 
-void needs_arch(const char *what, unsigned arch, Site site) {
-    fail(text("%s needs sm_%u", what, arch / 10), site);
-}
+void needs_arch(const char *what, unsigned arch, Site site) { fail(site, "%s needs sm_%u", what, arch / 10); }
 
 // ---- for tests ----
 
@@ -839,7 +866,7 @@ Counters counters() {
 }
 
 bool launch(const char *name, dim3 grid, dim3 threads, size_t smem_bytes, const void *args) {
-    static const Kernel unknown = {"(unknown)", 0, 0, 0, nullptr};
+    static const Kernel unknown = {"", 0, 0, 0, nullptr};
     Launch l;
     l.kernel = find(name);
     l.grid = grid;
@@ -848,17 +875,20 @@ bool launch(const char *name, dim3 grid, dim3 threads, size_t smem_bytes, const 
     l.args = args;
     l.seed = settings.seed;
     uint64_t n_blocks = (uint64_t)grid.x * grid.y * grid.z, n = (uint64_t)threads.x * threads.y * threads.z;
+    Message m;
     if (!l.kernel) {
         l.kernel = &unknown;
-        report(l, text(": there is no %s here", name));
+        m.add("there is no %s here", name);
     } else if (!n_blocks || n_blocks > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-        report(l, text(": grid (%u,%u,%u)", grid.x, grid.y, grid.z));
+        m.add("grid (%u,%u,%u)", grid.x, grid.y, grid.z);
     else if (!n || n > l.kernel->threads)
-        report(l,
-               text(": %llu threads, the kernel is made for %u", (unsigned long long)n, l.kernel->threads));
+        m.add("%llu threads, it is made for %u", (unsigned long long)n, l.kernel->threads);
     else if (smem_bytes > shared_limit(l.kernel->arch))
-        report(l, text(": %zu bytes of shared memory", smem_bytes));
-    if (l.failed) return false;
+        m.add("%zu bytes of shared memory", smem_bytes);
+    if (m.length) {
+        report(l, m);
+        return false;
+    }
 
     unsigned helpers = (unsigned)std::min<uint64_t>(std::max(settings.os_threads, 1u), n_blocks / 4);
     std::vector<std::thread> others;

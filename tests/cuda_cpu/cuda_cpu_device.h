@@ -111,10 +111,10 @@ struct BulkCopy {
 
 struct Block {
     dim3 index, grid, threads;
-    unsigned char *shared; // dynamic shared memory, in an arena with guards around
-    size_t shared_bytes;
-    const unsigned char *arena;
-    size_t arena_bytes;
+    unsigned char *shared = nullptr; // dynamic shared memory, in an arena with guards around
+    size_t shared_bytes = 0;
+    unsigned char *arena = nullptr;
+    size_t arena_bytes = 0;
 };
 
 inline thread_local Fiber *fiber = nullptr; // that runs on this OS thread
