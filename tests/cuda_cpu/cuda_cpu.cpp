@@ -6,8 +6,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <map>
 #include <mutex>
 #include <thread>
+#include <signal.h>
 #include <sys/mman.h>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -62,14 +64,14 @@ Settings settings;
 
 namespace {
 
+const size_t PAGE = 4096;
 #ifdef CUDA_CPU_ASAN
 const size_t STACK_BYTES = 256 << 10;
 #else
 const size_t STACK_BYTES = 64 << 10;
 #endif
-const size_t STACK_STRIDE =
-    STACK_BYTES + 2048 + 64;     // not a power of two, or all stacks would share a few cache sets
-const size_t GUARD_BYTES = 1024; // around shared memory
+const size_t STACK_STRIDE = STACK_BYTES + PAGE;  // an inaccessible page below each stack
+const size_t GUARD_BYTES = 1024;                 // around shared memory
 const unsigned char GUARD = 0xa5, POISON = 0xff; // poison is NaN as f32, f16, bf16 and e4m3
 
 struct Launch {
@@ -94,8 +96,8 @@ struct Worker : Block {
     Context main = {};
     unsigned char *stacks = nullptr;
     size_t n_stacks = 0;
-    bool dirty_stacks = false; // fibers were abandoned on them
-    uint64_t switches = 0, collectives = 0, mmas = 0;
+    std::vector<char> signal_stack = std::vector<char>(64 << 10); // a fiber's own may be what is full
+    uint64_t collectives = 0, mmas = 0;
 
     ~Worker() {
         if (stacks) munmap(stacks, n_stacks * STACK_STRIDE);
@@ -106,10 +108,11 @@ struct Worker : Block {
 Worker &worker() { return *static_cast<Worker *>(block); }
 
 std::mutex lock; // of what follows
-Counters total = {0, 0, 0};
+Counters total = {0, 0};
 std::vector<std::unique_ptr<Worker>> idle_workers;
 ErrorHook error_hook = nullptr;
 void *error_user = nullptr;
+std::map<void *, size_t> allocations;
 
 std::vector<Kernel> &registry() {
     static std::vector<Kernel> list;
@@ -167,15 +170,14 @@ Fiber *runnable_fiber(Worker &b, unsigned first) {
     unsigned n = (unsigned)b.warps.size();
     for (unsigned i = 0; i < n; i++) {
         unsigned at = first + i < n ? first + i : first + i - n;
-        if (b.warps[at].runnable) return &b.fibers[at * 32 + next_lane(b.warps[at])];
+        if (b.warps[at].runnable) return &b.warps[at].fibers[next_lane(b.warps[at])];
     }
     return nullptr;
 }
 
-void go_to(Worker &b, Fiber *next, bool leaving = false) {
+void go_to(Fiber *next, bool leaving = false) {
     Fiber *self = fiber;
     if (next == self) return;
-    b.switches++;
     fiber = next;
     switch_stack(self->context, next->context, leaving);
 }
@@ -191,7 +193,7 @@ void give_way(Worker &b, bool leaving = false) {
     Fiber *next = runnable_fiber(b, first);
     if (!next && finish_bulk_copies(b, nullptr)) next = runnable_fiber(b, first);
     if (!next) deadlock(b);
-    go_to(b, next, leaving);
+    go_to(next, leaving);
 }
 
 // ---- errors ----
@@ -294,7 +296,7 @@ void deadlock(Worker &b) {
     m.add("threads wait for each other");
     for (Warp &w : b.warps) {
         uint32_t left = w.alive;
-        const Fiber *fibers = &b.fibers[w.index * 32];
+        const Fiber *fibers = w.fibers;
         while (left) {
             unsigned first = (unsigned)__builtin_ctz(left);
             uint32_t same = 0;
@@ -312,44 +314,51 @@ void deadlock(Worker &b) {
 
 // ---- collectives ----
 
-void transpose8(uint16_t (*out)[2], const uint16_t (*in)[2]) {
-    for (unsigned row = 0; row < 8; row++)
-        for (unsigned column = 0; column < 8; column++)
-            out[column * 4 + row / 2][row % 2] = in[row * 4 + column / 2][column % 2];
+typedef uint16_t Halves __attribute__((vector_size(16))); // a row of an 8 x 8 matrix
+typedef float Floats __attribute__((vector_size(32)));
+
+// Interleaving rows i and i + 4 three times transposes.
+void transpose8(void *out, const void *in) {
+    Halves r[8], s[8];
+    memcpy(r, in, sizeof r);
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 4; i++) {
+            s[2 * i] = __builtin_shufflevector(r[i], r[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            s[2 * i + 1] = __builtin_shufflevector(r[i], r[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        memcpy(r, s, sizeof r);
+    }
+    memcpy(out, r, sizeof r);
 }
 
-typedef float Row8 __attribute__((vector_size(32)));
-
-Row8 halves_to_floats(const uint16_t *h) {
-    Row8 f;
+template <Op op> Floats to_floats(const void *row) {
+    Floats f;
+    uint16_t h[8];
+    memcpy(h, row, sizeof h);
 #if defined(__F16C__)
-    f = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)h));
-#else
-    for (int i = 0; i < 8; i++) f[i] = kvl_h2f(h[i]);
+    if (op == MMA_F16) {
+        __m256 v = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)row));
+        memcpy(&f, &v, sizeof f);
+        return f;
+    }
 #endif
-    return f;
-}
-Row8 bfloats_to_floats(const uint16_t *h) {
-    uint32_t u[8];
-    Row8 f;
-    for (int i = 0; i < 8; i++) u[i] = (uint32_t)h[i] << 16;
-    memcpy(&f, u, sizeof f);
+    for (int i = 0; i < 8; i++) f[i] = op == MMA_F16 ? kvl_h2f(h[i]) : kvl_bf2f(h[i]);
     return f;
 }
 
 // c += a · b, summed in float in the order of k. Registers are 8 x 8 matrices: see Warp and kvl_mma_f16.
-void multiply(Warp &w, Row8 (*to_floats)(const uint16_t *)) {
-    Row8 a[16][2], b[16], c[16];
+template <Op op> void multiply(Warp &w) {
+    Floats a[16][2], b[16], c[16];
+    Halves rows[8];
     for (int q = 0; q < 4; q++)
-        for (int i = 0; i < 8; i++) a[(q & 1) * 8 + i][q >> 1] = to_floats(&w.a[q][4 * i][0]);
-    for (int h = 0; h < 2; h++) {
-        uint16_t rows[32][2];
-        transpose8(rows, w.b[h]);
-        for (int i = 0; i < 8; i++) b[h * 8 + i] = to_floats(&rows[4 * i][0]);
+        for (int i = 0; i < 8; i++) a[(q & 1) * 8 + i][q >> 1] = to_floats<op>(w.a[q][4 * i]);
+    for (int q = 0; q < 2; q++) {
+        transpose8(rows, w.b[q]);
+        for (int i = 0; i < 8; i++) b[q * 8 + i] = to_floats<op>(&rows[i]);
     }
     memcpy(c, w.c, sizeof c);
-    for (int row = 0; row < 16; row++)
-        for (int k = 0; k < 16; k++) c[row] += a[row][k >> 3][k & 7] * b[k];
+    for (int k = 0; k < 16; k++) // c stays in registers
+        for (int row = 0; row < 16; row++) c[row] += a[row][k >> 3][k & 7] * b[k];
     memcpy(w.c, c, sizeof c);
 }
 
@@ -357,8 +366,7 @@ void perform_shuffle(Warp &w, uint32_t lanes) {
     for (unsigned l = 0; l < 32; l++) {
         if (!(lanes >> l & 1)) continue;
         if (!(lanes >> w.source[l] & 1)) {
-            Worker &b = worker();
-            Fiber &reader = b.fibers[w.index * 32 + l];
+            Fiber &reader = w.fibers[l];
             fiber = &reader;
             fail(reader.site, "lane %u shuffles from lane %u, which does not take part (lanes %08x)", l,
                  w.source[l], lanes);
@@ -381,38 +389,42 @@ void perform(Worker &b, Warp &w, Op op, uint32_t lanes) {
     }
     case MMA_F16:
         b.mmas++;
-        multiply(w, halves_to_floats);
+        multiply<MMA_F16>(w);
         break;
     case MMA_BF16:
         b.mmas++;
-        multiply(w, bfloats_to_floats);
+        multiply<MMA_BF16>(w);
         break;
     case MOVMATRIX: transpose8(w.a[1], w.a[0]); break;
     case LDMATRIX:
     case LDMATRIX_TRANS:
         for (int m = 0; m < 4; m++) {
-            uint16_t rows[32][2];
-            for (int i = 0; i < 8; i++) memcpy(rows[4 * i], w.row[8 * m + i], 16);
-            if (op == LDMATRIX)
-                memcpy(w.a[m], rows, sizeof rows);
-            else
-                transpose8(w.a[m], rows);
+            Halves rows[8];
+            for (int i = 0; i < 8; i++) memcpy(&rows[i], w.row[8 * m + i], 16);
+            if (op == LDMATRIX_TRANS) transpose8(rows, rows);
+            memcpy(w.a[m], rows, sizeof rows);
         }
         break;
     }
 }
 
-// The collective that lane l waits for happens if all that are alive of its mask wait for the same.
-bool complete(Worker &b, Warp &w, unsigned l) {
-    uint64_t meeting = w.meeting[l];
-    uint32_t lanes = (uint32_t)(meeting >> 32) & w.alive, differ = 0;
-    if (lanes & ~w.at_collective) return false;
-    for (unsigned i = 0; i < 32; i++) differ |= (uint32_t)(w.meeting[i] != meeting) << i;
-    if (differ & lanes) return false;
-    Op op = (Op)(meeting & 255);
+// Takes up the meeting of a lane that waits.
+void gather(Warp &w, uint64_t meeting) {
+    w.gathering = meeting;
+    w.gathered = 0;
+    for (unsigned l = 0; l < 32; l++)
+        if (w.at_collective >> l & 1 && w.meeting[l] == meeting) w.gathered |= 1u << l;
+}
+
+// The meeting takes place if all that are alive of its mask wait for it.
+bool complete(Worker &b, Warp &w) {
+    uint32_t lanes = (uint32_t)(w.gathering >> 32) & w.alive;
+    if (lanes & ~w.gathered) return false;
+    Op op = (Op)(w.gathering & 255);
     if (op >= MMA_F16 && lanes != ~0u) return false; // .aligned: all 32 lanes
     perform(b, w, op, lanes);
     w.at_collective &= ~lanes;
+    w.gathered = 0;
     w.runnable |= lanes;
     shuffle_lanes(b, w);
     return true;
@@ -437,7 +449,10 @@ void end_barrier(Worker &b) {
     w.runnable &= ~bit;
     b.alive--;
     for (unsigned l = 0; l < 32; l++)
-        if (w.at_collective >> l & 1) complete(b, w, l);
+        if (w.at_collective >> l & 1) {
+            gather(w, w.meeting[l]);
+            complete(b, w);
+        }
     end_barrier(b);
     if (!b.alive) leave_to_main();
     give_way(b, true);
@@ -457,6 +472,24 @@ extern "C" void cuda_cpu_fiber() {
 #endif
     b.launch->kernel->body(b.launch->args);
     end_fiber();
+}
+
+// ---- illegal addresses ----
+
+// A kernel has touched memory that is not there: an error like others. Any other fault ends as it would have.
+void illegal_address(int number, siginfo_t *info, void *) {
+    if (fiber)
+        fail({"(address)", 0}, "%p is not memory of the kernel, or a vector access is not aligned",
+             info->si_addr);
+    signal(number, SIG_DFL);
+}
+
+void catch_illegal_addresses() {
+    struct sigaction action = {};
+    action.sa_sigaction = illegal_address;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
 }
 
 // ---- asynchronous copies ----
@@ -492,7 +525,7 @@ void advance_mbarrier(Worker &b, uint64_t *bar, unsigned arrivals, int64_t bytes
     if (!over) return;
     for (Warp &w : b.warps)
         for (unsigned l = 0; l < 32 && w.at_mbarrier; l++)
-            if (w.at_mbarrier >> l & 1 && b.fibers[w.index * 32 + l].mbarrier == bar) {
+            if (w.at_mbarrier >> l & 1 && w.fibers[l].mbarrier == bar) {
                 w.at_mbarrier &= ~(1u << l);
                 w.runnable |= 1u << l;
             }
@@ -527,22 +560,30 @@ void poison_destination(void *dst, size_t bytes) {
 
 // ---- running blocks ----
 
-void *map_pages(size_t bytes) {
+size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+unsigned char *map_pages(size_t bytes) {
     void *p =
         mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
         perror("cuda_cpu: mmap");
         abort();
     }
-    return p;
+    return (unsigned char *)p;
+}
+
+void forbid_page(void *p) {
+    if (!mprotect(p, PAGE, PROT_NONE)) return;
+    perror("cuda_cpu: mprotect");
+    abort();
 }
 
 // Shared memory lies between two guards, and is as large as the launch says to the byte.
 void prepare_shared(Worker &b, size_t bytes) {
-    size_t need = 2 * GUARD_BYTES + ((bytes + 4095) & ~(size_t)4095);
+    size_t need = 2 * GUARD_BYTES + round_up(bytes, PAGE);
     if (b.arena_bytes < need) {
         if (b.arena) munmap(b.arena, b.arena_bytes);
-        b.arena = (unsigned char *)map_pages(need);
+        b.arena = map_pages(need);
         b.arena_bytes = need;
     }
     b.shared = b.arena + GUARD_BYTES;
@@ -579,8 +620,9 @@ void prepare_fibers(Worker &b, const Launch &l) {
     size_t n = (size_t)l.threads.x * l.threads.y * l.threads.z;
     if (b.n_stacks < n) {
         if (b.stacks) munmap(b.stacks, b.n_stacks * STACK_STRIDE);
-        b.stacks = (unsigned char *)map_pages(n * STACK_STRIDE);
+        b.stacks = map_pages(n * STACK_STRIDE);
         b.n_stacks = n;
+        for (size_t i = 0; i < n; i++) forbid_page(b.stacks + i * STACK_STRIDE);
     }
     b.fibers.resize(n);
     b.warps.resize((n + 31) / 32);
@@ -589,8 +631,9 @@ void prepare_fibers(Worker &b, const Launch &l) {
         f.warp = &b.warps[i / 32];
         f.lane = i % 32;
         f.thread = dim3(i % l.threads.x, i / l.threads.x % l.threads.y, i / (l.threads.x * l.threads.y));
-        f.context.stack = b.stacks + i * STACK_STRIDE;
-        f.context.stack_bytes = STACK_BYTES;
+        f.context.stack = b.stacks + i * STACK_STRIDE + PAGE;
+        f.context.stack_bytes =
+            STACK_BYTES - (i % 8 * 512 + i / 8 % 8 * 64); // or all would share a few cache sets
     }
 }
 
@@ -632,7 +675,8 @@ void start_block(Worker &b, unsigned number) {
         Warp &w = b.warps[i];
         w.index = i;
         w.alive = w.runnable = n - i * 32 >= 32 ? ~0u : (1u << (n - i * 32)) - 1;
-        w.at_collective = w.at_barrier = w.at_mbarrier = 0;
+        w.at_collective = w.at_barrier = w.at_mbarrier = w.gathered = 0;
+        w.fibers = &b.fibers[i * 32];
         w.rotation = w.descending = 0;
         shuffle_lanes(b, w);
     }
@@ -656,7 +700,8 @@ void finish_block(Worker &b) {
     if (!l.failed) check_guards(b);
 #ifdef CUDA_CPU_ASAN
     ASAN_UNPOISON_MEMORY_REGION(b.shared, b.shared_bytes);
-    if (l.failed) ASAN_UNPOISON_MEMORY_REGION(b.stacks, b.n_stacks * STACK_STRIDE);
+    if (l.failed) // stacks were given up without being unwound
+        for (Fiber &f : b.fibers) ASAN_UNPOISON_MEMORY_REGION(f.context.stack, f.context.stack_bytes);
 #endif
     b.bulk.clear();
 }
@@ -674,6 +719,10 @@ void run_blocks(Worker &b, Launch &l) {
     ucontext_t own;
     b.main.sp = &own;
 #endif
+    stack_t signals = {}, old_signals;
+    signals.ss_sp = b.signal_stack.data();
+    signals.ss_size = b.signal_stack.size();
+    sigaltstack(&signals, &old_signals);
     block = &b;
     for (unsigned i; !l.failed && (i = l.next_block++) < n;) {
         start_block(b, l.seed & 1 ? n - 1 - i : i);
@@ -682,6 +731,7 @@ void run_blocks(Worker &b, Launch &l) {
         finish_block(b);
     }
     block = nullptr;
+    sigaltstack(&old_signals, nullptr);
 }
 
 void work(Launch &l) {
@@ -696,10 +746,9 @@ void work(Launch &l) {
     if (!b) b.reset(new Worker);
     run_blocks(*b, l);
     std::lock_guard<std::mutex> guard(lock);
-    total.switches += b->switches;
     total.collectives += b->collectives;
     total.mmas += b->mmas;
-    b->switches = b->collectives = b->mmas = 0;
+    b->collectives = b->mmas = 0;
     idle_workers.push_back(std::move(b));
 }
 
@@ -715,18 +764,26 @@ void meet(Op op, uint32_t mask, Site site) {
     Fiber *f = fiber;
     Warp &w = *f->warp;
     uint32_t bit = 1u << f->lane;
+    uint64_t meeting = meeting_of(op, mask, site);
     f->site = site;
     if (!(mask & bit)) fail(site, "%s of mask %08x, in which its own lane is not", OP_NAMES[op], mask);
-    w.meeting[f->lane] = meeting_of(op, mask, site);
+    w.meeting[f->lane] = meeting;
     w.at_collective |= bit;
-    if (complete(b, w, f->lane)) {
+    if (meeting == w.gathering)
+        w.gathered |= bit;
+    else
+        gather(w, meeting);
+    if (complete(b, w)) {
         // other warps may be faster or slower
         if (b.launch->seed && next_random(b) % 16 == 0)
-            go_to(b, runnable_fiber(b, next_random(b) % (unsigned)b.warps.size()));
+            go_to(runnable_fiber(b, next_random(b) % (unsigned)b.warps.size()));
         return;
     }
     w.runnable &= ~bit;
-    give_way(b);
+    if (w.runnable)
+        go_to(&w.fibers[next_lane(w)]);
+    else
+        give_way(b);
 }
 
 void sync_threads(Site site) {
@@ -744,7 +801,7 @@ void sync_threads(Site site) {
     if (!(w.runnable & bit))
         give_way(b);
     else if (b.launch->seed)
-        go_to(b, runnable_fiber(b, next_random(b) % (unsigned)b.warps.size()));
+        go_to(runnable_fiber(b, next_random(b) % (unsigned)b.warps.size()));
 }
 
 void async_copy16(void *dst, const void *src, bool valid, Site site) {
@@ -865,6 +922,54 @@ Counters counters() {
     return total;
 }
 
+void *allocate(size_t bytes) {
+    size_t usable = round_up(std::max<size_t>(bytes, 1), 256), pages = round_up(usable, PAGE);
+    unsigned char *base = map_pages(pages + 2 * PAGE), *end = base + PAGE + pages, *p = end - usable;
+    forbid_page(base);
+    forbid_page(end);
+    memset(base + PAGE, GUARD, pages);
+    memset(p, POISON, bytes);
+#ifdef CUDA_CPU_ASAN
+    ASAN_POISON_MEMORY_REGION(base + PAGE, (size_t)(p - base - PAGE));
+    ASAN_POISON_MEMORY_REGION(p + bytes, usable - bytes);
+#endif
+    std::lock_guard<std::mutex> guard(lock);
+    allocations[p] = bytes;
+    return p;
+}
+
+void release(void *memory) {
+    if (!memory) return;
+    unsigned char *p = (unsigned char *)memory, *base = (unsigned char *)((uintptr_t)p / PAGE * PAGE) - PAGE;
+    size_t bytes;
+    {
+        std::lock_guard<std::mutex> guard(lock);
+        auto found = allocations.find(p);
+        if (found == allocations.end()) {
+            fprintf(stderr, "cuda_cpu: release of %p, which is not allocated\n", memory);
+            abort();
+        }
+        bytes = found->second;
+        allocations.erase(found);
+    }
+    size_t usable = round_up(std::max<size_t>(bytes, 1), 256), pages = round_up(usable, PAGE);
+#ifdef CUDA_CPU_ASAN
+    ASAN_UNPOISON_MEMORY_REGION(base + PAGE, pages);
+#endif
+    bool intact = true;
+    for (unsigned char *q = base + PAGE; q < p; q++) intact &= *q == GUARD;
+    for (unsigned char *q = p + bytes; q < p + usable; q++) intact &= *q == GUARD;
+    if (!intact) {
+        static const Kernel none = {"(any)", 0, 0, 0, nullptr};
+        Launch l;
+        Message m;
+        l.kernel = &none;
+        m.add("something was written just outside of an allocation of %zu bytes at %p", bytes, memory);
+        report(l, m);
+    }
+    munmap(base, pages + 2 * PAGE);
+}
+
 bool launch(const char *name, dim3 grid, dim3 threads, size_t smem_bytes, const void *args) {
     static const Kernel unknown = {"", 0, 0, 0, nullptr};
     Launch l;
@@ -890,6 +995,12 @@ bool launch(const char *name, dim3 grid, dim3 threads, size_t smem_bytes, const 
         return false;
     }
 
+#ifndef CUDA_CPU_ASAN
+    static std::once_flag once;
+    std::call_once(once, catch_illegal_addresses);
+#else
+    (void)catch_illegal_addresses; // AddressSanitizer says more
+#endif
     unsigned helpers = (unsigned)std::min<uint64_t>(std::max(settings.os_threads, 1u), n_blocks / 4);
     std::vector<std::thread> others;
     for (unsigned i = 1; i < helpers; i++) others.emplace_back([&l] { work(l); });

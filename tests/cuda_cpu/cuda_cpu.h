@@ -44,8 +44,13 @@ extern Settings settings; // read by launch
 typedef void (*ErrorHook)(const char *message, void *user);
 void set_error_hook(ErrorHook hook, void *user); // null: the default
 
+// Device memory: poisoned, aligned to 256 bytes, with inaccessible pages around it. What a kernel does beyond it is an
+// error (what it writes in the up to 255 bytes of rounding is one found by release).
+void *allocate(size_t bytes);
+void release(void *p);
+
 struct Counters {
-    uint64_t switches, collectives, mmas;
+    uint64_t collectives, mmas;
 };
 Counters counters(); // of all launches so far
 

@@ -62,8 +62,10 @@ struct Warp {
     uint32_t at_mbarrier;
     uint32_t rotation, descending; // the order in which lanes run
     unsigned index;
+    struct Fiber *fibers; // of its lanes
+    uint64_t gathering;   // the meeting that lanes came to last, and those who wait for it
+    uint32_t gathered;
     uint64_t meeting[32]; // of lanes at a collective: operation, line and mask, equal where they meet
-    const char *file[32];
     // in: a lane's value and the lane it reads; or predicates; out: results
     uint64_t value[32], result[32];
     uint8_t source[32];
