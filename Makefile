@@ -11,6 +11,7 @@ CLANGXX ?= clang++
 CLANG_FORMAT ?= clang-format
 CLANG_TIDY ?= clang-tidy
 CPPCHECK ?= cppcheck
+NVCC ?= nvcc
 TESTS ?= compile unit model backend golden fault fuzz cuda_cpu e2e
 TEST_TIMEOUT ?= 900 # seconds, for one test program
 ifeq ($(origin CC),default)
@@ -137,6 +138,13 @@ run-bench-peers: $(PEER_PROGRAMS) model
 	@$(call with_data,alice29.txt,bench_peer_llm) --json $(RESULTS)/peer_llm.json
 	@$(call with_data,wikitext2_test.txt,bench_peer_quality) --json $(RESULTS)/peer_quality.json
 .PHONY: test test-full sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
+
+kernels: ## compile kernels_cuda/ into kernels_cuda/kvlite_cuda_kernels.h, which is committed (NVCC=nvcc)
+	@$(PYTHON) tools/kernels.py build --nvcc $(NVCC)
+
+check-kernels: ## fail if that header is not the one of these sources; needs no nvcc
+	@$(PYTHON) tools/kernels.py check
+.PHONY: kernels check-kernels
 
 report: $(TOOLS) $(BENCH_PROGRAMS) $(B)/demo model $(VENV)/.report $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure all, write BENCHMARKS.md and plots (QUICK=1, DATA=FOLDER; make peers first)
 	@if [ -f $(PEERS)/.made ]; then $(MAKE) --no-print-directory $(PEER_PROGRAMS); fi

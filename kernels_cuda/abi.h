@@ -87,7 +87,8 @@ typedef struct kvli_cu_item {
     uint32_t row, n_rows; /* packed rows */
     uint32_t begin, end;  /* blocks of the table */
     uint32_t own_begin, own_end;
-    uint32_t partial; /* KVLI_CU_NONE: this is all that the rows see, and `out` is written. Else: partial result p of
+    uint32_t
+        partial; /* KVLI_CU_NONE: this is all that the rows see, and `out` is written. Else: partial result p of
                          KV head h and packed row r is number partial * n_kv_heads + h * n_rows + (r - row) */
 } kvli_cu_item;
 
@@ -139,21 +140,29 @@ typedef struct kvli_cu_row_copy {
 } kvli_cu_row_copy;
 typedef struct kvli_cu_row_copy_args {
     const kvli_cu_row_copy *copies;
-    uint64_t tile_bytes[2];    /* K, V; tiles alternate K, V, K, V from the start of the block */
-    uint32_t row_bytes[2];     /* K, V */
+    uint64_t tile_bytes[2];     /* K, V; tiles alternate K, V, K, V from the start of the block */
+    uint32_t row_bytes[2];      /* K, V */
     uint32_t n_copies, n_tiles; /* n_tiles: K and V tiles together */
 } kvli_cu_row_copy_args;
+
+/* For benchmarks: reads all of a range (16-byte words) and adds the sum of its 32-bit words to *sum. grid (n) */
+typedef struct kvli_cu_read_args {
+    uint64_t src, bytes;
+    uint32_t *sum;
+} kvli_cu_read_args;
 
 /* ---- shapes that both sides must know ---- */
 enum {
     KVLI_CU_STORE_THREADS = 128,
+    KVLI_CU_STORE_SMEM =
+        4096, /* bytes of dynamic shared memory; the other kernels of store.cu and copy.cu need none */
     KVLI_CU_DECODE_WARPS = 4,
-    KVLI_CU_UNIT = 16,          /* tokens that a warp takes at once */
-    KVLI_CU_DECODE_ROWS = 16,   /* packed rows of a decode item: 8 or 16 by kernel */
+    KVLI_CU_UNIT = 16,        /* tokens that a warp takes at once */
+    KVLI_CU_DECODE_ROWS = 16, /* packed rows of a decode item: 8 or 16 by kernel */
     KVLI_CU_PREFILL_WARPS = 4,
-    KVLI_CU_PREFILL_ROWS = 64,  /* packed rows of a prefill item */
+    KVLI_CU_PREFILL_ROWS = 64, /* packed rows of a prefill item */
     KVLI_CU_PLAIN_THREADS = 128,
-    KVLI_CU_PLAIN_ROWS = 8,     /* packed rows of a plain item */
+    KVLI_CU_PLAIN_ROWS = 8, /* packed rows of a plain item */
     KVLI_CU_MERGE_THREADS = 128,
     KVLI_CU_COPY_THREADS = 256
 };
