@@ -8,6 +8,15 @@
 
 #define KVLI_CU_NONE 0xffffffffu
 
+/* Functions for both sides; constant expressions where the language has them. */
+#if defined(__CUDACC__)
+#define KVLI_CU_FN static __host__ __device__ constexpr
+#elif defined(__cplusplus) && __cplusplus >= 201402L
+#define KVLI_CU_FN static constexpr
+#else
+#define KVLI_CU_FN static inline
+#endif
+
 /* An entry of a block table: the address of a block (a multiple of 128) with flags in its low bits. 0: no block
    (behind a window). A slot of the step's exact scratch holds one layer's tiles alone: no layer offset is added. */
 enum { KVLI_CU_EXACT = 1, KVLI_CU_SCRATCH = 2, KVLI_CU_FLAGS = 127 };
@@ -25,6 +34,24 @@ enum {
     KVLI_CU_INT4_CHANNEL
 };
 enum { KVLI_CU_DTYPE_F32 = 0, KVLI_CU_DTYPE_F16, KVLI_CU_DTYPE_BF16 };
+
+/* A tile: block_tokens rows of row_bytes, then what scales them: for each token, or for each channel f16 scales, then f16
+   zeros; padded to a multiple of 128. */
+KVLI_CU_FN uint32_t kvli_cu_row_bytes(uint32_t format, uint32_t dim) {
+    return format == KVLI_CU_F32                                 ? 4 * dim
+           : format == KVLI_CU_F16 || format == KVLI_CU_BF16     ? 2 * dim
+           : format == KVLI_CU_INT8 || format == KVLI_CU_INT8_CHANNEL || format == KVLI_CU_FP8_E4M3 ? dim
+                                                                 : dim / 2;
+}
+KVLI_CU_FN uint32_t kvli_cu_token_scale_bytes(uint32_t format, uint32_t dim) {
+    return format == KVLI_CU_INT8 || format == KVLI_CU_FP8_E4M3 ? 2
+           : format == KVLI_CU_NVFP4                            ? dim / 16
+           : format == KVLI_CU_INT4                             ? (dim + 63) / 64 * 4
+                                                                : 0;
+}
+KVLI_CU_FN uint32_t kvli_cu_channel_scale_bytes(uint32_t format, uint32_t dim) {
+    return format == KVLI_CU_INT8_CHANNEL || format == KVLI_CU_INT4_CHANNEL ? 4 * dim : 0;
+}
 
 /* q, k, v or out: [rows][heads][dim]; element (r, h, e) at data + (r * row_stride + h * head_stride + e) * size. Not
    aligned to more than an element. */
