@@ -24,14 +24,14 @@ template <uint32_t N, uint32_t I = 0, class Body> KVL_D void kvl_static_for(Body
 }
 
 /* ---- properties of formats ---- */
-constexpr bool kvl_is_4_bit(uint32_t f) {
+KVLI_CU_FN bool kvl_is_4_bit(uint32_t f) {
     return f == KVLI_CU_NVFP4 || f == KVLI_CU_INT4 || f == KVLI_CU_INT4_CHANNEL;
 }
-constexpr bool kvl_is_16_bit(uint32_t f) { return f == KVLI_CU_F16 || f == KVLI_CU_BF16; }
-constexpr bool kvl_is_per_channel(uint32_t f) { return f == KVLI_CU_INT8_CHANNEL || f == KVLI_CU_INT4_CHANNEL; }
+KVLI_CU_FN bool kvl_is_16_bit(uint32_t f) { return f == KVLI_CU_F16 || f == KVLI_CU_BF16; }
+KVLI_CU_FN bool kvl_is_per_channel(uint32_t f) { return f == KVLI_CU_INT8_CHANNEL || f == KVLI_CU_INT4_CHANNEL; }
 /* One f16 scale per token: K's multiplies the score, V's the numbers. */
-constexpr bool kvl_is_per_token(uint32_t f) { return f == KVLI_CU_INT8 || f == KVLI_CU_FP8_E4M3; }
-constexpr uint32_t kvl_numbers_in(uint32_t f, uint32_t bytes) {
+KVLI_CU_FN bool kvl_is_per_token(uint32_t f) { return f == KVLI_CU_INT8 || f == KVLI_CU_FP8_E4M3; }
+KVLI_CU_FN uint32_t kvl_numbers_in(uint32_t f, uint32_t bytes) {
     return kvl_is_16_bit(f) ? bytes / 2 : kvl_is_4_bit(f) ? bytes * 2 : bytes;
 }
 
@@ -112,26 +112,27 @@ template <uint32_t F> KVL_D void kvl_word_to_f16(uint32_t w, uint32_t *h) {
 struct kvl_piece {
     uint32_t offset, bytes;
 };
-constexpr uint32_t kvl_next_piece(uint32_t left, uint32_t lanes) {
+KVLI_CU_FN uint32_t kvl_next_piece(uint32_t left, uint32_t lanes) {
     return left >= 16 * lanes ? 16 : left >= 8 * lanes ? 8 : left >= 4 * lanes ? 4 : left >= 2 * lanes ? 2 : 1;
 }
-constexpr kvl_piece kvl_piece_at(uint32_t row_bytes, uint32_t lanes, uint32_t i) {
+KVLI_CU_FN kvl_piece kvl_piece_at(uint32_t row_bytes, uint32_t lanes, uint32_t i) {
     uint32_t at = 0;
     for (; i > 0; i--) at += lanes * kvl_next_piece(row_bytes - at, lanes);
     return kvl_piece{at, kvl_next_piece(row_bytes - at, lanes)};
 }
-constexpr uint32_t kvl_piece_count(uint32_t row_bytes, uint32_t lanes) {
+KVLI_CU_FN uint32_t kvl_piece_count(uint32_t row_bytes, uint32_t lanes) {
     uint32_t n = 0, at = 0;
     for (; at < row_bytes; n++) at += lanes * kvl_next_piece(row_bytes - at, lanes);
     return n;
 }
 
-/* A piece of 1 to 16 bytes, from memory aligned to its size. */
+/* A piece of 1 to 16 bytes, from memory aligned to its size; zeros if it is not `there`. */
 template <uint32_t BYTES> struct kvl_words {
     uint32_t w[BYTES <= 4 ? 1 : BYTES / 4];
 };
-template <uint32_t BYTES> KVL_D kvl_words<BYTES> kvl_load_piece(const uint8_t *p) {
-    kvl_words<BYTES> r;
+template <uint32_t BYTES> KVL_D kvl_words<BYTES> kvl_load_piece(const uint8_t *p, bool there = true) {
+    kvl_words<BYTES> r = {};
+    if (!there) return r;
     if constexpr (BYTES == 16) {
         uint4 v = kvl_ld16(p);
         r.w[0] = v.x, r.w[1] = v.y, r.w[2] = v.z, r.w[3] = v.w;
@@ -141,7 +142,7 @@ template <uint32_t BYTES> KVL_D kvl_words<BYTES> kvl_load_piece(const uint8_t *p
     } else if constexpr (BYTES == 4) {
         r.w[0] = kvl_ld4(p);
     } else if constexpr (BYTES == 2) {
-        r.w[0] = *(const uint16_t *)p;
+        r.w[0] = kvl_ld2(p);
     } else {
         r.w[0] = *p;
     }
@@ -164,7 +165,7 @@ template <uint32_t F, uint32_t BYTES, uint32_t S> KVL_D void kvl_k_codes(const k
         h[0] = kvl_byte_codes<F, 0>(p.w[S]), h[1] = kvl_byte_codes<F, 1>(p.w[S]);
     }
 }
-constexpr uint32_t kvl_k_number(uint32_t f, uint32_t bytes, uint32_t s, uint32_t r, uint32_t c) {
+KVLI_CU_FN uint32_t kvl_k_number(uint32_t f, uint32_t bytes, uint32_t s, uint32_t r, uint32_t c) {
     return f != KVLI_CU_NVFP4 ? 4 * s + 2 * r + c : bytes == 2 ? r + 2 * c : s / 2 * 8 + s % 2 * 2 + r + 4 * c;
 }
 
@@ -186,7 +187,7 @@ KVL_D void kvl_v_codes(const kvl_words<BYTES> &x, const kvl_words<BYTES> &y, uin
         else h[0] = kvl_u4x2<i>(lo), h[1] = kvl_u4x2<i_hi>(hi);
     }
 }
-constexpr uint32_t kvl_v_number(uint32_t f, uint32_t bytes, uint32_t j, uint32_t hi) {
+KVLI_CU_FN uint32_t kvl_v_number(uint32_t f, uint32_t bytes, uint32_t j, uint32_t hi) {
     return !kvl_is_4_bit(f) ? 2 * j + hi : bytes >= 4 ? j / 4 * 8 + j % 4 + 4 * hi : j + bytes * hi;
 }
 
