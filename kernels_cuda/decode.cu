@@ -278,8 +278,9 @@ template <uint32_t K, uint32_t V, uint32_t D> struct kvl_ring {
 
     /* A run of bytes, all of it: the whole warp, or with bulk copies one lane. */
     template <uint32_t BYTES> KVL_MEMBER void copy(uint8_t *to, const uint8_t *from, uint64_t *bar) {
-        if constexpr (BYTES == 0) return;
-        if constexpr (KVL_ARCH >= 900) {
+        if constexpr (BYTES == 0) {
+            return;
+        } else if constexpr (KVL_ARCH >= 900) {
             kvl_bulk_copy(to, from, BYTES, bar);
         } else {
             KVL_UNROLL for (uint32_t i = 0; i < BYTES; i += 512) {
@@ -389,7 +390,7 @@ KVL_D void kvl_load_queries(kvl_queries<K, D, N> &q, const uint16_t *rows, const
     uint32_t lane = threadIdx.x % 32, t = lane % 4;
     q.rows = rows + lane / 4 * (D + 4);
     q.factors = factors + 2 * t;
-    if constexpr (q.in_registers) {
+    if constexpr (kvl_queries<K, D, N>::in_registers) {
         kvl_static_for<cut::pieces>([&](auto i) {
             constexpr kvl_piece piece = kvl_piece_at(cut::row, 4, i.value);
             constexpr uint32_t numbers = kvl_numbers_in(K, piece.bytes), first = cut::numbers_before(i.value);
@@ -408,7 +409,7 @@ template <uint32_t K, uint32_t D, uint32_t BYTES> struct kvl_k_scales {
 };
 template <uint32_t K, uint32_t D, uint32_t BYTES>
 KVL_D kvl_k_scales<K, D, BYTES> kvl_load_k_scales(const kvl_unit &unit, uint32_t g, uint32_t dim) {
-    kvl_k_scales<K, D, BYTES> r;
+    kvl_k_scales<K, D, BYTES> r = {};
     if constexpr (kvl_is_per_channel(K)) r.channels = unit.k_scales + 2 * dim;
     if constexpr (K == KVLI_CU_NVFP4) {
         KVL_UNROLL for (uint32_t i = 0; i < 2; i++) {
@@ -462,7 +463,7 @@ KVL_D void kvl_scores(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float
             uint32_t a[4] = {x[0][0], x[1][0], x[0][1], x[1][1]};
             KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
                 float *sum = step % 2 ? odd[tile] : s[tile];
-                if constexpr (q.in_registers) {
+                if constexpr (kvl_queries<K, D, N>::in_registers) {
                     kvl_mma<K>(sum, a, q.b[step][tile]);
                 } else {
                     uint32_t b[2];
