@@ -16,6 +16,7 @@
 #define KVL_ARCH 750 // nvcc's pass over host code
 #endif
 #define KVL_D static __device__ __forceinline__
+#define KVL_MEMBER __device__ __forceinline__ // KVL_D of functions in a struct
 #define KVL_UNROLL _Pragma("unroll")
 // A kernel with one struct as its parameter, `a`.
 #define KVL_KERNEL(name, threads, min_blocks_per_sm, Args)                   \

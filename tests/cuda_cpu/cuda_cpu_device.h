@@ -20,6 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define KVL_D static inline
+#define KVL_MEMBER inline
 #define KVL_UNROLL
 #define KVL_INLINE static inline __attribute__((always_inline))
 
