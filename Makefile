@@ -11,7 +11,8 @@ CLANGXX ?= clang++
 CLANG_FORMAT ?= clang-format
 CLANG_TIDY ?= clang-tidy
 CPPCHECK ?= cppcheck
-TESTS ?= compile unit model backend golden fault fuzz e2e
+NVCC ?= nvcc
+TESTS ?= compile unit model backend golden fault fuzz cuda_cpu e2e
 TEST_TIMEOUT ?= 900 # seconds, for one test program
 ifeq ($(origin CC),default)
 CC := gcc
@@ -66,9 +67,20 @@ PEER_PROGRAMS := $(patsubst tools/bench/%.c,$(B)/%,$(wildcard tools/bench/bench_
 BENCH_PROGRAMS := $(filter-out $(PEER_PROGRAMS),$(patsubst tools/bench/%.c,$(B)/%,$(wildcard tools/bench/bench_*.c)))
 PEERS := build/peers
 
+# The CUDA kernels, compiled for the CPU three times: with the code paths of sm_75, sm_80 and sm_90. A program
+# tests/cuda_cpu/test_*.cpp is linked with those of sm_80; those named here are there once more for each of the others.
+CUDA_CPU_ARCHS := 750 800 900
+CUDA_CPU_ALL_ARCHS := test_shim test_decode test_prefill
+CUDA_CPU_SOURCES := $(wildcard tests/cuda_cpu/*.cpp)
+CUDA_CPU_TESTS := $(if $(filter cuda_cpu,$(TESTS)),$(patsubst %.cpp,$(B)/%,$(wildcard tests/cuda_cpu/test_*.cpp)))
+CUDA_CPU_TESTS += $(foreach t,$(filter $(CUDA_CPU_ALL_ARCHS),$(notdir $(CUDA_CPU_TESTS))),\
+  $(foreach a,$(filter-out 800,$(CUDA_CPU_ARCHS)),$(B)/tests/cuda_cpu/$t_$a))
+KERNEL_SOURCES := $(wildcard kernels_cuda/*.cu)
+
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
 FORMAT_FILES := kvlite.h $(C_SOURCES) \
-  $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h)
+  $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h) \
+  $(CUDA_CPU_SOURCES) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
 
 # A goal named after `deps` waits for it, in a parallel build too.
@@ -94,15 +106,15 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(TEST_PROGRAMS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
 	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) \
-	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS)
+	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
 
 test-full: ## the same with all of the traces and texts, and what kvlite set out to reach with them
 	@$(MAKE) --no-print-directory test TESTS="$(TESTS) full" TEST_TIMEOUT=3600
 
-sanitized-test: $(TEST_PROGRAMS)
-	@tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_PROGRAMS)
+sanitized-test: $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
+	@tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $^
 
 asan ubsan tsan: ## run the tests that need no model under a sanitizer
 	@$(MAKE) --no-print-directory CONFIG=$@ TESTS="$(filter-out compile e2e,$(TESTS))" sanitized-test
@@ -126,6 +138,13 @@ run-bench-peers: $(PEER_PROGRAMS) model
 	@$(call with_data,alice29.txt,bench_peer_llm) --json $(RESULTS)/peer_llm.json
 	@$(call with_data,wikitext2_test.txt,bench_peer_quality) --json $(RESULTS)/peer_quality.json
 .PHONY: test test-full sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
+
+kernels: ## compile kernels_cuda/ into kernels_cuda/kvlite_cuda_kernels.h, which is committed (NVCC=nvcc)
+	@$(PYTHON) tools/kernels.py build --nvcc $(NVCC)
+
+check-kernels: ## fail if that header is not the one of these sources; needs no nvcc
+	@$(PYTHON) tools/kernels.py check
+.PHONY: kernels check-kernels
 
 report: $(TOOLS) $(BENCH_PROGRAMS) $(B)/demo model $(VENV)/.report $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure all, write BENCHMARKS.md and plots (QUICK=1, DATA=FOLDER; make peers first)
 	@if [ -f $(PEERS)/.made ]; then $(MAKE) --no-print-directory $(PEER_PROGRAMS); fi
@@ -216,6 +235,28 @@ $(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlit
 	@mkdir -p $(@D)
 	$(call say,LINK  $@)$(LINK) -lcmocka $(LIBS) -o $@
 
+# Not contracted, or __fmul_rn would not be one; -fPIC, since the mock driver is a shared library of them. ThreadSanitizer
+# knows nothing of fibers and stays out. These objects run on this machine only, hence -march=native.
+CUDA_CPU_CXXFLAGS = -std=c++17 $(if $(filter tsan,$(CONFIG)),-O1 -g,$(FLAGS_$(CONFIG))) -march=native -ffp-contract=off -fPIC \
+  -ftls-model=initial-exec $(WARNINGS) -I. -Itests -Itests/cuda_cpu -Ikernels_cuda -MMD -MP
+define cuda_cpu_arch
+$(B)/obj/cuda_cpu/$(1)/%.o: kernels_cuda/%.cu
+	@mkdir -p $$(@D)
+	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -x c++ -c $$< -o $$@
+$(B)/obj/cuda_cpu/$(1)/%.o: tests/cuda_cpu/%.cpp
+	@mkdir -p $$(@D)
+	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -c $$< -o $$@
+$(B)/libkvl_cuda_cpu_$(1).a: $(patsubst kernels_cuda/%.cu,$(B)/obj/cuda_cpu/$(1)/%.o,$(KERNEL_SOURCES)) $(B)/obj/cuda_cpu/$(1)/cuda_cpu.o
+	@rm -f $$@
+	$$(call say,AR    $$@)$(AR) rcs $$@ $$^
+$(B)/tests/cuda_cpu/%$(if $(filter-out 800,$(1)),_$(1)): $(B)/obj/cuda_cpu/$(1)/%.o $(B)/libkvl_cuda_cpu_$(1).a $(B)/libkvlite.a
+	@mkdir -p $$(@D)
+	$$(call say,LINK  $$@)$$(CXX) $(FLAGS_$(CONFIG)) $$(LDFLAGS) $$< -Wl,--whole-archive $(B)/libkvl_cuda_cpu_$(1).a \
+	  -Wl,--no-whole-archive $(B)/libkvlite.a -lcmocka $$(LIBS) -o $$@
+endef
+$(foreach a,$(CUDA_CPU_ARCHS),$(eval $(call cuda_cpu_arch,$a)))
+.SECONDARY: $(foreach a,$(CUDA_CPU_ARCHS),$(patsubst tests/cuda_cpu/%.cpp,$(B)/obj/cuda_cpu/$a/%.o,$(CUDA_CPU_SOURCES)))
+
 $(BENCH_PROGRAMS): $(B)/%: $(B)/obj/tools/bench/%.o $(B)/libllm.a $(B)/libkvlite.a
 	$(call say,LINK  $@)$(LINK) -lcjson $(LIBS) -o $@
 
@@ -247,4 +288,4 @@ $(VENV)/.report: tools/report/requirements.txt $(VENV)/.made
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
--include $(OBJECTS:.o=.d)
+-include $(OBJECTS:.o=.d) $(wildcard $(B)/obj/cuda_cpu/*/*.d)

@@ -339,7 +339,9 @@ def test_wrong_options():
                         (["--kv", "int9"], ("--synthetic", "1:1:1:1", "--kv", "int9")), (["--speed"], ("--speed", "-1")),
                         (["--synthetic"], ("--synthetic", "1:2:3")), (["--mode", "best"], ("--mode", "best")),
                         (["--sweep"], ("--sweep", "1G,x")), (["--max-gap-ms"], ("--max-gap-ms", "nan")),
-                        (["--events"], ("--synthetic", "1:1:1:1", "--events", "x", "--mode", "static"))):
+                        (["--events"], ("--synthetic", "1:1:1:1", "--events", "x", "--mode", "static")),
+                        (["--sweep"], ("--synthetic", "1:1:1:1", "--sweep", "1G", "--mode", "static")),
+                        (["--no-chunking"], ("--synthetic", "1:1:1:1", "--no-chunking", "--max-gap-ms", "9"))):
         refused(words, *args, code=2)
     refused(["--model", "7:0:128"], "--synthetic", "1:1:1:1", "--model", "7:0:128")
     refused(["device_bytes"], "--synthetic", "1:1:1:1", "--kv-bytes", "1K")

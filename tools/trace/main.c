@@ -79,7 +79,7 @@ typedef struct program {
     uint32_t synthetic[4], limit, repeat;
     uint64_t seed;
     float speed;
-    bool has_synthetic, json, help, run_real, run_baseline[3];
+    bool has_synthetic, json, help, run_real, run_baseline[3], bounds_gap;
     uint64_t sweep[MAX_SWEEP];
     uint32_t n_sweep;
     model m;
@@ -211,6 +211,7 @@ static bool take_setup(program *p, args *a, bool *taken, char *err, size_t n) {
     if (args_is(a, "--max-gap-ms")) {
         if (!args_float(a, 0, 1e9f, &ms, err, n)) return false;
         p->s.max_gap_ms = (double)ms;
+        p->bounds_gap = ms > 0;
         return true;
     }
     *taken = false;
@@ -249,6 +250,10 @@ static bool parse(program *p, int argc, char **argv, char *err, size_t n) {
         return llm_fail(err, n, "--replay goes alone: the event trace has its own requests and settings");
     if (p->n_sweep && p->s.kv_bytes)
         return llm_fail(err, n, "--sweep and --kv-bytes: the sweep has the sizes");
+    if (p->n_sweep && !p->run_real)
+        return llm_fail(err, n, "--sweep: only a run of the real scheduler has hits (--mode continuous)");
+    if (p->s.no_chunking && p->bounds_gap)
+        return llm_fail(err, n, "--no-chunking and --max-gap-ms: without chunks no gap is bounded");
     if (p->events && (p->n_sweep || !p->run_real))
         return llm_fail(err, n, "--events: only a run of the real scheduler has them (--mode continuous)");
     if (!p->measure && !p->replay && !p->trace == !p->has_synthetic)
