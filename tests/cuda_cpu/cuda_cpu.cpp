@@ -384,7 +384,8 @@ void perform(Worker &b, Warp &w, Op op, uint32_t lanes) {
         uint32_t bits = 0;
         for (unsigned l = 0; l < 32; l++)
             if (lanes >> l & 1) bits |= (uint32_t)w.value[l] << l;
-        for (unsigned l = 0; l < 32; l++) w.result[l] = bits;
+        for (unsigned l = 0; l < 32; l++) // others may not have read their last result yet
+            if (lanes >> l & 1) w.result[l] = bits;
         break;
     }
     case MMA_F16:
@@ -484,13 +485,28 @@ void illegal_address(int number, siginfo_t *info, void *) {
     signal(number, SIG_DFL);
 }
 
-void catch_illegal_addresses() {
-    struct sigaction action = {};
-    action.sa_sigaction = illegal_address;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-    sigaction(SIGBUS, &action, nullptr);
-}
+// While launches run, whatever handlers the program has for other times.
+struct CatchIllegalAddresses {
+    CatchIllegalAddresses() {
+        std::lock_guard<std::mutex> guard(lock);
+        if (running++) return;
+        struct sigaction action = {};
+        action.sa_sigaction = illegal_address;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+        sigaction(SIGSEGV, &action, &old_segv);
+        sigaction(SIGBUS, &action, &old_bus);
+    }
+    ~CatchIllegalAddresses() {
+        std::lock_guard<std::mutex> guard(lock);
+        if (--running) return;
+        sigaction(SIGSEGV, &old_segv, nullptr);
+        sigaction(SIGBUS, &old_bus, nullptr);
+    }
+    static unsigned running;
+    static struct sigaction old_segv, old_bus;
+};
+unsigned CatchIllegalAddresses::running;
+struct sigaction CatchIllegalAddresses::old_segv, CatchIllegalAddresses::old_bus;
 
 // ---- asynchronous copies ----
 
@@ -995,12 +1011,7 @@ bool launch(const char *name, dim3 grid, dim3 threads, size_t smem_bytes, const 
         return false;
     }
 
-#ifndef CUDA_CPU_ASAN
-    static std::once_flag once;
-    std::call_once(once, catch_illegal_addresses);
-#else
-    (void)catch_illegal_addresses; // AddressSanitizer says more
-#endif
+    CatchIllegalAddresses until_the_end;
     unsigned helpers = (unsigned)std::min<uint64_t>(std::max(settings.os_threads, 1u), n_blocks / 4);
     std::vector<std::thread> others;
     for (unsigned i = 1; i < helpers; i++) others.emplace_back([&l] { work(l); });
