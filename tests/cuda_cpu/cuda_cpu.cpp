@@ -182,7 +182,7 @@ void go_to(Fiber *next, bool leaving = false) {
     switch_stack(self->context, next->context, leaving);
 }
 
-void deadlock(Worker &b);
+[[noreturn]] void deadlock(Worker &b);
 bool finish_bulk_copies(Worker &b, const uint64_t *bar);
 
 // The running fiber waits (its `runnable` bit is off) or has ended: others run.
