@@ -166,9 +166,12 @@ lint: tidy cppcheck ## clang-tidy and cppcheck
 LINTED := $(filter-out tests/compile/% $(if $(wildcard $(PEERS)/include),,tools/bench/bench_peer%),$(C_SOURCES))
 TIDY := $(addprefix tidy/,$(LINTED))
 TIDY_FLAGS = $(filter-out -MMD -MP -O2 -g,$(KVL_CFLAGS)) -DFUZZ_STANDALONE -isystem $(PEERS)/include
-tidy: $(TIDY) tidy/kvlite.h
+CUDA_TIDY := $(addprefix tidy/,$(CUDA_CPU_SOURCES) $(KERNEL_SOURCES))
+tidy: $(TIDY) tidy/kvlite.h $(CUDA_TIDY)
 $(TIDY): tidy/%:
 	$(call say,TIDY  $(@:tidy/%=%))$(CLANG_TIDY) --quiet $* -- $(TIDY_FLAGS)
+$(CUDA_TIDY): tidy/%:
+	$(call say,TIDY  $(@:tidy/%=%))$(CLANG_TIDY) --quiet $* -- -x c++ $(filter-out -MMD -MP -O2 -g,$(CUDA_CPU_CXXFLAGS))
 tidy/kvlite.h:
 	$(call say,TIDY  $(@:tidy/%=%))$(CLANG_TIDY) --quiet kvlite.h -- -x c -std=gnu99 -DKVL_IMPLEMENTATION
 
@@ -180,7 +183,7 @@ cppcheck:
 	$(call say,CPPCHECK)$(CPPCHECK) $(CPPCHECK_FLAGS) --std=c11 -Iexamples $(filter examples/llm/%,$(LINTED)) \
 	  $(filter-out examples/minimal.c,$(wildcard examples/*.c))
 	$(call say,CPPCHECK)$(CPPCHECK) $(CPPCHECK_FLAGS) --std=c99 --language=c --max-configs=1 -DKVL_IMPLEMENTATION -DKVL_NO_SIMD -U_WIN32 kvlite.h
-.PHONY: format format-check lint tidy cppcheck $(TIDY) tidy/kvlite.h
+.PHONY: format format-check lint tidy cppcheck $(TIDY) tidy/kvlite.h $(CUDA_TIDY) $(CUDA_TIDY)
 
 ## Installing and cleaning
 
