@@ -139,7 +139,8 @@ typedef struct kvli_cu_attend_args {
     float *partial_ml;        /* [partials][2] m, l */
     kvli_cu_tensor q, out;
     kvli_cu_pages pages;
-    uint32_t first_item, end_item; /* of items or merges in this launch; end_item is lowered to the count */
+    uint32_t first_item, end_item; /* of items or merges in this launch; end_item is lowered to the
+                                    count: decodes (plain, too), prefills or merges */
     uint32_t block_tokens, n_q_heads, n_kv_heads, gqa, dim;
     uint32_t window, sink_tokens; /* window 0 = none */
     uint32_t exact;               /* format of exact tiles */
@@ -178,7 +179,6 @@ enum {
     KVLI_CU_UNIT = 16,          /* tokens that a warp takes at once */
     KVLI_CU_DECODE_ROWS = 16,   /* packed rows of a decode item: 8 or 16 by kernel */
     KVLI_CU_PREFILL_WARPS = 4,
-    KVLI_CU_PREFILL_ROWS = 64,  /* packed rows of a prefill item */
     KVLI_CU_PLAIN_THREADS = 128,
     KVLI_CU_PLAIN_ROWS = 8,     /* packed rows of a plain item */
     KVLI_CU_MERGE_THREADS = 128,
@@ -196,6 +196,22 @@ KVLI_CU_FN uint32_t kvli_cu_decode_slot(uint32_t k_format, uint32_t v_format, ui
 KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, uint32_t dim, uint32_t stages, uint32_t n) {
     return KVLI_CU_DECODE_WARPS * stages * kvli_cu_decode_slot(k_format, v_format, dim) + n * dim * 4 +
            (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (12 * n + 4) * 4;
+}
+
+/* Prefill: the most packed rows of an item, the tokens it takes at once, and its shared memory: q, and two buffers of K
+   and V, all as 16-bit numbers (of packed blocks' bytes and what they are decoded to, one each). At most 64 KB. */
+KVLI_CU_FN uint32_t kvli_cu_prefill_rows(uint32_t dim) { return dim <= 128 ? 128 : 64; }
+KVLI_CU_FN uint32_t kvli_cu_prefill_step(uint32_t dim) { return dim <= 128 ? 32 : 16; }
+KVLI_CU_FN uint32_t kvli_cu_prefill_smem(uint32_t dim) {
+    return (kvli_cu_prefill_rows(dim) + 4 * kvli_cu_prefill_step(dim)) * dim * 2;
+}
+
+/* Plain: floats from one row of q or K to the next (4 apart, so that 16 rows stand in different banks), and shared
+   memory: q, K of a unit, weights, and three numbers a row. */
+KVLI_CU_FN uint32_t kvli_cu_plain_stride(uint32_t dim) { return (dim + 31) / 32 * 32 + 4; }
+KVLI_CU_FN uint32_t kvli_cu_plain_smem(uint32_t dim) {
+    return 4 * ((KVLI_CU_PLAIN_ROWS + KVLI_CU_UNIT) * kvli_cu_plain_stride(dim) +
+                KVLI_CU_PLAIN_ROWS * (KVLI_CU_UNIT + 3));
 }
 
 #endif

@@ -1,0 +1,161 @@
+/* Which tokens a block of threads visits, and in what order: the walk over an item's blocks in steps of 16 or 32 tokens,
+   used by prefill and plain.
+
+   A step is a range of positions aligned to its size, whatever the item and its rows, so a row's numbers are added up in
+   the same order in every batch and chunk. What none of the rows sees is not even looked up. */
+#ifndef KVL_STEPS_CUH
+#define KVL_STEPS_CUH
+#include "pages.cuh"
+
+/* An item, its span, and the positions of its first and last row. */
+struct kvl_rows {
+    kvli_cu_item item;
+    kvli_cu_span span;
+    uint32_t x_first, x_last;
+    kvl_sight sight;
+};
+
+/* False: this block of threads has no item. */
+KVL_D bool kvl_rows_of_block(const kvli_cu_attend_args &a, uint32_t n_items, kvl_rows &r) {
+    uint32_t i = a.first_item + blockIdx.x;
+    if (i >= a.end_item || i >= n_items) return false;
+    r.item = a.items[i];
+    r.span = a.spans[r.item.span];
+    r.x_first = r.span.position + r.item.row / a.gqa;
+    r.x_last = r.span.position + (r.item.row + r.item.n_rows - 1) / a.gqa;
+    r.sight = kvl_sight{a.block_tokens, a.window, a.sink_tokens};
+    return true;
+}
+
+/* ---- the online softmax, in base 2 ---- */
+constexpr float KVL_LOG2E = 1.4426950408889634f;
+constexpr float KVL_NO_SCORE = -2e30f; /* below every score; times anything in [2^-96, 2^27] still a number */
+
+/* What a row's accumulators are multiplied with to be its output, given its maximum and sum of weights; sink_logits have
+   their share of the sum. */
+KVL_D float kvl_output_factor(const kvli_cu_attend_args &a, uint32_t head, float max, float sum) {
+    if (a.sink_logits) {
+        float sink = __fmul_rn(a.sink_logits[head], KVL_LOG2E), top = fmaxf(max, sink);
+        float rescale = kvl_exp2(__fsub_rn(max, top));
+        return __fdiv_rn(rescale, __fmaf_rn(sum, rescale, kvl_exp2(__fsub_rn(sink, top))));
+    }
+    return sum > 0 ? __fdiv_rn(1, sum) : 0;
+}
+
+/* Which partial result is row i of an item. */
+KVL_D uint64_t kvl_partial_number(const kvli_cu_attend_args &a, const kvli_cu_item &item, uint32_t i) {
+    return (uint64_t)item.partial * a.n_kv_heads + blockIdx.y * item.n_rows + i;
+}
+
+/* ---- visits ---- */
+
+/* The positions first..last of the queries that see a token. */
+struct kvl_range {
+    uint32_t first, last;
+};
+KVL_D kvl_range kvl_seen_by(const kvl_sight &s, bool own, uint32_t token) {
+    uint32_t next = kvl_block_start(s, token) + s.block_tokens;
+    kvl_range r = {own ? token : next, own ? next - 1 : 0x7fffffffu};
+    if (s.window && token >= s.sink_tokens && r.last - token >= s.window) r.last = token + s.window - 1;
+    return r;
+}
+
+/* 16 tokens of a block: the position of the first, a multiple of 16, with a flag. */
+enum { KVL_UNIT_OWN = 1 };
+constexpr uint32_t KVL_NO_UNIT = 0x7ffffff0; /* no query comes that far */
+template <int UNITS> struct kvl_step {
+    uint32_t unit[UNITS];
+    kvl_tiles tiles[UNITS];
+};
+KVL_D uint32_t kvl_unit_token(uint32_t unit) { return unit & ~15u; }
+KVL_D bool kvl_unit_is_own(uint32_t unit) { return unit & KVL_UNIT_OWN; }
+KVL_D bool kvl_unit_any_sees(const kvl_sight &s, uint32_t unit, uint32_t x_first, uint32_t x_last) {
+    uint32_t t = kvl_unit_token(unit);
+    return kvl_any_sees(s, kvl_unit_is_own(unit), x_first, x_last, t, t + KVLI_CU_UNIT - 1);
+}
+KVL_D bool kvl_unit_all_see(const kvl_sight &s, uint32_t unit, uint32_t x_first, uint32_t x_last) {
+    uint32_t t = kvl_unit_token(unit);
+    return kvl_all_see(s, kvl_unit_is_own(unit), x_first, x_last, t, t + KVLI_CU_UNIT - 1);
+}
+
+/* First the blocks of the table, then the own ones; of one class, or all. */
+enum kvl_walk_kind { KVL_WALK_PACKED, KVL_WALK_EXACT, KVL_WALK_ALL };
+struct kvl_walk {
+    kvl_walk_kind kind;
+    bool own;
+    uint32_t next, end; /* blocks of the list that are still to be looked up */
+    uint32_t base;      /* lane l knows block base + l */
+    uint32_t bits;      /* of the lanes whose block is to be visited */
+    uint32_t done;      /* tokens of the first such block */
+    uint64_t entry;     /* this lane's */
+};
+
+/* From an even block, as two of 16 tokens may be one step. */
+KVL_D kvl_walk kvl_walk_start(const kvl_rows &r, kvl_walk_kind kind) {
+    return kvl_walk{kind, false, r.item.begin & ~1u, r.item.end, 0, 0, 0, 0};
+}
+
+/* Looks up the next 32 blocks, a lane each. False: there are no more. */
+KVL_D bool kvl_walk_look(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r) {
+    if (w.next >= w.end && !w.own && w.kind != KVL_WALK_PACKED) {
+        w.own = true;
+        w.next = r.item.own_begin & ~1u;
+        w.end = r.item.own_end;
+    }
+    if (w.next >= w.end) return false;
+    uint32_t b = w.next + threadIdx.x % 32, token = b * a.block_tokens;
+    uint32_t at = w.own ? r.span.own + b - r.span.first_own : r.span.table + b;
+    bool here = b < w.end && b >= (w.own ? r.item.own_begin : r.item.begin) &&
+                kvl_any_sees(r.sight, w.own, r.x_first, r.x_last, token, token + a.block_tokens - 1);
+    w.entry = here ? a.entries[at] : 0;
+    bool exact = w.own || kvl_entry_is_exact(w.entry);
+    bool takes = w.entry != 0 && (w.kind == KVL_WALK_ALL || exact == (w.kind == KVL_WALK_EXACT));
+    w.bits = __ballot_sync(0xffffffffu, takes);
+    w.base = w.next;
+    w.next += 32;
+    return true;
+}
+
+/* The step at the walk's place, whoever sees it. */
+template <int UNITS>
+KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, kvl_step<UNITS> &s) {
+    bool pair = UNITS * KVLI_CU_UNIT > a.block_tokens; /* of blocks, either of which may be absent */
+    uint32_t lane = __ffs(w.bits) - 1;
+    if (pair) lane &= ~1u;
+    KVL_UNROLL
+    for (int u = 0; u < UNITS; u++) {
+        uint32_t from = pair ? lane + u : lane;
+        uint32_t token = (w.base + from) * a.block_tokens + w.done + (pair ? 0 : u * KVLI_CU_UNIT);
+        s.unit[u] = w.bits >> from & 1 ? token | (w.own ? KVL_UNIT_OWN : 0) : KVL_NO_UNIT;
+        s.tiles[u] = kvl_tiles_of(a.pages, __shfl_sync(0xffffffffu, w.entry, from), blockIdx.y);
+    }
+    w.done += UNITS * KVLI_CU_UNIT;
+    if (w.done >= a.block_tokens) {
+        w.bits &= ~((pair ? 3u : 1u) << lane);
+        w.done = 0;
+    }
+}
+
+/* The next step of which some row sees something; without units at the end. */
+template <int UNITS>
+KVL_D void kvl_walk_step(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_step<UNITS> &s) {
+    for (bool seen = false; !seen;) {
+        if (w.bits) {
+            kvl_walk_take(w, a, s);
+            for (int u = 0; u < UNITS; u++) seen |= kvl_unit_any_sees(r.sight, s.unit[u], r.x_first, r.x_last);
+        } else if (!kvl_walk_look(w, a, r)) {
+            KVL_UNROLL
+            for (int u = 0; u < UNITS; u++) s.unit[u] = KVL_NO_UNIT;
+            return;
+        }
+    }
+}
+
+template <int UNITS> KVL_D bool kvl_step_is_end(const kvl_step<UNITS> &s) {
+    bool end = true;
+    KVL_UNROLL
+    for (int u = 0; u < UNITS; u++) end &= s.unit[u] == KVL_NO_UNIT;
+    return end;
+}
+
+#endif
