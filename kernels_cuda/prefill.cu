@@ -1,0 +1,605 @@
+/* kvl_prefill_<preset>_d<dim>: attention of many query rows (chunks of prompts), on tensor cores, in FlashAttention-2's
+   form. A block of 4 warps takes 128 packed query rows of one KV head (64 where the head is wider than 128) and walks
+   over the blocks of its item in steps of 32 (16) tokens:
+
+     memory --cp.async--> shared memory: f16 tiles as they are, packed ones as bytes, which all threads together decode
+     into f16 once; then each warp, for its own 32 (16) rows:
+     S = Q K^T   q and K by ldmatrix, mma m16n8k16 with sums in f32
+     P = 2^(S - max), the online softmax in registers: S's fragments are those that P needs
+     O += P V    V by ldmatrix.trans
+
+   Two buffers: while a step is computed, the next one is on its way. Tiles and q stand in shared memory with the 16-byte
+   pieces of a row exchanged ("swizzled"), so that the 8 rows of an ldmatrix, and the stores of a decoding warp, meet 32
+   different banks. Packed blocks come first, then what their format asks for once per output instead of once per token
+   (rotation of values, NVFP4's global factors), then exact blocks.
+
+   The maximum that weights refer to is raised only when it is 2^8 too low: weights up to 256 are as exact in f16 as
+   weights up to 1, and most steps then need not touch O. A row decides for itself: it never depends on its neighbours.
+
+   Roofline: 4 D FLOP for a token and a row, for all 128 rows from one read of K and V: 128 FLOP per byte of f16, more of
+   packed formats; bound by the tensor cores everywhere. A warp of 32 rows uses each K or V fragment (256 bytes of shared
+   memory) for two mma of 4096 FLOP, and reads q once per 4 mma: about 11 mma per 2048 bytes, which at 128 bytes a clock
+   is 2800 FLOP a clock and SM, near what mma.sync reaches on sm_90 (4096 peak, 60-65 % by mma.sync) and five times what
+   a 4090 does (512). */
+#include "formats.cuh"
+#include "steps.cuh"
+
+/* ---- presets: formats of K and V in packed blocks and of exact tiles ---- */
+template <uint32_t K, uint32_t V, uint32_t EXACT, bool K_ROTATED, bool V_ROTATED> struct kvl_preset {
+    static constexpr uint32_t k = K, v = V, exact = EXACT;
+    static constexpr bool k_rotated = K_ROTATED, v_rotated = V_ROTATED;
+    static constexpr bool has_packed = K != EXACT;
+};
+typedef kvl_preset<KVLI_CU_F16, KVLI_CU_F16, KVLI_CU_F16, false, false> kvl_preset_f16;
+typedef kvl_preset<KVLI_CU_BF16, KVLI_CU_BF16, KVLI_CU_BF16, false, false> kvl_preset_bf16;
+typedef kvl_preset<KVLI_CU_INT8, KVLI_CU_INT8, KVLI_CU_F16, false, false> kvl_preset_int8;
+typedef kvl_preset<KVLI_CU_INT8_CHANNEL, KVLI_CU_INT8, KVLI_CU_F16, false, false> kvl_preset_int8c;
+typedef kvl_preset<KVLI_CU_FP8_E4M3, KVLI_CU_FP8_E4M3, KVLI_CU_F16, false, false> kvl_preset_fp8;
+typedef kvl_preset<KVLI_CU_NVFP4, KVLI_CU_NVFP4, KVLI_CU_F16, true, false> kvl_preset_nvfp4;
+typedef kvl_preset<KVLI_CU_INT8, KVLI_CU_INT4, KVLI_CU_F16, false, true> kvl_preset_balanced;
+typedef kvl_preset<KVLI_CU_INT4_CHANNEL, KVLI_CU_INT4, KVLI_CU_F16, false, true> kvl_preset_int4;
+
+constexpr uint32_t kvl_hadamard_size(uint32_t dim) {
+    uint32_t n = 1;
+    while (n < 128 && dim % (2 * n) == 0) n *= 2;
+    return n;
+}
+constexpr float kvl_hadamard_norm(uint32_t n) { /* 1 / sqrt(n), n a power of two up to 128 */
+    float r = 1;
+    for (; n > 2; n /= 4) r /= 2;
+    return n == 2 ? r * 0.70710678118654752f : r;
+}
+
+/* ---- a packed side (K or V) of a step, as it comes: bytes of one unit after another ---- */
+template <uint32_t F, uint32_t D> struct kvl_raw {
+    static constexpr uint32_t ROW = kvli_cu_row_bytes(F, D), TOKEN = kvli_cu_token_scale_bytes(F, D);
+    static constexpr uint32_t ROWS = KVLI_CU_UNIT * ROW, TOKENS = KVLI_CU_UNIT * TOKEN;
+    static constexpr uint32_t CHANNELS = kvli_cu_channel_scale_bytes(F, D), BYTES = ROWS + TOKENS + CHANNELS;
+    static constexpr bool IS_4_BIT = kvl_is_4_bit(F), IS_PER_TOKEN = kvl_is_per_token(F);
+    static constexpr bool IS_PER_CHANNEL = kvl_is_per_channel(F);
+
+    /* Numbers 8 * piece.. of a unit's row, decoded; K without the scale of its token. */
+    KVL_D uint4 decode(const uint8_t *unit, uint32_t row, uint32_t piece, bool is_k) {
+        uint32_t h[4];
+        if constexpr (IS_4_BIT) {
+            kvl_word_to_f16<F>(kvl_ld4(unit + row * ROW + piece * 4), h);
+        } else {
+            uint2 w = kvl_ld8(unit + row * ROW + piece * 8);
+            kvl_word_to_f16<F>(w.x, h);
+            kvl_word_to_f16<F>(w.y, h + 2);
+        }
+        const uint8_t *scales = unit + ROWS;
+        if constexpr (IS_PER_CHANNEL) {
+            uint4 s = kvl_ld16(scales + piece * 16), z = kvl_ld16(scales + 2 * D + piece * 16);
+            return make_uint4(kvl_hfma2(h[0], s.x, z.x), kvl_hfma2(h[1], s.y, z.y), kvl_hfma2(h[2], s.z, z.z),
+                              kvl_hfma2(h[3], s.w, z.w));
+        } else if constexpr (F == KVLI_CU_INT4) {
+            uint32_t both = kvl_ld4(scales + row * TOKEN + piece / 8 * 4);
+            uint32_t s = kvl_twice(both), z = kvl_twice(both >> 16);
+            return make_uint4(kvl_hfma2(h[0], s, z), kvl_hfma2(h[1], s, z), kvl_hfma2(h[2], s, z),
+                              kvl_hfma2(h[3], s, z));
+        }
+        uint32_t s;
+        if constexpr (F == KVLI_CU_NVFP4) s = kvl_nvfp4_scales(scales[row * TOKEN + piece / 2] * 0x101u);
+        else if (is_k) return make_uint4(h[0], h[1], h[2], h[3]);
+        else s = kvl_twice(kvl_ld2(scales + row * TOKEN));
+        return make_uint4(kvl_hmul2(h[0], s), kvl_hmul2(h[1], s), kvl_hmul2(h[2], s), kvl_hmul2(h[3], s));
+    }
+};
+
+/* ---- the kernel, for a preset and a dim ---- */
+template <class P, uint32_t D> struct kvl_prefill {
+    static constexpr uint32_t THREADS = 32 * KVLI_CU_PREFILL_WARPS;
+    static constexpr uint32_t STEP = kvli_cu_prefill_step(D), UNITS = STEP / KVLI_CU_UNIT;
+    static constexpr uint32_t WARP_ROWS = kvli_cu_prefill_rows(D) / KVLI_CU_PREFILL_WARPS;
+    static constexpr uint32_t TILES = WARP_ROWS / 16; /* m16 tiles of a warp */
+    static constexpr uint32_t PIECES = D / 8;         /* 16-byte pieces of a row of f16 */
+    static constexpr uint32_t TILE_BYTES = STEP * D * 2, Q_BYTES = kvli_cu_prefill_rows(D) * D * 2;
+    static constexpr bool IS_BF16 = P::exact == KVLI_CU_BF16;
+    static constexpr uint32_t HADAMARD = kvl_hadamard_size(D);
+    static constexpr float HADAMARD_NORM = kvl_hadamard_norm(HADAMARD);
+    typedef kvl_raw<P::k, D> raw_k;
+    typedef kvl_raw<P::v, D> raw_v;
+    static constexpr uint32_t RAW_UNIT = raw_k::BYTES + raw_v::BYTES;
+    static_assert(UNITS * RAW_UNIT + STEP * 4 <= 2 * TILE_BYTES || !P::has_packed, "bytes and scales of a step fit");
+
+    /* What a thread knows of its warp's rows. In a fragment of a 16 x 8 tile lane 4 g + t has columns 2 t and 2 t + 1 of
+       rows g (numbers 0 and 1) and g + 8 (2 and 3); [2] below is these two rows. */
+    struct state {
+        float o[TILES][D / 8][4];
+        float max[TILES][2], sum[TILES][2]; /* sum: of this thread's columns */
+        float factor[TILES][2];             /* what makes a sum of q k a score in base 2; above 0 */
+        uint32_t x[TILES][2];               /* positions */
+        uint32_t x_first, x_last;           /* of the warp's rows; x_first > x_last: it has none */
+    };
+
+    /* ---- shared memory ---- */
+
+    /* Exchanges pieces within groups of GROUP, by row: 8 rows' piece of one number stand in 8 different places of 128 bytes. */
+    static constexpr uint32_t GROUP = PIECES % 8 == 0 ? 8 : PIECES % 4 == 0 ? 4 : 2;
+    KVL_D uint32_t swizzled(uint32_t row, uint32_t piece) {
+        return (row * PIECES + (piece ^ (row * GROUP / 8 % GROUP))) * 16;
+    }
+    /* From there to `pieces` (even) further on. */
+    KVL_D uint32_t further(uint32_t at, uint32_t pieces) {
+        return (at ^ (pieces % GROUP * 16)) + pieces / GROUP * GROUP * 16;
+    }
+    KVL_D uint8_t *buffer(uint8_t *smem, uint32_t i) { return smem + Q_BYTES + i * 2 * TILE_BYTES; } /* K, then V */
+    KVL_D float *k_scales(uint8_t *smem) { return (float *)(buffer(smem, 1) + UNITS * RAW_UNIT); }
+
+    /* ---- q ---- */
+
+    /* 8 numbers of a row, if all rows are aligned as their vectors want it. */
+    KVL_D void load8(const kvli_cu_tensor &t, const kvl_row &row, uint32_t e, bool aligned, float x[8]) {
+        uint64_t at = t.data + (row.tensor_row * t.row_stride + row.head * t.head_stride + e) *
+                                   (t.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2);
+        if (!aligned) {
+            for (int i = 0; i < 8; i++) x[i] = kvl_tensor_get(t, row.tensor_row, row.head, e + i);
+        } else if (t.dtype == KVLI_CU_DTYPE_F32) {
+            uint4 a = kvl_ld16((const void *)at), b = kvl_ld16((const void *)(at + 16));
+            const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+            KVL_UNROLL
+            for (int i = 0; i < 8; i++) x[i] = __uint_as_float(w[i]);
+        } else {
+            uint4 v = kvl_ld16((const void *)at);
+            const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+            KVL_UNROLL
+            for (int i = 0; i < 8; i++) {
+                uint16_t half = (uint16_t)(w[i / 2] >> (16 * (i % 2)));
+                x[i] = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f(half) : kvl_bf2f(half);
+            }
+        }
+    }
+
+    /* A row of which each lane has 8 numbers. */
+    KVL_D void rotate_row(float x[8]) {
+        KVL_UNROLL
+        for (uint32_t stride = 1; stride < HADAMARD; stride *= 2) {
+            KVL_UNROLL
+            for (uint32_t i = 0; i < 8; i++) {
+                if (stride >= 8) {
+                    float other = __shfl_xor_sync(0xffffffffu, x[i], stride / 8);
+                    x[i] = threadIdx.x & (stride / 8) ? other - x[i] : x[i] + other;
+                } else if (!(i & stride)) {
+                    float a = x[i], b = x[i + stride];
+                    x[i] = a + b;
+                    x[i + stride] = a - b;
+                }
+            }
+        }
+        KVL_UNROLL
+        for (uint32_t i = 0; i < 8; i++) x[i] *= HADAMARD_NORM;
+    }
+
+    /* The largest power of two up to the row's largest number: q divided by it fits f16. */
+    KVL_D float row_power(const float x[8]) {
+        float largest = 0;
+        KVL_UNROLL
+        for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(x[i]));
+        KVL_UNROLL
+        for (int lane = 1; lane < 32; lane *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
+        uint32_t bits = __float_as_uint(largest) & 0x7f800000u;
+        if (bits == 0) bits = 0x3f800000u;
+        return __uint_as_float(bits < 0x7e800000u ? bits : 0x7e800000u);
+    }
+
+    KVL_D uint32_t pack(float low, float high) {
+        if constexpr (IS_BF16) return kvl_f22bf2(low, high);
+        else return kvl_f22h2(low, high);
+    }
+
+    /* The warp's rows of q to shared memory, and their factors. global: what K's numbers lack. */
+    KVL_D void load_q(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, bool rotated,
+                      float global) {
+        constexpr uint32_t AT_ONCE = 4;
+        uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * WARP_ROWS;
+        uint32_t size = a.q.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
+        bool aligned = ((a.q.data | a.q.row_stride * size | a.q.head_stride * size) & 15) == 0;
+        float power = 1; /* of row `lane` */
+        for (uint32_t i = 0; i < WARP_ROWS; i += AT_ONCE) {
+            float x[AT_ONCE][8] = {};
+            KVL_UNROLL
+            for (uint32_t j = 0; j < AT_ONCE; j++) {
+                uint32_t r = first + i + j;
+                kvl_row row = kvl_row_of(a, rows.span, blockIdx.y, rows.item.row + r);
+                if (r < rows.item.n_rows && lane < PIECES) load8(a.q, row, lane * 8, aligned, x[j]);
+            }
+            KVL_UNROLL
+            for (uint32_t j = 0; j < AT_ONCE; j++) {
+                if (P::k_rotated && rotated) rotate_row(x[j]);
+                float p = row_power(x[j]), inverse = __uint_as_float(0x7f000000u - __float_as_uint(p));
+                if (a.scale < 0) inverse = -inverse;
+                if (lane == i + j) power = p;
+                KVL_UNROLL
+                for (int e = 0; e < 8; e++) x[j][e] *= inverse;
+                if (lane < PIECES) {
+                    kvl_st16(smem + swizzled(first + i + j, lane),
+                             make_uint4(pack(x[j][0], x[j][1]), pack(x[j][2], x[j][3]), pack(x[j][4], x[j][5]),
+                                        pack(x[j][6], x[j][7])));
+                }
+            }
+        }
+        KVL_UNROLL
+        for (uint32_t i = 0; i < TILES * 2; i++) {
+            float p = __shfl_sync(0xffffffffu, power, i * 8 + lane / 4);
+            s.factor[i / 2][i % 2] = fmaxf(p * (fabsf(a.scale) * KVL_LOG2E * global), 0x1p-96f);
+        }
+        __syncwarp();
+    }
+
+    /* ---- K and V to shared memory ---- */
+
+    /* A run of bytes, by all threads. */
+    template <uint32_t BYTES> KVL_D void copy(uint8_t *dst, const uint8_t *src, bool valid) {
+        KVL_UNROLL
+        for (uint32_t i = 0; i < BYTES; i += THREADS * 16) {
+            uint32_t at = i + threadIdx.x * 16;
+            if (i + THREADS * 16 <= BYTES || at < BYTES) kvl_cp_async16(dst + at, src + at, valid);
+        }
+    }
+    template <class Raw> KVL_D void copy_packed(uint8_t *dst, const uint8_t *tile, uint32_t row, uint32_t T, bool valid) {
+        copy<Raw::ROWS>(dst, tile + row * Raw::ROW, valid);
+        const uint8_t *scales = tile + T * Raw::ROW;
+        if constexpr (Raw::TOKENS) copy<Raw::TOKENS>(dst + Raw::ROWS, scales + row * Raw::TOKEN, valid);
+        if constexpr (Raw::CHANNELS) copy<Raw::CHANNELS>(dst + Raw::ROWS, scales, valid);
+    }
+
+    /* The bytes of packed units. One that is absent becomes zeros, which decode to zeros. */
+    KVL_D void issue_packed(uint8_t *dst, const kvl_step<UNITS> &step, uint32_t T) {
+        KVL_UNROLL
+        for (uint32_t u = 0; u < UNITS; u++) {
+            uint32_t row = kvl_unit_token(step.unit[u]) % T;
+            bool valid = step.unit[u] != KVL_NO_UNIT;
+            copy_packed<raw_k>(dst + u * RAW_UNIT, step.tiles[u].k, row, T, valid);
+            copy_packed<raw_v>(dst + u * RAW_UNIT + raw_k::BYTES, step.tiles[u].v, row, T, valid);
+        }
+    }
+
+    /* Exact units. Rows that are absent or not yet written become zeros: a weight of 0 does not take a NaN away. */
+    KVL_D void issue_exact(uint8_t *dst, const kvl_step<UNITS> &step, uint32_t T, uint32_t written) {
+        KVL_UNROLL
+        for (uint32_t u = 0; u < UNITS; u++) {
+            uint32_t token = kvl_unit_token(step.unit[u]), row = token % T;
+            KVL_UNROLL
+            for (uint32_t i = 0; i < KVLI_CU_UNIT * PIECES; i += THREADS) {
+                uint32_t at = i + threadIdx.x, r = at / PIECES;
+                if (at >= KVLI_CU_UNIT * PIECES) break;
+                uint32_t to = swizzled(u * KVLI_CU_UNIT + r, at % PIECES), from = row * D * 2 + at * 16;
+                kvl_cp_async16(dst + to, step.tiles[u].k + from, token + r < written);
+                kvl_cp_async16(dst + TILE_BYTES + to, step.tiles[u].v + from, token + r < written);
+            }
+        }
+    }
+
+    /* All threads: the bytes in buffer 1 -> f16 tiles in buffer 0. */
+    KVL_D void decode(uint8_t *smem) {
+        uint8_t *to = buffer(smem, 0);
+        const uint8_t *raw = buffer(smem, 1);
+        for (uint32_t i = threadIdx.x; i < STEP * PIECES; i += THREADS) {
+            uint32_t row = i / PIECES, piece = i % PIECES;
+            const uint8_t *unit = raw + row / KVLI_CU_UNIT * RAW_UNIT;
+            kvl_st16(to + swizzled(row, piece), raw_k::decode(unit, row % KVLI_CU_UNIT, piece, true));
+            kvl_st16(to + TILE_BYTES + swizzled(row, piece),
+                     raw_v::decode(unit + raw_k::BYTES, row % KVLI_CU_UNIT, piece, false));
+        }
+        if (raw_k::IS_PER_TOKEN && threadIdx.x < STEP) {
+            const uint8_t *unit = raw + threadIdx.x / KVLI_CU_UNIT * RAW_UNIT + raw_k::ROWS;
+            k_scales(smem)[threadIdx.x] = kvl_h2f(kvl_ld2(unit + threadIdx.x % KVLI_CU_UNIT * 2));
+        }
+    }
+
+    /* ---- one step, for one warp ---- */
+    typedef float scores[TILES][STEP / 8][4];
+
+    KVL_D void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+        if constexpr (IS_BF16) kvl_mma_bf16(c, a, b);
+        else kvl_mma_f16(c, a, b);
+    }
+
+    KVL_D void q_times_k(scores &c, const uint8_t *q, const uint8_t *k) {
+        uint32_t lane = threadIdx.x % 32;
+        uint32_t q_at = swizzled(lane % 16, lane / 16), k_at = swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        KVL_UNROLL
+        for (uint32_t d = 0; d < D / 16; d++) {
+            uint32_t qf[TILES][4];
+            KVL_UNROLL
+            for (uint32_t m = 0; m < TILES; m++) kvl_ldmatrix_x4(qf[m], q + further(q_at, 2 * d) + m * 16 * D * 2);
+            KVL_UNROLL
+            for (uint32_t u = 0; u < UNITS; u++) {
+                uint32_t kf[4];
+                kvl_ldmatrix_x4(kf, k + further(k_at, 2 * d) + u * 16 * D * 2);
+                KVL_UNROLL
+                for (uint32_t m = 0; m < TILES; m++) {
+                    mma(c[m][2 * u], qf[m], kf);
+                    mma(c[m][2 * u + 1], qf[m], kf + 2);
+                }
+            }
+        }
+    }
+
+    KVL_D void p_times_v(state &s, const uint32_t p[TILES][UNITS][4], const uint8_t *v) {
+        uint32_t lane = threadIdx.x % 32, v_at = swizzled(lane % 16, lane / 16);
+        KVL_UNROLL
+        for (uint32_t u = 0; u < UNITS; u++) {
+            KVL_UNROLL
+            for (uint32_t d = 0; d < D / 16; d++) {
+                uint32_t vf[4];
+                kvl_ldmatrix_x4_trans(vf, v + further(v_at, 2 * d) + u * 16 * D * 2);
+                KVL_UNROLL
+                for (uint32_t m = 0; m < TILES; m++) {
+                    mma(s.o[m][2 * d], p[m][u], vf);
+                    mma(s.o[m][2 * d + 1], p[m][u], vf + 2);
+                }
+            }
+        }
+    }
+
+    /* Calls body(number, row tile, row half, column tile) for each score of the thread. */
+    template <class Body> KVL_D void each(scores &c, Body &&body) {
+        KVL_UNROLL
+        for (uint32_t n = 0; n < STEP / 8; n++) {
+            KVL_UNROLL
+            for (uint32_t m = 0; m < TILES; m++) {
+                KVL_UNROLL
+                for (uint32_t i = 0; i < 4; i++) body(c[m][n][i], m, i / 2, n, i % 2);
+            }
+        }
+    }
+
+    KVL_D void scale_tokens(scores &c, const float *k_scale) {
+        uint32_t t = threadIdx.x % 4;
+        each(c, [&](float &x, uint32_t, uint32_t, uint32_t n, uint32_t column) { x *= k_scale[8 * n + 2 * t + column]; });
+    }
+
+    /* softcap * tanh(score / softcap) as 1 - 2 / (1 + e^2x): an error of 2^-23 of softcap, where sums are no better. */
+    KVL_D void cap(scores &c, const state &s, float softcap) {
+        float limit = softcap * KVL_LOG2E, inner = 2 * KVL_LOG2E / limit;
+        each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t, uint32_t) {
+            float e = kvl_exp2(x * s.factor[m][h] * inner);
+            x = limit - 2 * limit * kvl_rcp(1 + e);
+        });
+    }
+
+    KVL_D void hide(scores &c, const state &s, const kvl_sight &sight, const kvl_step<UNITS> &step) {
+        KVL_UNROLL
+        for (uint32_t n = 0; n < STEP / 8; n++) {
+            KVL_UNROLL
+            for (uint32_t i = 0; i < 2; i++) {
+                uint32_t unit = step.unit[n / 2], token = kvl_unit_token(unit) + n % 2 * 8 + threadIdx.x % 4 * 2 + i;
+                kvl_range by = kvl_seen_by(sight, kvl_unit_is_own(unit), token);
+                KVL_UNROLL
+                for (uint32_t r = 0; r < TILES * 2; r++) {
+                    uint32_t x = s.x[r / 2][r % 2];
+                    if (x < by.first || x > by.last) c[r / 2][n][r % 2 * 2 + i] = -INFINITY;
+                }
+            }
+        }
+    }
+
+    /* Raises the maxima that are 2^8 or more too low. */
+    KVL_D void raise_max(state &s, scores &c, const float factor[TILES][2]) {
+        float top[TILES][2], rescale[TILES][2];
+        bool raised = false;
+        KVL_UNROLL
+        for (uint32_t r = 0; r < TILES * 2; r++) top[r / 2][r % 2] = -INFINITY;
+        each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t, uint32_t) { top[m][h] = fmaxf(top[m][h], x); });
+        KVL_UNROLL
+        for (uint32_t r = 0; r < TILES * 2; r++) {
+            float x = top[r / 2][r % 2], &max = s.max[r / 2][r % 2];
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * factor[r / 2][r % 2];
+            bool raise = x > max + 8;
+            rescale[r / 2][r % 2] = raise ? kvl_exp2(max - x) : 1;
+            max = raise ? x : max;
+            raised |= raise;
+        }
+        if (!__any_sync(0xffffffffu, raised)) return;
+        KVL_UNROLL
+        for (uint32_t m = 0; m < TILES; m++) {
+            s.sum[m][0] *= rescale[m][0];
+            s.sum[m][1] *= rescale[m][1];
+            KVL_UNROLL
+            for (uint32_t i = 0; i < D / 8 * 4; i++) s.o[m][i / 4][i % 4] *= rescale[m][i % 4 / 2];
+        }
+    }
+
+    KVL_D void attend(state &s, uint8_t *smem, uint32_t from, const kvl_step<UNITS> &step, const kvl_sight &sight,
+                      float softcap, bool packed) {
+        bool any = false, all = true;
+        KVL_UNROLL
+        for (uint32_t u = 0; u < UNITS; u++) {
+            any |= kvl_unit_any_sees(sight, step.unit[u], s.x_first, s.x_last);
+            all &= kvl_unit_all_see(sight, step.unit[u], s.x_first, s.x_last);
+        }
+        if (!any || s.x_first > s.x_last) return;
+        const uint8_t *k = buffer(smem, from);
+        scores c = {};
+        q_times_k(c, smem + threadIdx.x / 32 * WARP_ROWS * D * 2, k);
+        if (raw_k::IS_PER_TOKEN && packed) scale_tokens(c, k_scales(smem));
+        float factor[TILES][2];
+        KVL_UNROLL
+        for (uint32_t r = 0; r < TILES * 2; r++) factor[r / 2][r % 2] = softcap != 0 ? 1 : s.factor[r / 2][r % 2];
+        if (softcap != 0) cap(c, s, softcap);
+        if (!all) hide(c, s, sight, step);
+        raise_max(s, c, factor);
+        uint32_t p[TILES][UNITS][4];
+        each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t n, uint32_t column) {
+            x = kvl_exp2(__fmaf_rn(x, factor[m][h], -s.max[m][h]));
+            s.sum[m][h] += x;
+            if (column == 1) p[m][n / 2][n % 2 * 2 + h] = pack(c[m][n][2 * h], x);
+        });
+        p_times_v(s, p, k + TILE_BYTES);
+    }
+
+    /* ---- the end of the packed blocks, and of all ---- */
+
+    /* The rotation of values undone. Dim of number i of o[m][j]: 8 j + 2 t + i % 2. */
+    KVL_D void unrotate(state &s) {
+        KVL_UNROLL
+        for (uint32_t stride = 1; stride < HADAMARD; stride *= 2) {
+            KVL_UNROLL
+            for (uint32_t m = 0; m < TILES; m++) {
+                KVL_UNROLL
+                for (uint32_t i = 0; i < D / 8 * 4; i++) {
+                    uint32_t j = i / 4, c = i % 4, step = stride / 8;
+                    float &x = s.o[m][j][c];
+                    if (stride == 2 || stride == 4) {
+                        float other = __shfl_xor_sync(0xffffffffu, x, stride / 2);
+                        x = threadIdx.x & (stride / 2) ? other - x : x + other;
+                    } else if (stride == 1 ? c % 2 == 0 : (j & step) == 0) {
+                        float &y = stride == 1 ? s.o[m][j][c + 1 < 4 ? c + 1 : 3] : s.o[m][j + step < D / 8 ? j + step : j][c];
+                        float u = x, v = y;
+                        x = u + v;
+                        y = u - v;
+                    }
+                }
+            }
+        }
+    }
+
+    KVL_D void finish_packed(state &s, float v_global) {
+        float factor = 1;
+        if constexpr (P::v_rotated) {
+            unrotate(s);
+            factor = HADAMARD_NORM;
+        }
+        if constexpr (P::v == KVLI_CU_NVFP4) factor = v_global * KVL_NVFP4_FACTOR;
+        KVL_UNROLL
+        for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] *= factor;
+    }
+
+    /* A row's pairs of numbers, times factor. */
+    KVL_D void write_out(const kvli_cu_tensor &t, const kvl_row &row, const float (&o)[D / 8][4], uint32_t h, float factor) {
+        uint32_t e = threadIdx.x % 4 * 2;
+        uint64_t at = row.tensor_row * t.row_stride + row.head * t.head_stride + e;
+        bool pairs = t.dtype != KVLI_CU_DTYPE_F32 && ((t.data / 2 | t.row_stride | t.head_stride) & 1) == 0;
+        KVL_UNROLL
+        for (uint32_t j = 0; j < D / 8; j++) {
+            float x = o[j][2 * h] * factor, y = o[j][2 * h + 1] * factor;
+            if (pairs) {
+                uint32_t both = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(x, y) : kvl_f22bf2(x, y);
+                kvl_st4((uint16_t *)t.data + at + 8 * j, both);
+            } else {
+                kvl_tensor_set(t, row.tensor_row, row.head, e + 8 * j, x);
+                kvl_tensor_set(t, row.tensor_row, row.head, e + 8 * j + 1, y);
+            }
+        }
+    }
+
+    KVL_D void finish(state &s, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+        KVL_UNROLL
+        for (uint32_t i = 0; i < TILES * 2; i++) {
+            uint32_t m = i / 2, h = i % 2, r = threadIdx.x / 32 * WARP_ROWS + i * 8 + threadIdx.x % 32 / 4;
+            float sum = s.sum[m][h];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            if (r >= rows.item.n_rows) continue;
+            if (rows.item.partial == KVLI_CU_NONE) {
+                kvl_row row = kvl_row_of(a, rows.span, blockIdx.y, rows.item.row + r);
+                write_out(a.out, row, s.o[m], h, kvl_output_factor(a, row.head, s.max[m][h], sum));
+                continue;
+            }
+            uint64_t partial = kvl_partial_number(a, rows.item, r);
+            float *o = a.partial_o + partial * D + threadIdx.x % 4 * 2;
+            KVL_UNROLL
+            for (uint32_t j = 0; j < D / 8; j++) *(float2 *)(o + 8 * j) = make_float2(s.o[m][j][2 * h], s.o[m][j][2 * h + 1]);
+            if (threadIdx.x % 4 == 0) {
+                a.partial_ml[2 * partial] = s.max[m][h];
+                a.partial_ml[2 * partial + 1] = sum;
+            }
+        }
+    }
+
+    /* ---- all of it ---- */
+    KVL_D void start(state &s, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+        uint32_t first = threadIdx.x / 32 * WARP_ROWS, g = threadIdx.x % 32 / 4;
+        KVL_UNROLL
+        for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
+        KVL_UNROLL
+        for (uint32_t i = 0; i < TILES * 2; i++) {
+            s.max[i / 2][i % 2] = KVL_NO_SCORE;
+            s.sum[i / 2][i % 2] = 0;
+            s.x[i / 2][i % 2] = rows.span.position + (rows.item.row + first + i * 8 + g) / a.gqa;
+        }
+        uint32_t n = rows.item.n_rows, last = first + WARP_ROWS < n ? first + WARP_ROWS : n;
+        s.x_first = rows.span.position + (rows.item.row + first) / a.gqa;
+        s.x_last = rows.span.position + (rows.item.row + last - 1) / a.gqa;
+        if (first >= n) {
+            s.x_first = 1;
+            s.x_last = 0;
+        }
+    }
+
+    /* The steps of one kind of blocks. False: there were none. */
+    KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, kvl_walk_kind kind) {
+        bool packed = P::has_packed && kind == KVL_WALK_PACKED;
+        uint32_t written = rows.span.position + rows.span.n_rows, from = 0;
+        kvl_walk w = kvl_walk_start(rows, kind);
+        kvl_step<UNITS> step, next;
+        kvl_walk_step(w, a, rows, next);
+        bool some = false;
+        for (;;) {
+            bool more = !kvl_step_is_end(next);
+            if constexpr (P::has_packed) {
+                if (more && packed) issue_packed(buffer(smem, 1), next, a.block_tokens);
+            }
+            if (more && !packed) issue_exact(buffer(smem, from ^ some), next, a.block_tokens, written);
+            kvl_cp_commit();
+            if (some) attend(s, smem, from, step, rows.sight, a.softcap, packed);
+            if (!more) return some;
+            from ^= some && !packed;
+            some = true;
+            step = next;
+            kvl_walk_step(w, a, rows, next);
+            kvl_cp_wait<0>();
+            __syncthreads();
+            if constexpr (P::has_packed) {
+                if (packed) {
+                    decode(smem);
+                    __syncthreads();
+                }
+            }
+        }
+    }
+
+    KVL_D void run(const kvli_cu_attend_args &a) {
+        KVL_DYN_SMEM(uint8_t, smem);
+        kvl_rows rows;
+        if (!kvl_rows_of_block(a, a.counts->prefills, rows)) return;
+        state s;
+        start(s, a, rows);
+        for (uint32_t kind = P::has_packed ? KVL_WALK_PACKED : KVL_WALK_ALL;;) {
+            bool packed = kind == KVL_WALK_PACKED;
+            float global = P::k == KVLI_CU_NVFP4 && packed ? a.k_global * KVL_NVFP4_FACTOR : 1;
+            if (kind != KVL_WALK_EXACT || P::k_rotated) load_q(s, smem, a, rows, packed, global);
+            bool some = walk(s, smem, a, rows, (kvl_walk_kind)kind);
+            if (!packed) break;
+            if (some) finish_packed(s, a.v_global);
+            kind = KVL_WALK_EXACT;
+            __syncthreads(); /* the buffers are free again */
+        }
+        finish(s, a, rows);
+    }
+};
+
+#define KVL_PREFILL(preset, dim)                                                                                       \
+    KVL_KERNEL(kvl_prefill_##preset##_d##dim, 32 * KVLI_CU_PREFILL_WARPS, 2, kvli_cu_attend_args) {                    \
+        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::exact != KVLI_CU_BF16) {                                 \
+            kvl_prefill<kvl_preset_##preset, dim>::run(a);                                                             \
+        }                                                                                                              \
+    }
+#define KVL_PREFILL_DIMS(preset)                                                                                       \
+    KVL_PREFILL(preset, 64)                                                                                            \
+    KVL_PREFILL(preset, 80)                                                                                            \
+    KVL_PREFILL(preset, 96)                                                                                            \
+    KVL_PREFILL(preset, 128)                                                                                           \
+    KVL_PREFILL(preset, 192)                                                                                           \
+    KVL_PREFILL(preset, 256)
+KVL_PREFILL_DIMS(f16)
+KVL_PREFILL_DIMS(bf16)
+KVL_PREFILL_DIMS(int8)
+KVL_PREFILL_DIMS(int8c)
+KVL_PREFILL_DIMS(fp8)
+KVL_PREFILL_DIMS(nvfp4)
+KVL_PREFILL_DIMS(balanced)
+KVL_PREFILL_DIMS(int4)
