@@ -73,6 +73,11 @@ KVL_D float kvl_exp2(float x) { // 2 ulp; 0 below 2^-126
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+KVL_D float kvl_rcp(float x) { // 1 / x, 1 ulp
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 KVL_D float kvl_tanh(float x) { return tanhf(x); }
 
 // ---- tensor cores. Lane = 4 g + t. ----

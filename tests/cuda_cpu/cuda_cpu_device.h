@@ -356,6 +356,7 @@ static inline float kvl_exp2(float x) {
     float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
 }
+static inline float kvl_rcp(float x) { return 1 / x; }
 static inline float kvl_tanh(float x) { return std::tanh(x); }
 
 // cvt.rn.f16x2.e4m3x2 of sm_89 and later; port.cuh has the bit trick for the others
