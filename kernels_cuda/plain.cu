@@ -40,8 +40,8 @@ KVL_D kvl_plain_smem kvl_plain_layout(float *base, uint32_t dim) {
 KVL_D void kvl_plain_load_q(const kvl_plain_smem &s, const kvli_cu_attend_args &a, const kvl_rows &rows) {
     for (uint32_t i = threadIdx.x; i < KVL_PLAIN_ROWS * a.dim; i += KVL_PLAIN_THREADS) {
         uint32_t r = i / a.dim, e = i % a.dim;
-        kvl_row row = kvl_row_of(a, rows.span, blockIdx.y, rows.item.row + r);
-        s.q[r * s.stride + e] = r < rows.item.n_rows ? kvl_tensor_get(a.q, row.tensor_row, row.head, e) : 0;
+        kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + r);
+        s.q[r * s.stride + e] = r < rows.item->n_rows ? kvl_tensor_get(a.q, row.tensor_row, row.head, e) : 0;
     }
 }
 
@@ -118,19 +118,19 @@ KVL_D void kvl_plain_finish(const kvl_plain_smem &s, const kvli_cu_attend_args &
                             const float out[KVL_PLAIN_ROWS][KVL_PLAIN_DIMS]) {
     KVL_UNROLL
     for (int r = 0; r < KVL_PLAIN_ROWS; r++) {
-        if (r >= (int)rows.item.n_rows) break;
-        kvl_row row = kvl_row_of(a, rows.span, blockIdx.y, rows.item.row + r);
+        if (r >= (int)rows.item->n_rows) break;
+        kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + r);
         float factor = kvl_output_factor(a, row.head, s.max[r], s.sum[r]);
-        uint64_t partial = kvl_partial_number(a, rows.item, r);
+        uint64_t partial = kvl_partial_number(a, *rows.item, r);
         KVL_UNROLL
         for (int d = 0; d < KVL_PLAIN_DIMS; d++) {
             uint32_t e = threadIdx.x + d * KVL_PLAIN_THREADS;
             if (e >= a.dim) break;
-            if (rows.item.partial == KVLI_CU_NONE) {
+            if (rows.item->partial == KVLI_CU_NONE) {
                 kvl_tensor_set(a.out, row.tensor_row, row.head, e, __fmul_rn(out[r][d], factor));
             } else a.partial_o[partial * a.dim + e] = out[r][d];
         }
-        if (rows.item.partial != KVLI_CU_NONE && threadIdx.x == 0) {
+        if (rows.item->partial != KVLI_CU_NONE && threadIdx.x == 0) {
             a.partial_ml[2 * partial] = s.max[r];
             a.partial_ml[2 * partial + 1] = s.sum[r];
         }
@@ -143,8 +143,8 @@ KVL_KERNEL(kvl_plain, KVLI_CU_PLAIN_THREADS, 4, kvli_cu_attend_args) {
     if (!kvl_rows_of_block(a, a.counts->decodes, rows)) return;
     kvl_plain_smem s = kvl_plain_layout(base, a.dim);
     kvl_plain_load_q(s, a, rows);
-    uint32_t r = threadIdx.x / KVLI_CU_UNIT, written = rows.span.position + rows.span.n_rows;
-    uint32_t x = rows.span.position + (rows.item.row + r) / a.gqa;
+    uint32_t r = threadIdx.x / KVLI_CU_UNIT, written = rows.span->position + rows.span->n_rows;
+    uint32_t x = kvl_position(a, rows, r);
     float out[KVL_PLAIN_ROWS][KVL_PLAIN_DIMS] = {}, max = KVL_NO_SCORE, sum = 0;
     kvl_walk walk = kvl_walk_start(rows, KVL_WALK_ALL);
     kvl_step<1> step;

@@ -109,7 +109,6 @@ template <class P, uint32_t D> struct kvl_prefill {
         float o[TILES][D / 8][4];
         float max[TILES][2], sum[TILES][2]; /* sum: of this thread's columns */
         float factor[TILES][2];             /* what makes a sum of q k a score in base 2; above 0 */
-        uint32_t x[TILES][2];               /* positions */
         uint32_t x_first, x_last;           /* of the warp's rows; x_first > x_last: it has none */
     };
 
@@ -129,25 +128,27 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* ---- q ---- */
 
-    /* 8 numbers of a row, if all rows are aligned as their vectors want it. */
+    /* 8 numbers from e on of a row. aligned: those of all rows can be read as vectors. */
     KVL_D void load8(const kvli_cu_tensor &t, const kvl_row &row, uint32_t e, bool aligned, float x[8]) {
-        uint64_t at = t.data + (row.tensor_row * t.row_stride + row.head * t.head_stride + e) *
-                                   (t.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2);
+        bool is_f32 = t.dtype == KVLI_CU_DTYPE_F32;
+        const uint8_t *at = (const uint8_t *)t.data +
+                            (row.tensor_row * t.row_stride + row.head * t.head_stride + e) * (is_f32 ? 4 : 2);
+        uint32_t w[8]; /* numbers, or halves in their low bits */
         if (!aligned) {
-            for (int i = 0; i < 8; i++) x[i] = kvl_tensor_get(t, row.tensor_row, row.head, e + i);
-        } else if (t.dtype == KVLI_CU_DTYPE_F32) {
-            uint4 a = kvl_ld16((const void *)at), b = kvl_ld16((const void *)(at + 16));
-            const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
             KVL_UNROLL
-            for (int i = 0; i < 8; i++) x[i] = __uint_as_float(w[i]);
+            for (int i = 0; i < 8; i++) w[i] = is_f32 ? kvl_ld4(at + 4 * i) : kvl_ld2(at + 2 * i);
         } else {
-            uint4 v = kvl_ld16((const void *)at);
-            const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-            KVL_UNROLL
-            for (int i = 0; i < 8; i++) {
-                uint16_t half = (uint16_t)(w[i / 2] >> (16 * (i % 2)));
-                x[i] = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f(half) : kvl_bf2f(half);
+            uint4 a = kvl_ld16(at), b = is_f32 ? kvl_ld16(at + 16) : a;
+            w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
+            if (!is_f32) {
+                KVL_UNROLL
+                for (int i = 7; i >= 0; i--) w[i] = w[i / 2] >> (i % 2 * 16) & 0xffff;
             }
+        }
+        KVL_UNROLL
+        for (int i = 0; i < 8; i++) {
+            float half = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f((uint16_t)w[i]) : kvl_bf2f((uint16_t)w[i]);
+            x[i] = is_f32 ? __uint_as_float(w[i]) : half;
         }
     }
 
@@ -201,8 +202,8 @@ template <class P, uint32_t D> struct kvl_prefill {
             KVL_UNROLL
             for (uint32_t j = 0; j < AT_ONCE; j++) {
                 uint32_t r = first + i + j;
-                kvl_row row = kvl_row_of(a, rows.span, blockIdx.y, rows.item.row + r);
-                if (r < rows.item.n_rows && lane < PIECES) load8(a.q, row, lane * 8, aligned, x[j]);
+                kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + r);
+                if (r < rows.item->n_rows && lane < PIECES) load8(a.q, row, lane * 8, aligned, x[j]);
             }
             KVL_UNROLL
             for (uint32_t j = 0; j < AT_ONCE; j++) {
@@ -351,33 +352,38 @@ template <class P, uint32_t D> struct kvl_prefill {
         each(c, [&](float &x, uint32_t, uint32_t, uint32_t n, uint32_t column) { x *= k_scale[8 * n + 2 * t + column]; });
     }
 
-    /* softcap * tanh(score / softcap) as 1 - 2 / (1 + e^2x): an error of 2^-23 of softcap, where sums are no better. */
+    /* softcap * tanh(score / softcap) as 1 - 2 / (1 + e^2x): an error of 2^-23 of softcap, where sums are no better. What
+       comes out still lacks the factor. */
     KVL_D void cap(scores &c, const state &s, float softcap) {
-        float limit = softcap * KVL_LOG2E, inner = 2 * KVL_LOG2E / limit;
-        each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t, uint32_t) {
-            float e = kvl_exp2(x * s.factor[m][h] * inner);
-            x = limit - 2 * limit * kvl_rcp(1 + e);
-        });
+        KVL_UNROLL
+        for (uint32_t r = 0; r < TILES * 2; r++) {
+            float factor = s.factor[r / 2][r % 2], limit = softcap * KVL_LOG2E * kvl_rcp(factor);
+            float inner = factor * kvl_rcp(softcap) * 2;
+            KVL_UNROLL
+            for (uint32_t n = 0; n < STEP / 4; n++) {
+                float &x = c[r / 2][n / 2][r % 2 * 2 + n % 2];
+                x = limit - 2 * limit * kvl_rcp(1 + kvl_exp2(x * inner));
+            }
+        }
     }
 
-    KVL_D void hide(scores &c, const state &s, const kvl_sight &sight, const kvl_step<UNITS> &step) {
+    KVL_D void hide(scores &c, const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_step<UNITS> &step) {
+        uint32_t x[TILES * 2], first = threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / 4;
         KVL_UNROLL
-        for (uint32_t n = 0; n < STEP / 8; n++) {
+        for (uint32_t r = 0; r < TILES * 2; r++) x[r] = kvl_position(a, rows, first + r * 8);
+        KVL_UNROLL
+        for (uint32_t n = 0; n < STEP / 4; n++) {
+            uint32_t unit = step.unit[n / 4], token = kvl_unit_token(unit) + n % 4 / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
+            kvl_range by = kvl_seen_by(rows.sight, kvl_unit_is_own(unit), token);
             KVL_UNROLL
-            for (uint32_t i = 0; i < 2; i++) {
-                uint32_t unit = step.unit[n / 2], token = kvl_unit_token(unit) + n % 2 * 8 + threadIdx.x % 4 * 2 + i;
-                kvl_range by = kvl_seen_by(sight, kvl_unit_is_own(unit), token);
-                KVL_UNROLL
-                for (uint32_t r = 0; r < TILES * 2; r++) {
-                    uint32_t x = s.x[r / 2][r % 2];
-                    if (x < by.first || x > by.last) c[r / 2][n][r % 2 * 2 + i] = -INFINITY;
-                }
+            for (uint32_t r = 0; r < TILES * 2; r++) {
+                if (x[r] < by.first || x[r] > by.last) c[r / 2][n / 2][r % 2 * 2 + n % 2] = -INFINITY;
             }
         }
     }
 
     /* Raises the maxima that are 2^8 or more too low. */
-    KVL_D void raise_max(state &s, scores &c, const float factor[TILES][2]) {
+    KVL_D void raise_max(state &s, scores &c) {
         float top[TILES][2], rescale[TILES][2];
         bool raised = false;
         KVL_UNROLL
@@ -387,7 +393,7 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (uint32_t r = 0; r < TILES * 2; r++) {
             float x = top[r / 2][r % 2], &max = s.max[r / 2][r % 2];
             x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * factor[r / 2][r % 2];
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * s.factor[r / 2][r % 2];
             bool raise = x > max + 8;
             rescale[r / 2][r % 2] = raise ? kvl_exp2(max - x) : 1;
             max = raise ? x : max;
@@ -403,28 +409,25 @@ template <class P, uint32_t D> struct kvl_prefill {
         }
     }
 
-    KVL_D void attend(state &s, uint8_t *smem, uint32_t from, const kvl_step<UNITS> &step, const kvl_sight &sight,
-                      float softcap, bool packed) {
+    KVL_D void attend(state &s, uint8_t *smem, uint32_t from, const kvl_step<UNITS> &step,
+                      const kvli_cu_attend_args &a, const kvl_rows &rows, bool packed) {
         bool any = false, all = true;
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
-            any |= kvl_unit_any_sees(sight, step.unit[u], s.x_first, s.x_last);
-            all &= kvl_unit_all_see(sight, step.unit[u], s.x_first, s.x_last);
+            any |= kvl_unit_any_sees(rows.sight, step.unit[u], s.x_first, s.x_last);
+            all &= kvl_unit_all_see(rows.sight, step.unit[u], s.x_first, s.x_last);
         }
         if (!any || s.x_first > s.x_last) return;
         const uint8_t *k = buffer(smem, from);
         scores c = {};
         q_times_k(c, smem + threadIdx.x / 32 * WARP_ROWS * D * 2, k);
         if (raw_k::IS_PER_TOKEN && packed) scale_tokens(c, k_scales(smem));
-        float factor[TILES][2];
-        KVL_UNROLL
-        for (uint32_t r = 0; r < TILES * 2; r++) factor[r / 2][r % 2] = softcap != 0 ? 1 : s.factor[r / 2][r % 2];
-        if (softcap != 0) cap(c, s, softcap);
-        if (!all) hide(c, s, sight, step);
-        raise_max(s, c, factor);
+        if (a.softcap != 0) cap(c, s, a.softcap);
+        if (!all) hide(c, a, rows, step);
+        raise_max(s, c);
         uint32_t p[TILES][UNITS][4];
         each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t n, uint32_t column) {
-            x = kvl_exp2(__fmaf_rn(x, factor[m][h], -s.max[m][h]));
+            x = kvl_exp2(__fmaf_rn(x, s.factor[m][h], -s.max[m][h]));
             s.sum[m][h] += x;
             if (column == 1) p[m][n / 2][n % 2 * 2 + h] = pack(c[m][n][2 * h], x);
         });
@@ -468,62 +471,90 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] *= factor;
     }
 
-    /* A row's pairs of numbers, times factor. */
-    KVL_D void write_out(const kvli_cu_tensor &t, const kvl_row &row, const float (&o)[D / 8][4], uint32_t h, float factor) {
-        uint32_t e = threadIdx.x % 4 * 2;
-        uint64_t at = row.tensor_row * t.row_stride + row.head * t.head_stride + e;
-        bool pairs = t.dtype != KVLI_CU_DTYPE_F32 && ((t.data / 2 | t.row_stride | t.head_stride) & 1) == 0;
-        KVL_UNROLL
-        for (uint32_t j = 0; j < D / 8; j++) {
-            float x = o[j][2 * h] * factor, y = o[j][2 * h + 1] * factor;
-            if (pairs) {
-                uint32_t both = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(x, y) : kvl_f22bf2(x, y);
-                kvl_st4((uint16_t *)t.data + at + 8 * j, both);
-            } else {
-                kvl_tensor_set(t, row.tensor_row, row.head, e + 8 * j, x);
-                kvl_tensor_set(t, row.tensor_row, row.head, e + 8 * j + 1, y);
+    /* 8 numbers to element `at` on of an array. */
+    KVL_D void store8(uint64_t data, uint64_t at, uint32_t dtype, bool aligned, const float *x) {
+        if (!aligned) {
+            for (int i = 0; i < 8; i++) {
+                if (dtype == KVLI_CU_DTYPE_F32) ((float *)data)[at + i] = x[i];
+                else ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x[i]) : kvl_f2bf(x[i]);
             }
+            return;
+        }
+        uint4 a = kvl_ld16(x), b = kvl_ld16(x + 4);
+        if (dtype == KVLI_CU_DTYPE_F32) {
+            kvl_st16((float *)data + at, a);
+            kvl_st16((float *)data + at + 4, b);
+            return;
+        }
+        const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        uint32_t h[4];
+        KVL_UNROLL
+        for (int i = 0; i < 4; i++) {
+            float low = __uint_as_float(w[2 * i]), high = __uint_as_float(w[2 * i + 1]);
+            h[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(low, high) : kvl_f22bf2(low, high);
+        }
+        kvl_st16((uint16_t *)data + at, make_uint4(h[0], h[1], h[2], h[3]));
+    }
+
+    /* The warp's rows, from its quarter of shared memory (f32) to out or to partial results. */
+    KVL_D void write_rows(const float *from, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+        bool partial = rows.item->partial != KVLI_CU_NONE;
+        uint32_t first = threadIdx.x / 32 * WARP_ROWS, dtype = partial ? KVLI_CU_DTYPE_F32 : a.out.dtype;
+        uint32_t size = dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
+        bool aligned = partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
+        for (uint32_t i = threadIdx.x % 32; i < WARP_ROWS * PIECES; i += 32) {
+            uint32_t r = i / PIECES, e = i % PIECES * 8;
+            if (first + r >= rows.item->n_rows) break;
+            kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + first + r);
+            uint64_t at = partial ? kvl_partial_number(a, *rows.item, first + r) * D
+                                  : row.tensor_row * a.out.row_stride + row.head * a.out.head_stride;
+            store8(partial ? (uint64_t)a.partial_o : a.out.data, at + e, dtype, aligned, from + r * D + e);
         }
     }
 
-    KVL_D void finish(state &s, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+    KVL_D void finish(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+        static_assert(Q_BYTES + 4 * TILE_BYTES == KVLI_CU_PREFILL_WARPS * WARP_ROWS * D * 4, "all shared memory");
+        bool partial = rows.item->partial != KVLI_CU_NONE;
+        uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        float *mine = (float *)smem + threadIdx.x / 32 * WARP_ROWS * D;
+        __syncthreads();
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
-            uint32_t m = i / 2, h = i % 2, r = threadIdx.x / 32 * WARP_ROWS + i * 8 + threadIdx.x % 32 / 4;
-            float sum = s.sum[m][h];
+            uint32_t m = i / 2, h = i % 2, r = i * 8 + g, in_item = threadIdx.x / 32 * WARP_ROWS + r;
+            float sum = s.sum[m][h], factor = 1;
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (r >= rows.item.n_rows) continue;
-            if (rows.item.partial == KVLI_CU_NONE) {
-                kvl_row row = kvl_row_of(a, rows.span, blockIdx.y, rows.item.row + r);
-                write_out(a.out, row, s.o[m], h, kvl_output_factor(a, row.head, s.max[m][h], sum));
-                continue;
+            if (!partial) {
+                uint32_t head = blockIdx.y * a.gqa + (rows.item->row + in_item) % a.gqa;
+                factor = kvl_output_factor(a, head, s.max[m][h], sum);
+            } else if (t == 0 && in_item < rows.item->n_rows) {
+                float *ml = a.partial_ml + kvl_partial_number(a, *rows.item, in_item) * 2;
+                ml[0] = s.max[m][h];
+                ml[1] = sum;
             }
-            uint64_t partial = kvl_partial_number(a, rows.item, r);
-            float *o = a.partial_o + partial * D + threadIdx.x % 4 * 2;
             KVL_UNROLL
-            for (uint32_t j = 0; j < D / 8; j++) *(float2 *)(o + 8 * j) = make_float2(s.o[m][j][2 * h], s.o[m][j][2 * h + 1]);
-            if (threadIdx.x % 4 == 0) {
-                a.partial_ml[2 * partial] = s.max[m][h];
-                a.partial_ml[2 * partial + 1] = sum;
+            for (uint32_t j = 0; j < D / 8; j++) {
+                *(float2 *)(mine + r * D + 8 * j + 2 * t) =
+                    make_float2(s.o[m][j][2 * h] * factor, s.o[m][j][2 * h + 1] * factor);
             }
         }
+        __syncwarp();
+        write_rows(mine, a, rows);
     }
 
     /* ---- all of it ---- */
     KVL_D void start(state &s, const kvli_cu_attend_args &a, const kvl_rows &rows) {
-        uint32_t first = threadIdx.x / 32 * WARP_ROWS, g = threadIdx.x % 32 / 4;
+        uint32_t first = threadIdx.x / 32 * WARP_ROWS;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
             s.max[i / 2][i % 2] = KVL_NO_SCORE;
             s.sum[i / 2][i % 2] = 0;
-            s.x[i / 2][i % 2] = rows.span.position + (rows.item.row + first + i * 8 + g) / a.gqa;
         }
-        uint32_t n = rows.item.n_rows, last = first + WARP_ROWS < n ? first + WARP_ROWS : n;
-        s.x_first = rows.span.position + (rows.item.row + first) / a.gqa;
-        s.x_last = rows.span.position + (rows.item.row + last - 1) / a.gqa;
+        uint32_t n = rows.item->n_rows, last = first + WARP_ROWS < n ? first + WARP_ROWS : n;
+        s.x_first = kvl_position(a, rows, first);
+        s.x_last = kvl_position(a, rows, last - 1);
         if (first >= n) {
             s.x_first = 1;
             s.x_last = 0;
@@ -533,7 +564,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     /* The steps of one kind of blocks. False: there were none. */
     KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, kvl_walk_kind kind) {
         bool packed = P::has_packed && kind == KVL_WALK_PACKED;
-        uint32_t written = rows.span.position + rows.span.n_rows, from = 0;
+        uint32_t written = rows.span->position + rows.span->n_rows, from = 0;
         kvl_walk w = kvl_walk_start(rows, kind);
         kvl_step<UNITS> step, next;
         kvl_walk_step(w, a, rows, next);
@@ -545,7 +576,7 @@ template <class P, uint32_t D> struct kvl_prefill {
             }
             if (more && !packed) issue_exact(buffer(smem, from ^ some), next, a.block_tokens, written);
             kvl_cp_commit();
-            if (some) attend(s, smem, from, step, rows.sight, a.softcap, packed);
+            if (some) attend(s, smem, from, step, a, rows, packed);
             if (!more) return some;
             from ^= some && !packed;
             some = true;
@@ -578,7 +609,7 @@ template <class P, uint32_t D> struct kvl_prefill {
             kind = KVL_WALK_EXACT;
             __syncthreads(); /* the buffers are free again */
         }
-        finish(s, a, rows);
+        finish(s, smem, a, rows);
     }
 };
 

@@ -7,22 +7,27 @@
 #define KVL_STEPS_CUH
 #include "pages.cuh"
 
-/* An item, its span, and the positions of its first and last row. */
+/* An item, its span, and the positions of its first and last row. Left in memory, since registers are dear. */
 struct kvl_rows {
-    kvli_cu_item item;
-    kvli_cu_span span;
+    const kvli_cu_item *item;
+    const kvli_cu_span *span;
     uint32_t x_first, x_last;
     kvl_sight sight;
 };
+
+/* Of row i of the item. */
+KVL_D uint32_t kvl_position(const kvli_cu_attend_args &a, const kvl_rows &r, uint32_t i) {
+    return r.span->position + (r.item->row + i) / a.gqa;
+}
 
 /* False: this block of threads has no item. */
 KVL_D bool kvl_rows_of_block(const kvli_cu_attend_args &a, uint32_t n_items, kvl_rows &r) {
     uint32_t i = a.first_item + blockIdx.x;
     if (i >= a.end_item || i >= n_items) return false;
-    r.item = a.items[i];
-    r.span = a.spans[r.item.span];
-    r.x_first = r.span.position + r.item.row / a.gqa;
-    r.x_last = r.span.position + (r.item.row + r.item.n_rows - 1) / a.gqa;
+    r.item = a.items + i;
+    r.span = a.spans + r.item->span;
+    r.x_first = kvl_position(a, r, 0);
+    r.x_last = kvl_position(a, r, r.item->n_rows - 1);
     r.sight = kvl_sight{a.block_tokens, a.window, a.sink_tokens};
     return true;
 }
@@ -92,20 +97,20 @@ struct kvl_walk {
 
 /* From an even block, as two of 16 tokens may be one step. */
 KVL_D kvl_walk kvl_walk_start(const kvl_rows &r, kvl_walk_kind kind) {
-    return kvl_walk{kind, false, r.item.begin & ~1u, r.item.end, 0, 0, 0, 0};
+    return kvl_walk{kind, false, r.item->begin & ~1u, r.item->end, 0, 0, 0, 0};
 }
 
 /* Looks up the next 32 blocks, a lane each. False: there are no more. */
 KVL_D bool kvl_walk_look(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r) {
     if (w.next >= w.end && !w.own && w.kind != KVL_WALK_PACKED) {
         w.own = true;
-        w.next = r.item.own_begin & ~1u;
-        w.end = r.item.own_end;
+        w.next = r.item->own_begin & ~1u;
+        w.end = r.item->own_end;
     }
     if (w.next >= w.end) return false;
     uint32_t b = w.next + threadIdx.x % 32, token = b * a.block_tokens;
-    uint32_t at = w.own ? r.span.own + b - r.span.first_own : r.span.table + b;
-    bool here = b < w.end && b >= (w.own ? r.item.own_begin : r.item.begin) &&
+    uint32_t at = w.own ? r.span->own + b - r.span->first_own : r.span->table + b;
+    bool here = b < w.end && b >= (w.own ? r.item->own_begin : r.item->begin) &&
                 kvl_any_sees(r.sight, w.own, r.x_first, r.x_last, token, token + a.block_tokens - 1);
     w.entry = here ? a.entries[at] : 0;
     bool exact = w.own || kvl_entry_is_exact(w.entry);
