@@ -150,7 +150,7 @@ KVL_KERNEL(kvl_plain, KVLI_CU_PLAIN_THREADS, 4, kvli_cu_attend_args) {
     kvl_step<1> step;
     for (kvl_walk_step(walk, a, rows, step); !kvl_step_is_end(step); kvl_walk_step(walk, a, rows, step)) {
         uint32_t token = kvl_unit_token(step.unit[0]), row = token % a.block_tokens, mine = threadIdx.x % KVLI_CU_UNIT;
-        uint32_t n = written - token < KVLI_CU_UNIT ? written - token : KVLI_CU_UNIT;
+        uint32_t n = min(written - token, (uint32_t)KVLI_CU_UNIT);
         kvl_plain_load_k(s, a, step.tiles[0].k, row);
         __syncthreads();
         kvl_plain_scores(s, a, kvl_sees(rows.sight, kvl_unit_is_own(step.unit[0]), x, token + mine), max, sum);

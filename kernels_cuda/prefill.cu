@@ -499,7 +499,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     /* The warp's rows, from its quarter of shared memory (f32) to out or to partial results. */
     KVL_D void write_rows(const float *from, const kvli_cu_attend_args &a, const kvl_rows &rows) {
         bool partial = rows.item->partial != KVLI_CU_NONE;
-        uint32_t first = threadIdx.x / 32 * WARP_ROWS, dtype = partial ? KVLI_CU_DTYPE_F32 : a.out.dtype;
+        uint32_t first = threadIdx.x / 32 * WARP_ROWS, dtype = partial ? (uint32_t)KVLI_CU_DTYPE_F32 : a.out.dtype;
         uint32_t size = dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
         bool aligned = partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
         for (uint32_t i = threadIdx.x % 32; i < WARP_ROWS * PIECES; i += 32) {
