@@ -80,7 +80,7 @@ KERNEL_SOURCES := $(wildcard kernels_cuda/*.cu)
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
 FORMAT_FILES := kvlite.h $(C_SOURCES) \
   $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h) \
-  $(CUDA_CPU_SOURCES) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h
+  $(CUDA_CPU_SOURCES) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
 
 # A goal named after `deps` waits for it, in a parallel build too.
@@ -272,6 +272,24 @@ $(PEER_PROGRAMS): $(B)/%: $(B)/obj/tools/bench/%.o $(B)/libllm.a $(B)/libkvlite.
 $(foreach t,$(TOOLS),$(eval $t: $(patsubst %.c,$(B)/obj/%.o,$(wildcard tools/$(notdir $t)/*.c))))
 $(TOOLS): $(B)/libllm.a $(B)/libkvlite.a
 	$(call say,LINK  $@)$(LINK) -lcjson $(LIBS) -o $@
+
+# A CUDA driver without a GPU: tests/mock_cuda/mock_cuda.h. Beside it stand the kernels, as libraries that it opens.
+MOCK := $(B)/mock_cuda
+MOCK_CXXFLAGS := -std=c++17 $(FLAGS_$(CONFIG)) $(WARNINGS) -fPIC -shared -fvisibility=hidden
+MOCK_KERNELS := $(MOCK)/simple_kernels.so $(foreach a,$(CUDA_CPU_ARCHS),$(MOCK)/kernels_$a.so)
+MOCK_TESTS := $(filter %_cuda %_cuda_fault,$(TEST_PROGRAMS))
+$(MOCK)/libcuda.so.1: $(filter-out %/shim_kernels.cpp,$(wildcard tests/mock_cuda/*.cpp tests/mock_cuda/*.h)) kernels_cuda/abi.h
+	@mkdir -p $(@D)
+	$(call say,CXX   $@)$(CXX) $(MOCK_CXXFLAGS) $(CXXFLAGS) -Wl,-soname,libcuda.so.1 $(filter %.cpp,$^) -ldl -o $@
+$(MOCK)/simple_kernels.so: tests/mock_cuda/simple_kernels.c tests/mock_cuda/kernels.h kernels_cuda/abi.h kvlite.h
+	@mkdir -p $(@D)
+	$(call say,CC    $@)$(CC) $(filter-out -MMD -MP,$(KVL_CFLAGS)) $(CFLAGS) -fPIC -shared -fvisibility=hidden $< -lm -lpthread -o $@
+$(MOCK)/kernels_%.so: $(B)/libkvl_cuda_cpu_%.a tests/mock_cuda/shim_kernels.cpp tests/mock_cuda/kernels.h tests/cuda_cpu/cuda_cpu.h
+	@mkdir -p $(@D)
+	$(call say,CXX   $@)$(CXX) $(MOCK_CXXFLAGS) $(CXXFLAGS) tests/mock_cuda/shim_kernels.cpp -Wl,--whole-archive $< \
+	  -Wl,--no-whole-archive -Wl,--exclude-libs,ALL -lpthread -o $@
+$(MOCK_TESTS): $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
+$(MOCK_TESTS): LIBS += $(MOCK)/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/../../mock_cuda'
 
 $(B)/tests/unit/test_events: $(B)/obj/tools/trace/replay.o
 
