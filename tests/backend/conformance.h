@@ -20,8 +20,19 @@ typedef struct conf_backend {
     kvl_simd simd;
     uint32_t n_threads;
     bool presets_only; /* the presets' format pairs instead of every pair */
-    bool full;         /* the cross product of formats and shapes instead of the covering selection: hours */
-    double tolerance;  /* 0 = 1e-6, times what ref_attend returns */
+    bool full;         /* the cross product of formats and shapes too: hours */
+    double tolerance;  /* `single` of ref_allowed; 0 = 1e-6 */
+
+    /* For a GPU. It takes k_dim == v_dim of some sizes and blocks of 16 tokens or more, and formats of layers that are
+       exact in the same format. */
+    bool gpu;
+    double f16_rounding, bf16_rounding; /* `tensor` of ref_allowed where the exact format is that */
+    uint32_t first, every;              /* only some of the table's cases; 0 = all */
+    double work; /* of a case, in pairs of numbers; 0 = 6e7. Long contexts shrink with it */
+    void (*describe)(kvl_cache_desc *desc);
+    kvl_result (*attend)(kvl_cache *cache, const kvl_step *step, uint32_t layer, kvl_tensor *qkvo[4],
+                         const size_t bytes[4]);             /* instead of kvl_attend; bytes from .data on */
+    void (*download)(void *to, uint64_t from, size_t bytes); /* what stands in the backend's memory */
 } conf_backend;
 
 /* Under a sanitizer every fourth case of the table: its time is the tests' limit. */
@@ -169,6 +180,11 @@ static bool conf_is_channel(uint32_t format) {
     return format == KVL_INT8_CHANNEL || format == KVL_INT4_CHANNEL;
 }
 
+static bool conf_gpu_takes(int f, uint32_t value) {
+    if (f == F_BLOCK) return value >= 16;
+    return (f != F_K_DIM && f != F_V_DIM) || (value != 16 && value != 112);
+}
+
 static const char *conf_preset_of(uint32_t k, uint32_t v) {
     uint32_t i;
     for (i = 0; i < REF_PRESETS; i++) {
@@ -184,6 +200,8 @@ static bool conf_pair_possible(const conf_backend *b, int f, uint32_t i, int g, 
     if (f > g) return conf_pair_possible(b, g, j, f, i);
     if (f == F_K && g == F_BLOCK && conf_is_channel(x) && y < 32) return false;
     if (f == F_WINDOW && g == F_SINK_TOKENS && x == 0 && y != 0) return false;
+    if (b->gpu && (!conf_gpu_takes(f, x) || !conf_gpu_takes(g, y))) return false;
+    if (b->gpu && f == F_K_DIM && g == F_V_DIM && x != y) return false;
     if (!b->presets_only) return true;
     if ((f == F_EXACT && i != 0) || (g == F_EXACT && j != 0)) return false; /* the preset's own */
     if (f == F_K && g == F_V) return conf_preset_of(x, y) != NULL;
@@ -246,6 +264,8 @@ static bool conf_add_case(conf_cover *cover, int f, uint32_t i, int g, uint32_t 
                 if (conf_v[h] == p->v) c.level[F_V] = (uint8_t)h;
             }
         }
+        if (cover->backend->gpu && f != F_V_DIM && g != F_V_DIM) c.level[F_V_DIM] = c.level[F_K_DIM];
+        if (cover->backend->gpu && (f == F_V_DIM || g == F_V_DIM)) c.level[F_K_DIM] = c.level[F_V_DIM];
         if (!conf_case_possible(cover->backend, &c)) continue;
         n = conf_new_pairs(cover, &c, false);
         if (!found || n > most) {
@@ -290,7 +310,20 @@ typedef struct conf_geometry {
     float sink_logits[64];
 } conf_geometry;
 
-static void conf_geometry_make(conf_geometry *g, const conf_case *c, bool presets_only) {
+/* A preset for one layer. Those of a GPU are exact in the geometry's format. */
+static const ref_preset *conf_layer_preset(const conf_backend *b, const conf_case *c, uint64_t *rng) {
+    const ref_preset *p, *whole = NULL;
+    uint32_t i;
+    for (i = 0; c->preset && i < REF_PRESETS; i++) {
+        if (!strcmp(ref_presets[i].name, c->preset)) whole = &ref_presets[i];
+    }
+    do {
+        p = &ref_presets[conf_random(rng, conf_value(c, F_BLOCK) >= 32 ? REF_PRESETS : 4)];
+    } while (b->gpu && p->exact != whole->exact);
+    return p;
+}
+
+static void conf_geometry_make(conf_geometry *g, const conf_case *c, const conf_backend *b) {
     uint64_t rng = c->seed;
     uint32_t i, kind = conf_value(c, F_LAYERS);
     kvl_layer *l = g->layers;
@@ -327,11 +360,11 @@ static void conf_geometry_make(conf_geometry *g, const conf_case *c, bool preset
     }
     if (kind == LAYERS_FORMATS) {
         bool channel_fits = g->geo.block_tokens >= 32;
-        const ref_preset *p = &ref_presets[conf_random(&rng, channel_fits ? REF_PRESETS : 4)];
+        const ref_preset *p = conf_layer_preset(b, c, &rng);
         l[1].k_format = p->k;
         l[1].v_format = p->v;
         l[1].scale = 0.11f;
-        if (!presets_only) {
+        if (!b->presets_only) {
             l[2].k_format = conf_k[conf_random(&rng, conf_factors[F_K].n)];
             l[2].v_format = conf_v[conf_random(&rng, conf_factors[F_V].n)];
             if (!channel_fits && conf_is_channel(l[2].k_format)) l[2].k_format = KVL_NVFP4;
@@ -362,6 +395,7 @@ static void conf_tensor_make(conf_tensor *t, kvl_dtype dtype, bool strided, uint
     memset(t->bytes, 0xff, t->n_bytes);
     t->t.data = t->bytes + (strided ? t->size : 0); /* not aligned to more than an element */
     t->t.dtype = dtype;
+    t->t.memory = KVL_MEMORY_HOST;
     t->t.memory = KVL_MEMORY_HOST;
     t->t.row_stride = strided ? t->row : 0;
     t->t.head_stride = strided ? t->head : 0;
@@ -644,22 +678,25 @@ static bool conf_check_step(conf_run *r, const conf_plan *p) {
 static bool conf_check_row(conf_run *r, uint32_t layer, const conf_stream *s, uint32_t pos, const float *q,
                            const conf_tensor *out, uint32_t row) {
     static const double half_ulp[] = {0x1p-24, 0x1p-11, 0x1p-8};
-    double want[256];
+    double want[256], tensor = r->ref.exact == KVL_F16    ? r->backend->f16_rounding
+                               : r->ref.exact == KVL_BF16 ? r->backend->bf16_rounding
+                                                          : 0;
     uint32_t h, e;
     for (h = 0; h < r->ref.n_q_heads; h++) {
-        double bound = ref_attend(&r->ref, layer, &s->kv[layer], pos, h, q + (size_t)h * r->ref.k_dim, want);
+        ref_sizes sizes =
+            ref_attend(&r->ref, layer, &s->kv[layer], pos, h, q + (size_t)h * r->ref.k_dim, want);
+        double allowed = ref_allowed(&sizes, r->tolerance, tensor);
         for (e = 0; e < r->ref.v_dim; e++) {
             double got = conf_tensor_get(out, row, h, e), error = fabs(got - want[e]);
             double rounding = fabs(want[e]) * half_ulp[r->out_dtype] + 0x1p-24;
-            if (!(error <= bound * r->tolerance + rounding)) {
+            if (!(error <= allowed + rounding)) {
                 return conf_fail(r,
                                  "layer %u position %u head %u element %u: %.9g, reference %.9g, off by %.3g "
                                  "where %.3g is allowed",
-                                 layer, pos, h, e, got, want[e], error, bound * r->tolerance + rounding);
+                                 layer, pos, h, e, got, want[e], error, allowed + rounding);
             }
-            if (bound > 0 && (error - rounding) / bound > r->worst * r->tolerance) {
-                r->worst = (error - rounding) / bound / r->tolerance;
-            }
+            if (allowed > 0 && (error - rounding) / allowed > r->worst)
+                r->worst = (error - rounding) / allowed;
             r->checked++;
         }
     }
@@ -714,6 +751,19 @@ static void conf_fill(conf_run *r, const conf_plan *p, uint32_t layer, conf_tens
     free(vr);
 }
 
+static kvl_result conf_attend(conf_run *r, const kvl_step *step, uint32_t layer, conf_tensor *q,
+                              conf_tensor *k, conf_tensor *v, conf_tensor *out) {
+    conf_tensor *all[4] = {q, k, v, out};
+    kvl_tensor *tensors[4];
+    size_t bytes[4], i;
+    if (!r->backend->attend) return kvl_attend(r->cache, step, layer, &q->t, &k->t, &v->t, &out->t);
+    for (i = 0; i < 4; i++) {
+        tensors[i] = &all[i]->t;
+        bytes[i] = all[i]->n_bytes - (size_t)((uint8_t *)all[i]->t.data - all[i]->bytes);
+    }
+    return r->backend->attend(r->cache, step, layer, tensors, bytes);
+}
+
 static bool conf_layer(conf_run *r, const conf_plan *p, uint32_t layer) {
     bool strided = conf_value(r->c, F_STRIDED) != 0, ok;
     uint32_t nq = r->ref.n_q_heads, nkv = r->ref.n_kv_heads, kd = r->ref.k_dim, vd = r->ref.v_dim, i, j,
@@ -725,7 +775,7 @@ static bool conf_layer(conf_run *r, const conf_plan *p, uint32_t layer) {
     conf_tensor_make(&v, r->kv_dtype, strided, p->n_rows, nkv, vd);
     conf_tensor_make(&out, r->out_dtype, strided, p->n_rows, nq, vd);
     conf_fill(r, p, layer, &q, &k, &v, q_rows);
-    ok = conf_ok(r, "attend", kvl_attend(r->cache, p->step, layer, &q.t, &k.t, &v.t, &out.t), KVL_OK);
+    ok = conf_ok(r, "attend", conf_attend(r, p->step, layer, &q, &k, &v, &out), KVL_OK);
     for (i = 0; ok && i < p->n_spans; i++) {
         const conf_stream *s = p->streams[i];
         uint32_t n = p->spans[i].n_tokens;
@@ -813,7 +863,8 @@ static uint32_t conf_target(conf_run *r) {
     static const uint32_t most[] = {230, 110, 420, 120};
     double per_pair = (double)r->ref.n_layers * r->ref.n_q_heads * (r->ref.k_dim + r->ref.v_dim);
     uint32_t mix = conf_value(r->c, F_MIX), n = most[mix], streams = mix == MIX_BATCH ? 6 : 1;
-    uint32_t affordable = (uint32_t)sqrt(2 * 6e7 / per_pair / streams);
+    uint32_t affordable =
+        (uint32_t)sqrt(2 * (r->backend->work > 0 ? r->backend->work : 6e7) / per_pair / streams);
     if (affordable < 90) affordable = 90;
     n = conf_min(n, affordable);
     return n - conf_random(&r->rng, n / 4);
@@ -848,6 +899,7 @@ static kvl_cache_desc conf_cache_desc(const conf_backend *b, const ref_geometry 
     d.device_bytes =
         (16u << 20) + token_bytes * (long_tokens + 2048); /* little, for it is all filled with NaN */
     d.poison = true;
+    if (b->describe) b->describe(&d);
     return d;
 }
 
@@ -865,7 +917,7 @@ static bool conf_run_case(const conf_backend *b, const conf_case *c, double *wor
     r->q_dtype = dtype < 3 ? (kvl_dtype)dtype : KVL_DTYPE_F32;
     r->kv_dtype = dtype < 3 ? (kvl_dtype)dtype : KVL_DTYPE_F16;
     r->out_dtype = dtype < 3 ? (kvl_dtype)dtype : KVL_DTYPE_BF16;
-    conf_geometry_make(&r->g, c, b->presets_only);
+    conf_geometry_make(&r->g, c, b);
     r->ref = ref_geometry_make(&r->g.geo);
     d = conf_cache_desc(b, &r->ref, c->long_tokens);
     d.geometry = r->g.geo;
@@ -911,10 +963,10 @@ static void conf_skip_if_missing(const conf_backend *b) {
 }
 
 static void conf_run_cases(const conf_backend *b, const conf_case *cases, uint32_t n) {
-    uint32_t i, failed = 0, ran = 0;
+    uint32_t i, failed = 0, ran = 0, every = CONF_EVERY * (b->every ? b->every : 1);
     uint64_t checked = 0;
     double worst = 0;
-    for (i = 0; i < n && failed < 8; i += CONF_EVERY, ran++)
+    for (i = n > b->first ? b->first : 0; i < n && failed < 8; i += every, ran++)
         failed += !conf_run_case(b, &cases[i], &worst, &checked);
     printf("%s: %u cases, %llu numbers compared, worst error %.2g of what is allowed\n", b->name, ran,
            (unsigned long long)checked, worst);
@@ -989,15 +1041,19 @@ static void conf_test_long(void **state) {
     };
     const conf_backend *b = (const conf_backend *)*state;
     conf_case cases[sizeof rows / sizeof rows[0]] = {{{0}, NULL, 0, 0}};
-    uint32_t i, n = sizeof rows / sizeof rows[0];
+    uint32_t i, n = 0;
+    double share = sqrt(b->work > 0 ? b->work / 6e7 : 1);
     conf_skip_if_missing(b);
-    for (i = 0; i < n; i++) {
-        conf_case *c = &cases[i];
+    for (i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        conf_case *c = &cases[n];
+        if (b->gpu && (!conf_gpu_takes(F_K_DIM, rows[i].k_dim) || !conf_gpu_takes(F_BLOCK, rows[i].block)))
+            continue;
+        n++;
         c->preset = rows[i].preset;
         c->seed = 500 + i;
-        c->long_tokens = rows[i].tokens;
+        c->long_tokens = (uint32_t)(rows[i].tokens * share);
         c->level[F_K_DIM] = (uint8_t)conf_level(F_K_DIM, rows[i].k_dim);
-        c->level[F_V_DIM] = (uint8_t)conf_level(F_V_DIM, rows[i].v_dim);
+        c->level[F_V_DIM] = (uint8_t)conf_level(F_V_DIM, b->gpu ? rows[i].k_dim : rows[i].v_dim);
         c->level[F_GQA] = (uint8_t)conf_level(F_GQA, rows[i].gqa);
         c->level[F_WINDOW] = (uint8_t)conf_level(F_WINDOW, rows[i].window);
         c->level[F_BLOCK] = (uint8_t)conf_level(F_BLOCK, rows[i].block);

@@ -336,11 +336,22 @@ static bool ref_visible(const ref_layer *l, uint32_t query, uint32_t key) {
     return key <= query && (l->window == 0 || query - key < l->window || key < l->sink_tokens);
 }
 
-/* What one query head at position pos gives. Returns how far a correct single-precision computation may be off, in
-   millionths: what scores and sums lose (16, the largest |q||k| as a logit, and the softcap, which is as exact as its
-   size) times the largest sum of p|v|. */
-static double ref_attend(const ref_geometry *g, uint32_t layer, const ref_kv *kv, uint32_t pos,
-                         uint32_t q_head, const float *q, double *out) {
+/* How large the numbers are that a computation rounds: the largest sum of p|v|, the largest |q||k| as a logit. */
+typedef struct ref_sizes {
+    double widest, logit, softcap;
+} ref_sizes;
+
+/* How far a correct computation may be off. `single` is a small multiple of single precision's rounding: sums and
+   exponentials lose some of it, a score as much as |q||k| is large, and a softcap is as exact as its size. `tensor` is
+   the rounding of what tensor cores take, 2^-11 for f16 and 2^-8 for bf16, 0 where there are none: p and v are rounded
+   once each, and once more where v is made from codes; q and k move a score by |q||k| times it. */
+static double ref_allowed(const ref_sizes *s, double single, double tensor) {
+    return s->widest * (single * (16 + s->logit + s->softcap) + tensor * (3 + s->logit));
+}
+
+/* What one query head at position pos gives. */
+static ref_sizes ref_attend(const ref_geometry *g, uint32_t layer, const ref_kv *kv, uint32_t pos,
+                            uint32_t q_head, const float *q, double *out) {
     const ref_layer *l = &g->layers[layer];
     uint32_t head = q_head / (g->n_q_heads / g->n_kv_heads), heads = g->n_kv_heads, j, e, T = g->block_tokens;
     uint32_t kd = g->k_dim, vd = g->v_dim;
@@ -383,7 +394,7 @@ static double ref_attend(const ref_geometry *g, uint32_t layer, const ref_kv *kv
     }
     free(p);
     free(mass);
-    return (16 + l->scale * sqrt(q2 * k2max) + l->softcap) * widest;
+    return (ref_sizes){widest, l->scale * sqrt(q2 * k2max), l->softcap};
 }
 
 #endif
