@@ -18,6 +18,7 @@
 #define KVL_D static __device__ __forceinline__
 #define KVL_MEMBER __device__ __forceinline__ // KVL_D of functions in a struct
 #define KVL_UNROLL _Pragma("unroll")
+#define KVL_NO_UNROLL _Pragma("unroll 1")
 // A kernel with one struct as its parameter, `a`.
 #define KVL_KERNEL(name, threads, min_blocks_per_sm, Args)                   \
     extern "C" __global__ void __launch_bounds__(threads, min_blocks_per_sm) \
@@ -78,6 +79,7 @@ KVL_D float kvl_rcp(float x) { // 1 / x, 1 ulp
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+KVL_D float kvl_divide(float x, float y) { return __fdividef(x, y); } // 2 ulp; 0 where y is above 2^126
 KVL_D float kvl_tanh(float x) { return tanhf(x); }
 
 // ---- tensor cores. Lane = 4 g + t. ----
