@@ -146,9 +146,11 @@ KVL_KERNEL(kvl_plain, KVLI_CU_PLAIN_THREADS, 4, kvli_cu_attend_args) {
     uint32_t r = threadIdx.x / KVLI_CU_UNIT, written = rows.span->position + rows.span->n_rows;
     uint32_t x = kvl_position(a, rows, r);
     float out[KVL_PLAIN_ROWS][KVL_PLAIN_DIMS] = {}, max = KVL_NO_SCORE, sum = 0;
-    kvl_walk walk = kvl_walk_start(rows, KVL_WALK_ALL);
-    kvl_step<1> step;
-    for (kvl_walk_step(walk, a, rows, step); !kvl_step_is_end(step); kvl_walk_step(walk, a, rows, step)) {
+    kvl_walk walk = kvl_walk_start(rows);
+    for (;;) {
+        kvl_step<1> step;
+        kvl_walk_step(walk, a, rows, KVL_WALK_ALL, step);
+        if (kvl_step_is_end(step)) break;
         uint32_t token = kvl_unit_token(step.unit[0]), row = token % a.block_tokens, mine = threadIdx.x % KVLI_CU_UNIT;
         uint32_t n = min(written - token, (uint32_t)KVLI_CU_UNIT);
         kvl_plain_load_k(s, a, step.tiles[0].k, row);

@@ -18,6 +18,7 @@
 #define KVL_D static __device__ __forceinline__
 #define KVL_MEMBER __device__ __forceinline__ // KVL_D of functions in a struct
 #define KVL_UNROLL _Pragma("unroll")
+#define KVL_ROLLED _Pragma("unroll 1")
 // A kernel with one struct as its parameter, `a`.
 #define KVL_KERNEL(name, threads, min_blocks_per_sm, Args)                   \
     extern "C" __global__ void __launch_bounds__(threads, min_blocks_per_sm) \

@@ -133,22 +133,22 @@ template <class P, uint32_t D> struct kvl_prefill {
         bool is_f32 = t.dtype == KVLI_CU_DTYPE_F32;
         const uint8_t *at = (const uint8_t *)t.data +
                             (row.tensor_row * t.row_stride + row.head * t.head_stride + e) * (is_f32 ? 4 : 2);
-        uint32_t w[8]; /* numbers, or halves in their low bits */
-        if (!aligned) {
-            KVL_UNROLL
-            for (int i = 0; i < 8; i++) w[i] = is_f32 ? kvl_ld4(at + 4 * i) : kvl_ld2(at + 2 * i);
-        } else {
-            uint4 a = kvl_ld16(at), b = is_f32 ? kvl_ld16(at + 16) : a;
-            w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
-            if (!is_f32) {
+        if (!aligned) { /* rare: small code rather than fast */
+            KVL_ROLLED
+            for (int i = 0; i < 8; i++) {
+                float y = kvl_tensor_get(t, row.tensor_row, row.head, e + i);
                 KVL_UNROLL
-                for (int i = 7; i >= 0; i--) w[i] = w[i / 2] >> (i % 2 * 16) & 0xffff;
+                for (int j = 0; j < 8; j++) x[j] = j == i ? y : x[j];
             }
+            return;
         }
+        uint4 v = kvl_ld16(at), more = is_f32 ? kvl_ld16(at + 16) : v;
+        const uint32_t w[8] = {v.x, v.y, v.z, v.w, more.x, more.y, more.z, more.w};
         KVL_UNROLL
         for (int i = 0; i < 8; i++) {
-            float half = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f((uint16_t)w[i]) : kvl_bf2f((uint16_t)w[i]);
-            x[i] = is_f32 ? __uint_as_float(w[i]) : half;
+            uint16_t half = (uint16_t)(w[i / 2] >> (i % 2 * 16));
+            float y = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f(half) : kvl_bf2f(half);
+            x[i] = is_f32 ? __uint_as_float(w[i]) : y;
         }
     }
 
@@ -436,110 +436,131 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* ---- the end of the packed blocks, and of all ---- */
 
-    /* The rotation of values undone. Dim of number i of o[m][j]: 8 j + 2 t + i % 2. */
-    KVL_D void unrotate(state &s) {
+    /* The warp's quarter of all shared memory holds its rows of O as f32. */
+    static_assert(Q_BYTES + 4 * TILE_BYTES == KVLI_CU_PREFILL_WARPS * WARP_ROWS * D * 4, "all shared memory");
+    KVL_D float *quarter(uint8_t *smem) { return (float *)smem + threadIdx.x / 32 * WARP_ROWS * D; }
+
+    /* Calls body(pair of numbers of O, their place in the quarter). */
+    template <class Body> KVL_D void each_pair(state &s, uint8_t *smem, Body &&body) {
+        float *mine = quarter(smem) + threadIdx.x % 32 / 4 * D + threadIdx.x % 4 * 2;
         KVL_UNROLL
-        for (uint32_t stride = 1; stride < HADAMARD; stride *= 2) {
+        for (uint32_t i = 0; i < TILES * 2; i++) {
             KVL_UNROLL
-            for (uint32_t m = 0; m < TILES; m++) {
-                KVL_UNROLL
-                for (uint32_t i = 0; i < D / 8 * 4; i++) {
-                    uint32_t j = i / 4, c = i % 4, step = stride / 8;
-                    float &x = s.o[m][j][c];
-                    if (stride == 2 || stride == 4) {
-                        float other = __shfl_xor_sync(0xffffffffu, x, stride / 2);
-                        x = threadIdx.x & (stride / 2) ? other - x : x + other;
-                    } else if (stride == 1 ? c % 2 == 0 : (j & step) == 0) {
-                        float &y = stride == 1 ? s.o[m][j][c + 1 < 4 ? c + 1 : 3] : s.o[m][j + step < D / 8 ? j + step : j][c];
-                        float u = x, v = y;
-                        x = u + v;
-                        y = u - v;
-                    }
-                }
-            }
+            for (uint32_t j = 0; j < D / 8; j++) body(&s.o[i / 2][j][i % 2 * 2], (float2 *)(mine + i * 8 * D + 8 * j));
         }
     }
-
-    KVL_D void finish_packed(state &s, float v_global) {
-        float factor = 1;
-        if constexpr (P::v_rotated) {
-            unrotate(s);
-            factor = HADAMARD_NORM;
-        }
-        if constexpr (P::v == KVLI_CU_NVFP4) factor = v_global * KVL_NVFP4_FACTOR;
-        KVL_UNROLL
-        for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] *= factor;
+    KVL_D void o_to_quarter(state &s, uint8_t *smem) {
+        __syncthreads();
+        each_pair(s, smem, [](const float *o, float2 *to) { *to = make_float2(o[0], o[1]); });
+        __syncwarp();
     }
 
-    /* 8 numbers to element `at` on of an array. */
-    KVL_D void store8(uint64_t data, uint64_t at, uint32_t dtype, bool aligned, const float *x) {
-        if (!aligned) {
+    /* The rotation of values undone, a row at a time. */
+    KVL_D void unrotate(state &s, uint8_t *smem) {
+        o_to_quarter(s, smem);
+        uint32_t lane = threadIdx.x % 32;
+        KVL_ROLLED
+        for (uint32_t r = 0; r < WARP_ROWS; r++) {
+            float x[8] = {}, *at = quarter(smem) + r * D + lane * 8;
+            KVL_UNROLL
+            for (int i = 0; i < 8; i++) x[i] = lane < PIECES ? at[i] : 0;
+            rotate_row(x);
+            KVL_UNROLL
             for (int i = 0; i < 8; i++) {
-                if (dtype == KVLI_CU_DTYPE_F32) ((float *)data)[at + i] = x[i];
-                else ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x[i]) : kvl_f2bf(x[i]);
+                if (lane < PIECES) at[i] = x[i];
+            }
+        }
+        __syncwarp();
+        each_pair(s, smem, [](float *o, const float2 *from) { o[0] = from->x, o[1] = from->y; });
+        __syncwarp();
+    }
+
+    KVL_D void finish_packed(state &s, uint8_t *smem, float v_global) {
+        if constexpr (P::v_rotated) unrotate(s, smem);
+        if constexpr (P::v == KVLI_CU_NVFP4) {
+            KVL_UNROLL
+            for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) {
+                s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] *= v_global * KVL_NVFP4_FACTOR;
+            }
+        }
+    }
+
+    /* 8 numbers, times factor, to element `at` on of an array. */
+    KVL_D void store8(uint64_t data, uint64_t at, uint32_t dtype, bool aligned, const float *from, float factor) {
+        if (!aligned) {
+            KVL_ROLLED
+            for (int i = 0; i < 8; i++) {
+                float x = from[i] * factor;
+                if (dtype == KVLI_CU_DTYPE_F32) ((float *)data)[at + i] = x;
+                else ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
             }
             return;
         }
-        uint4 a = kvl_ld16(x), b = kvl_ld16(x + 4);
-        if (dtype == KVLI_CU_DTYPE_F32) {
-            kvl_st16((float *)data + at, a);
-            kvl_st16((float *)data + at + 4, b);
-            return;
-        }
-        const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        uint32_t h[4];
+        float x[8];
+        uint32_t w[8];
         KVL_UNROLL
-        for (int i = 0; i < 4; i++) {
-            float low = __uint_as_float(w[2 * i]), high = __uint_as_float(w[2 * i + 1]);
-            h[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(low, high) : kvl_f22bf2(low, high);
+        for (int i = 0; i < 8; i++) x[i] = from[i] * factor;
+        KVL_UNROLL
+        for (int i = 0; i < 8; i++) {
+            w[i] = __float_as_uint(x[i]);
+            if (dtype != KVLI_CU_DTYPE_F32 && i < 4) {
+                w[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(x[2 * i], x[2 * i + 1]) : kvl_f22bf2(x[2 * i], x[2 * i + 1]);
+            }
         }
-        kvl_st16((uint16_t *)data + at, make_uint4(h[0], h[1], h[2], h[3]));
+        uint8_t *to = (uint8_t *)data + at * (dtype == KVLI_CU_DTYPE_F32 ? 4 : 2);
+        kvl_st16(to, make_uint4(w[0], w[1], w[2], w[3]));
+        if (dtype == KVLI_CU_DTYPE_F32) kvl_st16(to + 16, make_uint4(w[4], w[5], w[6], w[7]));
     }
 
-    /* The warp's rows, from its quarter of shared memory (f32) to out or to partial results. */
-    KVL_D void write_rows(const float *from, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+    /* The warp's rows from its quarter to out or to partial results. factor: of row `lane`. */
+    KVL_D void write_rows(uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, float factor) {
         bool partial = rows.item->partial != KVLI_CU_NONE;
         uint32_t first = threadIdx.x / 32 * WARP_ROWS, dtype = partial ? (uint32_t)KVLI_CU_DTYPE_F32 : a.out.dtype;
         uint32_t size = dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
         bool aligned = partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
+        KVL_ROLLED
         for (uint32_t i = threadIdx.x % 32; i < WARP_ROWS * PIECES; i += 32) {
             uint32_t r = i / PIECES, e = i % PIECES * 8;
-            if (first + r >= rows.item->n_rows) break;
+            float f = __shfl_sync(0xffffffffu, factor, r);
+            if (first + r >= rows.item->n_rows) continue;
             kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + first + r);
             uint64_t at = partial ? kvl_partial_number(a, *rows.item, first + r) * D
                                   : row.tensor_row * a.out.row_stride + row.head * a.out.head_stride;
-            store8(partial ? (uint64_t)a.partial_o : a.out.data, at + e, dtype, aligned, from + r * D + e);
+            uint64_t data = partial ? (uint64_t)a.partial_o : a.out.data;
+            store8(data, at + e, dtype, aligned, quarter(smem) + i * 8, f);
         }
     }
 
-    KVL_D void finish(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows) {
-        static_assert(Q_BYTES + 4 * TILE_BYTES == KVLI_CU_PREFILL_WARPS * WARP_ROWS * D * 4, "all shared memory");
-        bool partial = rows.item->partial != KVLI_CU_NONE;
-        uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        float *mine = (float *)smem + threadIdx.x / 32 * WARP_ROWS * D;
-        __syncthreads();
+    /* Of row `lane`, what the lanes of fragments have of theirs. */
+    KVL_D float of_row(const float of[TILES][2]) {
+        float x = 0;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
-            uint32_t m = i / 2, h = i % 2, r = i * 8 + g, in_item = threadIdx.x / 32 * WARP_ROWS + r;
-            float sum = s.sum[m][h], factor = 1;
+            float y = __shfl_sync(0xffffffffu, of[i / 2][i % 2], threadIdx.x % 8 * 4);
+            if (threadIdx.x % 32 / 8 == i) x = y;
+        }
+        return x;
+    }
+
+    KVL_D void finish(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+        KVL_UNROLL
+        for (uint32_t i = 0; i < TILES * 2; i++) {
+            float &sum = s.sum[i / 2][i % 2];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (!partial) {
-                uint32_t head = blockIdx.y * a.gqa + (rows.item->row + in_item) % a.gqa;
-                factor = kvl_output_factor(a, head, s.max[m][h], sum);
-            } else if (t == 0 && in_item < rows.item->n_rows) {
-                float *ml = a.partial_ml + kvl_partial_number(a, *rows.item, in_item) * 2;
-                ml[0] = s.max[m][h];
-                ml[1] = sum;
-            }
-            KVL_UNROLL
-            for (uint32_t j = 0; j < D / 8; j++) {
-                *(float2 *)(mine + r * D + 8 * j + 2 * t) =
-                    make_float2(s.o[m][j][2 * h] * factor, s.o[m][j][2 * h + 1] * factor);
-            }
         }
-        __syncwarp();
-        write_rows(mine, a, rows);
+        float max = of_row(s.max), sum = of_row(s.sum), factor = 1;
+        uint32_t lane = threadIdx.x % 32, r = threadIdx.x / 32 * WARP_ROWS + lane;
+        if (rows.item->partial == KVLI_CU_NONE) {
+            uint32_t head = blockIdx.y * a.gqa + (rows.item->row + r) % a.gqa;
+            factor = kvl_output_factor(a, head, max, sum);
+        } else if (lane < WARP_ROWS && r < rows.item->n_rows) {
+            float *ml = a.partial_ml + kvl_partial_number(a, *rows.item, r) * 2;
+            ml[0] = max;
+            ml[1] = sum;
+        }
+        o_to_quarter(s, smem);
+        write_rows(smem, a, rows, factor);
     }
 
     /* ---- all of it ---- */
@@ -561,35 +582,33 @@ template <class P, uint32_t D> struct kvl_prefill {
         }
     }
 
-    /* The steps of one kind of blocks. False: there were none. */
+    /* All steps over one kind of blocks. False: there were none. */
     KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, kvl_walk_kind kind) {
-        bool packed = P::has_packed && kind == KVL_WALK_PACKED;
-        uint32_t written = rows.span->position + rows.span->n_rows, from = 0;
-        kvl_walk w = kvl_walk_start(rows, kind);
+        const bool packed = P::has_packed && kind == KVL_WALK_PACKED;
+        uint32_t from = 0; /* buffer of the step that is computed */
+        kvl_walk w = kvl_walk_start(rows);
         kvl_step<UNITS> step, next;
-        kvl_walk_step(w, a, rows, next);
-        bool some = false;
+        KVL_UNROLL
+        for (uint32_t u = 0; u < UNITS; u++) step.unit[u] = KVL_NO_UNIT;
+        KVL_ROLLED
         for (;;) {
-            bool more = !kvl_step_is_end(next);
-            if constexpr (P::has_packed) {
-                if (more && packed) issue_packed(buffer(smem, 1), next, a.block_tokens);
-            }
-            if (more && !packed) issue_exact(buffer(smem, from ^ some), next, a.block_tokens, written);
-            kvl_cp_commit();
-            if (some) attend(s, smem, from, step, a, rows, packed);
-            if (!more) return some;
-            from ^= some && !packed;
-            some = true;
-            step = next;
-            kvl_walk_step(w, a, rows, next);
+            kvl_walk_step(w, a, rows, kind, next);
+            bool some = !kvl_step_is_end(step), more = !kvl_step_is_end(next);
             kvl_cp_wait<0>();
             __syncthreads();
             if constexpr (P::has_packed) {
-                if (packed) {
+                if (packed && some) {
                     decode(smem);
                     __syncthreads();
                 }
+                if (packed && more) issue_packed(buffer(smem, 1), next, a.block_tokens);
             }
+            if (more && !packed) issue_exact(buffer(smem, from ^ 1), next, a.block_tokens, rows.span->position + rows.span->n_rows);
+            kvl_cp_commit();
+            if (some) attend(s, smem, from, step, a, rows, packed);
+            if (!more) return some;
+            if (!packed) from ^= 1;
+            step = next;
         }
     }
 
@@ -602,12 +621,12 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (uint32_t kind = P::has_packed ? KVL_WALK_PACKED : KVL_WALK_ALL;;) {
             bool packed = kind == KVL_WALK_PACKED;
             float global = P::k == KVLI_CU_NVFP4 && packed ? a.k_global * KVL_NVFP4_FACTOR : 1;
-            if (kind != KVL_WALK_EXACT || P::k_rotated) load_q(s, smem, a, rows, packed, global);
+            if (kind != KVL_WALK_EXACT || P::k_rotated || P::v_rotated) load_q(s, smem, a, rows, packed, global);
             bool some = walk(s, smem, a, rows, (kvl_walk_kind)kind);
-            if (!packed) break;
-            if (some) finish_packed(s, a.v_global);
+            if (!P::has_packed || !packed) break;
+            if (some) finish_packed(s, smem, a.v_global);
             kind = KVL_WALK_EXACT;
-            __syncthreads(); /* the buffers are free again */
+            __syncthreads(); /* all shared memory is free again */
         }
         finish(s, smem, a, rows);
     }

@@ -86,37 +86,32 @@ KVL_D bool kvl_unit_all_see(const kvl_sight &s, uint32_t unit, uint32_t x_first,
 /* First the blocks of the table, then the own ones; of one class, or all. */
 enum kvl_walk_kind { KVL_WALK_PACKED, KVL_WALK_EXACT, KVL_WALK_ALL };
 struct kvl_walk {
-    kvl_walk_kind kind;
     bool own;
-    uint32_t next, end; /* blocks of the list that are still to be looked up */
-    uint32_t base;      /* lane l knows block base + l */
-    uint32_t bits;      /* of the lanes whose block is to be visited */
-    uint32_t done;      /* tokens of the first such block */
-    uint64_t entry;     /* this lane's */
+    uint32_t next;  /* block of the list that is to be looked up; lane l knows block next - 32 + l */
+    uint32_t bits;  /* of the lanes whose block is to be visited */
+    uint32_t done;  /* tokens of the first such block */
+    uint64_t entry; /* this lane's */
 };
 
 /* From an even block, as two of 16 tokens may be one step. */
-KVL_D kvl_walk kvl_walk_start(const kvl_rows &r, kvl_walk_kind kind) {
-    return kvl_walk{kind, false, r.item->begin & ~1u, r.item->end, 0, 0, 0, 0};
-}
+KVL_D kvl_walk kvl_walk_start(const kvl_rows &r) { return kvl_walk{false, r.item->begin & ~1u, 0, 0, 0}; }
 
 /* Looks up the next 32 blocks, a lane each. False: there are no more. */
-KVL_D bool kvl_walk_look(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r) {
-    if (w.next >= w.end && !w.own && w.kind != KVL_WALK_PACKED) {
+KVL_D bool kvl_walk_look(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_walk_kind kind) {
+    if (w.next >= r.item->end && !w.own && kind != KVL_WALK_PACKED) {
         w.own = true;
         w.next = r.item->own_begin & ~1u;
-        w.end = r.item->own_end;
     }
-    if (w.next >= w.end) return false;
+    uint32_t begin = w.own ? r.item->own_begin : r.item->begin, end = w.own ? r.item->own_end : r.item->end;
+    if (w.next >= end) return false;
     uint32_t b = w.next + threadIdx.x % 32, token = b * a.block_tokens;
     uint32_t at = w.own ? r.span->own + b - r.span->first_own : r.span->table + b;
-    bool here = b < w.end && b >= (w.own ? r.item->own_begin : r.item->begin) &&
+    bool here = b >= begin && b < end &&
                 kvl_any_sees(r.sight, w.own, r.x_first, r.x_last, token, token + a.block_tokens - 1);
     w.entry = here ? a.entries[at] : 0;
     bool exact = w.own || kvl_entry_is_exact(w.entry);
-    bool takes = w.entry != 0 && (w.kind == KVL_WALK_ALL || exact == (w.kind == KVL_WALK_EXACT));
+    bool takes = w.entry != 0 && (kind == KVL_WALK_ALL || exact == (kind == KVL_WALK_EXACT));
     w.bits = __ballot_sync(0xffffffffu, takes);
-    w.base = w.next;
     w.next += 32;
     return true;
 }
@@ -130,7 +125,7 @@ KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, kvl_step<UNI
     KVL_UNROLL
     for (int u = 0; u < UNITS; u++) {
         uint32_t from = pair ? lane + u : lane;
-        uint32_t token = (w.base + from) * a.block_tokens + w.done + (pair ? 0 : u * KVLI_CU_UNIT);
+        uint32_t token = (w.next - 32 + from) * a.block_tokens + w.done + (pair ? 0 : u * KVLI_CU_UNIT);
         s.unit[u] = w.bits >> from & 1 ? token | (w.own ? KVL_UNIT_OWN : 0) : KVL_NO_UNIT;
         s.tiles[u] = kvl_tiles_of(a.pages, __shfl_sync(0xffffffffu, w.entry, from), blockIdx.y);
     }
@@ -143,12 +138,12 @@ KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, kvl_step<UNI
 
 /* The next step of which some row sees something; without units at the end. */
 template <int UNITS>
-KVL_D void kvl_walk_step(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_step<UNITS> &s) {
+KVL_D void kvl_walk_step(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_walk_kind kind, kvl_step<UNITS> &s) {
     for (bool seen = false; !seen;) {
         if (w.bits) {
             kvl_walk_take(w, a, s);
             for (int u = 0; u < UNITS; u++) seen |= kvl_unit_any_sees(r.sight, s.unit[u], r.x_first, r.x_last);
-        } else if (!kvl_walk_look(w, a, r)) {
+        } else if (!kvl_walk_look(w, a, r, kind)) {
             KVL_UNROLL
             for (int u = 0; u < UNITS; u++) s.unit[u] = KVL_NO_UNIT;
             return;

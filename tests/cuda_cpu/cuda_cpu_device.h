@@ -22,6 +22,7 @@
 #define KVL_D static inline
 #define KVL_MEMBER inline
 #define KVL_UNROLL
+#define KVL_ROLLED
 #define KVL_INLINE static inline __attribute__((always_inline))
 
 struct alignas(8) uint2 {
