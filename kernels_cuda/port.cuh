@@ -28,6 +28,13 @@
     extern __shared__ __align__(128) unsigned char kvl_dynamic_shared[]; \
     T *name = (T *)kvl_dynamic_shared
 
+// x, of which the compiler knows nothing: what is computed from it stays where it stands, rather than in a register
+// throughout a loop.
+KVL_D uint32_t kvl_opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // ---- half and bfloat16; a pair's first element is in the low bits ----
 
 KVL_D uint32_t kvl_hmul2(uint32_t a, uint32_t b) {

@@ -128,20 +128,16 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* ---- q ---- */
 
-    /* 8 numbers from e on of a row. aligned: those of all rows can be read as vectors. */
-    KVL_D void load8(const kvli_cu_tensor &t, const kvl_row &row, uint32_t e, bool aligned, float x[8]) {
+    /* Where row r of the item begins in a tensor, in elements. */
+    KVL_D uint64_t row_offset(const kvli_cu_attend_args &a, const kvli_cu_tensor &t, const kvl_rows &rows, uint32_t r) {
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, rows.item->row + r);
+        return row.tensor_row * t.row_stride + row.head * t.head_stride;
+    }
+
+    /* 8 numbers from element `from` on, an aligned place. */
+    KVL_D void load8(const kvli_cu_tensor &t, uint64_t from, float x[8]) {
         bool is_f32 = t.dtype == KVLI_CU_DTYPE_F32;
-        const uint8_t *at = (const uint8_t *)t.data +
-                            (row.tensor_row * t.row_stride + row.head * t.head_stride + e) * (is_f32 ? 4 : 2);
-        if (!aligned) { /* rare: small code rather than fast */
-            KVL_ROLLED
-            for (int i = 0; i < 8; i++) {
-                float y = kvl_tensor_get(t, row.tensor_row, row.head, e + i);
-                KVL_UNROLL
-                for (int j = 0; j < 8; j++) x[j] = j == i ? y : x[j];
-            }
-            return;
-        }
+        const uint8_t *at = (const uint8_t *)t.data + from * (is_f32 ? 4 : 2);
         uint4 v = kvl_ld16(at), more = is_f32 ? kvl_ld16(at + 16) : v;
         const uint32_t w[8] = {v.x, v.y, v.z, v.w, more.x, more.y, more.z, more.w};
         KVL_UNROLL
@@ -196,14 +192,23 @@ template <class P, uint32_t D> struct kvl_prefill {
         uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * WARP_ROWS;
         uint32_t size = a.q.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
         bool aligned = ((a.q.data | a.q.row_stride * size | a.q.head_stride * size) & 15) == 0;
-        float power = 1; /* of row `lane` */
+        uint64_t mine = row_offset(a, a.q, rows, first + lane); /* of row `lane`, as is: */
+        float power = 1;
+        KVL_ROLLED
         for (uint32_t i = 0; i < WARP_ROWS; i += AT_ONCE) {
             float x[AT_ONCE][8] = {};
             KVL_UNROLL
             for (uint32_t j = 0; j < AT_ONCE; j++) {
-                uint32_t r = first + i + j;
-                kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + r);
-                if (r < rows.item->n_rows && lane < PIECES) load8(a.q, row, lane * 8, aligned, x[j]);
+                uint64_t from = __shfl_sync(0xffffffffu, mine, i + j) + lane * 8;
+                if (aligned && first + i + j < rows.item->n_rows && lane < PIECES) load8(a.q, from, x[j]);
+            }
+            KVL_ROLLED
+            for (uint32_t n = aligned ? AT_ONCE * 8 : 0; n < AT_ONCE * 8; n++) { /* rare: small code, not fast */
+                uint64_t from = __shfl_sync(0xffffffffu, mine, i + n / 8) + lane * 8 + n % 8;
+                bool here = first + i + n / 8 < rows.item->n_rows && lane < PIECES;
+                float y = here ? kvl_number_at(a.q, from) : 0;
+                KVL_UNROLL
+                for (uint32_t j = 0; j < AT_ONCE * 8; j++) x[j / 8][j % 8] = j == n ? y : x[j / 8][j % 8];
             }
             KVL_UNROLL
             for (uint32_t j = 0; j < AT_ONCE; j++) {
@@ -249,8 +254,8 @@ template <class P, uint32_t D> struct kvl_prefill {
     KVL_D void issue_packed(uint8_t *dst, const kvl_step<UNITS> &step, uint32_t T) {
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
-            uint32_t row = kvl_unit_token(step.unit[u]) % T;
-            bool valid = step.unit[u] != KVL_NO_UNIT;
+            uint32_t row = (step.token + u * KVLI_CU_UNIT) % T;
+            bool valid = step.has(u);
             copy_packed<raw_k>(dst + u * RAW_UNIT, step.tiles[u].k, row, T, valid);
             copy_packed<raw_v>(dst + u * RAW_UNIT + raw_k::BYTES, step.tiles[u].v, row, T, valid);
         }
@@ -258,16 +263,17 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* Exact units. Rows that are absent or not yet written become zeros: a weight of 0 does not take a NaN away. */
     KVL_D void issue_exact(uint8_t *dst, const kvl_step<UNITS> &step, uint32_t T, uint32_t written) {
+        uint32_t thread = kvl_opaque(threadIdx.x);
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
-            uint32_t token = kvl_unit_token(step.unit[u]), row = token % T;
+            uint32_t token = step.token + u * KVLI_CU_UNIT, row = token % T, end = step.has(u) ? written : 0;
             KVL_UNROLL
             for (uint32_t i = 0; i < KVLI_CU_UNIT * PIECES; i += THREADS) {
-                uint32_t at = i + threadIdx.x, r = at / PIECES;
+                uint32_t at = i + thread, r = at / PIECES;
                 if (at >= KVLI_CU_UNIT * PIECES) break;
                 uint32_t to = swizzled(u * KVLI_CU_UNIT + r, at % PIECES), from = row * D * 2 + at * 16;
-                kvl_cp_async16(dst + to, step.tiles[u].k + from, token + r < written);
-                kvl_cp_async16(dst + TILE_BYTES + to, step.tiles[u].v + from, token + r < written);
+                kvl_cp_async16(dst + to, step.tiles[u].k + from, token + r < end);
+                kvl_cp_async16(dst + TILE_BYTES + to, step.tiles[u].v + from, token + r < end);
             }
         }
     }
@@ -298,7 +304,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     KVL_D void q_times_k(scores &c, const uint8_t *q, const uint8_t *k) {
-        uint32_t lane = threadIdx.x % 32;
+        uint32_t lane = kvl_opaque(threadIdx.x % 32);
         uint32_t q_at = swizzled(lane % 16, lane / 16), k_at = swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         KVL_UNROLL
         for (uint32_t d = 0; d < D / 16; d++) {
@@ -319,7 +325,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     KVL_D void p_times_v(state &s, const uint32_t p[TILES][UNITS][4], const uint8_t *v) {
-        uint32_t lane = threadIdx.x % 32, v_at = swizzled(lane % 16, lane / 16);
+        uint32_t lane = kvl_opaque(threadIdx.x % 32), v_at = swizzled(lane % 16, lane / 16);
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
             KVL_UNROLL
@@ -373,8 +379,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (uint32_t r = 0; r < TILES * 2; r++) x[r] = kvl_position(a, rows, first + r * 8);
         KVL_UNROLL
         for (uint32_t n = 0; n < STEP / 4; n++) {
-            uint32_t unit = step.unit[n / 4], token = kvl_unit_token(unit) + n % 4 / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
-            kvl_range by = kvl_seen_by(rows.sight, kvl_unit_is_own(unit), token);
+            uint32_t token = step.token + n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
+            kvl_range by = kvl_seen_by(rows.sight, step.own(), step.has(n / 4) ? token : KVL_NO_TOKEN);
             KVL_UNROLL
             for (uint32_t r = 0; r < TILES * 2; r++) {
                 if (x[r] < by.first || x[r] > by.last) c[r / 2][n / 2][r % 2 * 2 + n % 2] = -INFINITY;
@@ -411,19 +417,13 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     KVL_D void attend(state &s, uint8_t *smem, uint32_t from, const kvl_step<UNITS> &step,
                       const kvli_cu_attend_args &a, const kvl_rows &rows, bool packed) {
-        bool any = false, all = true;
-        KVL_UNROLL
-        for (uint32_t u = 0; u < UNITS; u++) {
-            any |= kvl_unit_any_sees(rows.sight, step.unit[u], s.x_first, s.x_last);
-            all &= kvl_unit_all_see(rows.sight, step.unit[u], s.x_first, s.x_last);
-        }
-        if (!any || s.x_first > s.x_last) return;
+        if (s.x_first > s.x_last || !kvl_step_any_sees(rows.sight, step, s.x_first, s.x_last)) return;
         const uint8_t *k = buffer(smem, from);
         scores c = {};
         q_times_k(c, smem + threadIdx.x / 32 * WARP_ROWS * D * 2, k);
         if (raw_k::IS_PER_TOKEN && packed) scale_tokens(c, k_scales(smem));
         if (a.softcap != 0) cap(c, s, a.softcap);
-        if (!all) hide(c, a, rows, step);
+        if (!kvl_step_all_see(rows.sight, step, s.x_first, s.x_last)) hide(c, a, rows, step);
         raise_max(s, c);
         uint32_t p[TILES][UNITS][4];
         each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t n, uint32_t column) {
@@ -518,16 +518,14 @@ template <class P, uint32_t D> struct kvl_prefill {
         uint32_t first = threadIdx.x / 32 * WARP_ROWS, dtype = partial ? (uint32_t)KVLI_CU_DTYPE_F32 : a.out.dtype;
         uint32_t size = dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
         bool aligned = partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
+        uint64_t data = partial ? (uint64_t)a.partial_o : a.out.data, mine = row_offset(a, a.out, rows, first + threadIdx.x % 32);
+        if (partial) mine = kvl_partial_number(a, *rows.item, first + threadIdx.x % 32) * D;
         KVL_ROLLED
         for (uint32_t i = threadIdx.x % 32; i < WARP_ROWS * PIECES; i += 32) {
             uint32_t r = i / PIECES, e = i % PIECES * 8;
+            uint64_t at = __shfl_sync(0xffffffffu, mine, r) + e;
             float f = __shfl_sync(0xffffffffu, factor, r);
-            if (first + r >= rows.item->n_rows) continue;
-            kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + first + r);
-            uint64_t at = partial ? kvl_partial_number(a, *rows.item, first + r) * D
-                                  : row.tensor_row * a.out.row_stride + row.head * a.out.head_stride;
-            uint64_t data = partial ? (uint64_t)a.partial_o : a.out.data;
-            store8(data, at + e, dtype, aligned, quarter(smem) + i * 8, f);
+            if (first + r < rows.item->n_rows) store8(data, at, dtype, aligned, quarter(smem) + i * 8, f);
         }
     }
 
@@ -585,15 +583,15 @@ template <class P, uint32_t D> struct kvl_prefill {
     /* All steps over one kind of blocks. False: there were none. */
     KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, kvl_walk_kind kind) {
         const bool packed = P::has_packed && kind == KVL_WALK_PACKED;
+        const uint32_t written = kvl_written(a, rows);
         uint32_t from = 0; /* buffer of the step that is computed */
         kvl_walk w = kvl_walk_start(rows);
         kvl_step<UNITS> step, next;
-        KVL_UNROLL
-        for (uint32_t u = 0; u < UNITS; u++) step.unit[u] = KVL_NO_UNIT;
+        step.flags = 0;
         KVL_ROLLED
         for (;;) {
             kvl_walk_step(w, a, rows, kind, next);
-            bool some = !kvl_step_is_end(step), more = !kvl_step_is_end(next);
+            bool some = step.flags != 0, more = next.flags != 0;
             kvl_cp_wait<0>();
             __syncthreads();
             if constexpr (P::has_packed) {
@@ -603,7 +601,7 @@ template <class P, uint32_t D> struct kvl_prefill {
                 }
                 if (packed && more) issue_packed(buffer(smem, 1), next, a.block_tokens);
             }
-            if (more && !packed) issue_exact(buffer(smem, from ^ 1), next, a.block_tokens, rows.span->position + rows.span->n_rows);
+            if (more && !packed) issue_exact(buffer(smem, from ^ 1), next, a.block_tokens, written);
             kvl_cp_commit();
             if (some) attend(s, smem, from, step, a, rows, packed);
             if (!more) return some;
