@@ -152,8 +152,8 @@ KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_rows &rows, const
     uint32_t lane = threadIdx.x % 32, n_rows = rows.item->n_rows;
     float to_score = a.softcap != 0 ? 2 * KVL_LOG2E * a.scale / a.softcap : a.scale * KVL_LOG2E;
     float packed_factor = P::k == KVLI_CU_NVFP4 ? to_score * KVL_NVFP4_FACTOR * a.k_global : to_score;
-    KVL_NO_UNROLL for (uint32_t i = threadIdx.x; i < N * D; i += 32 * KVL_WARPS) s.sum[i] = 0;
-    KVL_NO_UNROLL for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
+    KVL_ROLLED for (uint32_t i = threadIdx.x; i < N * D; i += 32 * KVL_WARPS) s.sum[i] = 0;
+    KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
         kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + (r < n_rows ? r : n_rows - 1));
         kvl_spread<D> x;
         KVL_UNROLL for (uint32_t i = 0; i < x.count; i++) {
@@ -279,7 +279,7 @@ template <class P, uint32_t D> struct kvl_ring {
         under_way = in = out = parity = 0;
         if constexpr (KVL_ARCH >= 900) {
             if (threadIdx.x % 32 == 0) {
-                KVL_NO_UNROLL for (uint32_t i = 0; i < n; i++) kvl_mbar_init(&slot(i)->barrier, 1);
+                KVL_ROLLED for (uint32_t i = 0; i < n; i++) kvl_mbar_init(&slot(i)->barrier, 1);
                 kvl_mbar_fence();
             }
             __syncwarp();
@@ -310,7 +310,7 @@ template <class P, uint32_t D> struct kvl_ring {
     /* Starts the copies of further units until every slot is in use. */
     KVL_MEMBER void fill(kvl_unit_walk &walk, const kvli_cu_attend_args &a, const kvl_rows &rows, uint32_t pass) {
         kvl_unit unit;
-        KVL_NO_UNROLL while (under_way < stages && walk.template take<P, D>(a, rows, pass, &unit)) {
+        KVL_ROLLED while (under_way < stages && walk.template take<P, D>(a, rows, pass, &unit)) {
             kvl_slot *to = slot(in);
             if (threadIdx.x % 32 == 0) {
                 to->token = unit.token, to->flags = (unit.own ? 1 : 0) | (unit.exact ? 2 : 0);
@@ -628,7 +628,7 @@ KVL_D void kvl_add_exact(const kvl_unit &unit, const uint32_t p[N / 8][2], uint3
 template <uint32_t V, uint32_t D> KVL_D void kvl_zero_unseen(const kvl_unit &unit, uint32_t seen) {
     constexpr uint32_t row = kvli_cu_row_bytes(V, D);
     if (seen == 0xffff) return;
-    KVL_NO_UNROLL for (uint32_t at = threadIdx.x % 32 * 16; at < KVL_UNIT * row; at += 512) {
+    KVL_ROLLED for (uint32_t at = threadIdx.x % 32 * 16; at < KVL_UNIT * row; at += 512) {
         if (!(seen >> at / row & 1)) kvl_st16((uint8_t *)unit.v + at, make_uint4(0, 0, 0, 0));
     }
     __syncwarp();
@@ -765,7 +765,7 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_fold(const kvl_shared<
             sums.o[j][i / 2][i % 2 + 2] *= shrink;
         }
     }
-    KVL_NO_UNROLL for (uint32_t w = 0; w < KVL_WARPS; w++) {
+    KVL_ROLLED for (uint32_t w = 0; w < KVL_WARPS; w++) {
         if (w == warp) kvl_add_warp<P::v>(shared.sum, sums, keep);
         __syncthreads();
     }
@@ -779,7 +779,7 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_fold(const kvl_shared<
 /* Turns the sums of packed blocks back. */
 template <class P, uint32_t D, uint32_t N> KVL_D void kvl_rotate_sums(const kvl_shared<P, D, N> &shared) {
     uint32_t lane = threadIdx.x % 32;
-    KVL_NO_UNROLL for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
+    KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
         kvl_spread<D> row;
         KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) {
             row.x[i] = kvl_spread_has<D>(lane, i) ? shared.sum[kvl_sum_index<D>(r, lane + 32 * i)] : 0;
@@ -797,13 +797,13 @@ template <class P, uint32_t D, uint32_t N>
 KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &shared) {
     const kvli_cu_item &item = *rows.item;
     bool whole = item.partial == KVLI_CU_NONE;
-    KVL_NO_UNROLL for (uint32_t r = threadIdx.x / 32; r < item.n_rows; r += KVL_WARPS) {
+    KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < item.n_rows; r += KVL_WARPS) {
         uint32_t lane = threadIdx.x % 32;
         kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, item.row + r);
         uint64_t partial = kvl_partial_number(a, item, r);
         float m = shared.total_m[r], l = shared.total_l[r], factor = whole ? kvl_output_factor(a, row.head, m, l) : 1;
         if (!whole && lane < 2) a.partial_ml[2 * partial + lane] = lane ? l : m;
-        KVL_NO_UNROLL for (uint32_t e = lane; e < D; e += 32) {
+        KVL_ROLLED for (uint32_t e = lane; e < D; e += 32) {
             float x = shared.sum[kvl_sum_index<D>(r, e)] * factor;
             if (whole) kvl_tensor_set(a.out, row.tensor_row, row.head, e, x);
             else a.partial_o[partial * D + e] = x;
@@ -818,7 +818,7 @@ template <class P, uint32_t D, uint32_t N>
 KVL_D void kvl_pass(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &shared, uint32_t pass,
                     kvl_unit_walk &walk, kvl_ring<P, D> &ring, kvl_queries<P::k, D, N> &q, kvl_sums<D, N> &sums) {
     bool prepared = pass > 0;
-    KVL_NO_UNROLL for (;;) {
+    KVL_ROLLED for (;;) {
         kvl_unit unit = {};
         bool there;
         if constexpr (KVL_ARCH >= 800) {
@@ -855,7 +855,7 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_decode(const kvli_cu_a
     kvl_queries<P::k, D, N> q;
     kvl_sums<D, N> sums;
     if constexpr (KVL_ARCH >= 800) ring.start(shared.ring, a.stages);
-    KVL_NO_UNROLL for (uint32_t pass = 0;; pass++) {
+    KVL_ROLLED for (uint32_t pass = 0;; pass++) {
         walk.start();
         kvl_clear(sums);
         kvl_pass(a, rows, shared, pass, walk, ring, q, sums);

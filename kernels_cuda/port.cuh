@@ -18,7 +18,7 @@
 #define KVL_D static __device__ __forceinline__
 #define KVL_MEMBER __device__ __forceinline__ // KVL_D of functions in a struct
 #define KVL_UNROLL _Pragma("unroll")
-#define KVL_NO_UNROLL _Pragma("unroll 1")
+#define KVL_ROLLED _Pragma("unroll 1")
 // A kernel with one struct as its parameter, `a`.
 #define KVL_KERNEL(name, threads, min_blocks_per_sm, Args)                   \
     extern "C" __global__ void __launch_bounds__(threads, min_blocks_per_sm) \
@@ -27,6 +27,13 @@
 #define KVL_DYN_SMEM(T, name)                                            \
     extern __shared__ __align__(128) unsigned char kvl_dynamic_shared[]; \
     T *name = (T *)kvl_dynamic_shared
+
+// x, of which the compiler knows nothing: what is computed from it stays where it stands, rather than in a register
+// throughout a loop.
+KVL_D uint32_t kvl_opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // ---- half and bfloat16; a pair's first element is in the low bits ----
 
