@@ -154,7 +154,7 @@ KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_rows &rows, const
     float packed_factor = P::k == KVLI_CU_NVFP4 ? to_score * KVL_NVFP4_FACTOR * a.k_global : to_score;
     KVL_ROLLED for (uint32_t i = threadIdx.x; i < N * D; i += 32 * KVL_WARPS) s.sum[i] = 0;
     KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
-        kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + (r < n_rows ? r : n_rows - 1));
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, rows.item->row + (r < n_rows ? r : n_rows - 1));
         kvl_spread<D> x;
         KVL_UNROLL for (uint32_t i = 0; i < x.count; i++) {
             bool has = r < n_rows && kvl_spread_has<D>(lane, i);
@@ -211,7 +211,7 @@ struct kvl_unit_walk {
         uint64_t entry = 0;
         if (unit < units && kvl_any_sees(rows.sight, own, rows.x_first, rows.x_last, first, first + KVL_UNIT - 1)) {
             uint32_t block = first / a.block_tokens;
-            entry = a.entries[own ? rows.span->own + block - rows.span->first_own : rows.span->table + block];
+            entry = a.entries[own ? kvl_span_of(a, rows).own + block - kvl_span_of(a, rows).first_own : kvl_span_of(a, rows).table + block];
         }
         bool exact = kvl_entry_is_exact(entry);
         k = (uint64_t)kvl_tiles_of(a.pages, entry, blockIdx.y).k;
@@ -799,7 +799,7 @@ KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_rows &rows, const k
     bool whole = item.partial == KVLI_CU_NONE;
     KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < item.n_rows; r += KVL_WARPS) {
         uint32_t lane = threadIdx.x % 32;
-        kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, item.row + r);
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, item.row + r);
         uint64_t partial = kvl_partial_number(a, item, r);
         float m = shared.total_m[r], l = shared.total_l[r], factor = whole ? kvl_output_factor(a, row.head, m, l) : 1;
         if (!whole && lane < 2) a.partial_ml[2 * partial + lane] = lane ? l : m;
