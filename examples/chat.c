@@ -509,6 +509,9 @@ static bool open_all(program *p, char *err, size_t n) {
     kvl_can_fit(p->cache, 1, 1, &fit);
     p->limit = (uint32_t)fit.max_tokens;
     p->n_branches = 1;
+    char backend[LLM_ERR_LEN * 2];
+    runtime_backend_line(&p->rt, backend, sizeof backend);
+    note(p, "%s", backend);
     return set_system(p, current(p), p->system_text, err, n) && catch_interrupts(err, n);
 }
 

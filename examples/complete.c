@@ -158,6 +158,9 @@ static bool open_cache(program *p, char *err, size_t n) {
     r = kvl_sched_submit(p->sched, &request, &handle);
     if (r != KVL_OK) return llm_fail(err, n, "%s: %s", kvl_result_name(r), kvl_result_text(r));
     kvl_sched_close(p->sched);
+    char backend[LLM_ERR_LEN * 2];
+    runtime_backend_line(&p->rt, backend, sizeof backend);
+    fprintf(stderr, "complete: %s\n", backend);
     return true;
 }
 

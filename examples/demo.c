@@ -436,6 +436,10 @@ static bool live(program *p, char *err, size_t n) {
     engine_desc d = {
         .cache = p->o.cache, .step_tokens = RUN_CHUNKED_STEP, .sched = {.max_gap_ms = p->r.max_gap_ms}};
     if (!engine_open(&p->e, &p->rt, &d, DEMO_CHATS, err, n)) return false;
+    char backend[LLM_ERR_LEN * 2];
+    runtime_backend_line(&p->rt, backend, sizeof backend);
+    fprintf(p->log, "demo: %s\n", backend);
+    fflush(p->log);
     if (p->live_view) view_open(&p->v);
     bool ok = converse(p, err, n);
     if (p->live_view) {

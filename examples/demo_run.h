@@ -56,9 +56,9 @@ static bool engine_open(engine *e, runtime *rt, const engine_desc *d, uint32_t n
     e->streams = calloc(n_streams, sizeof *e->streams);
     if (!e->streams) return llm_fail(err, n, "no memory for %u streams", n_streams);
     e->n_streams = n_streams;
-    runtime smaller = *rt; /* the cache needs scratch for its own steps alone */
-    smaller.step_tokens = d->step_tokens;
-    if (!runtime_cache(&smaller, &d->cache, &e->cache, err, n)) return engine_close(e), false;
+    runtime_cache_desc c = d->cache;
+    c.step_tokens = d->step_tokens; /* the cache needs scratch for its own steps alone */
+    if (!runtime_cache(rt, &c, &e->cache, err, n)) return engine_close(e), false;
     kvl_result r = kvl_sched_create(e->cache, &d->sched, &e->sched);
     if (r != KVL_OK) {
         llm_fail(err, n, "%s: %s", kvl_result_name(r), kvl_last_error(e->cache));

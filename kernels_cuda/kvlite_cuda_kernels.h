@@ -15,6 +15,15 @@
 
 #define KVLI_CU_NONE 0xffffffffu
 
+/* Functions for both sides; constant expressions where the language has them. */
+#if defined(__CUDACC__)
+#define KVLI_CU_FN static __host__ __device__ constexpr
+#elif defined(__cplusplus) && __cplusplus >= 201402L
+#define KVLI_CU_FN static constexpr
+#else
+#define KVLI_CU_FN static inline
+#endif
+
 /* An entry of a block table: the address of a block (a multiple of 128) with flags in its low bits. 0: no block
    (behind a window). A slot of the step's exact scratch holds one layer's tiles alone: no layer offset is added. */
 enum { KVLI_CU_EXACT = 1, KVLI_CU_SCRATCH = 2, KVLI_CU_FLAGS = 127 };
@@ -32,6 +41,24 @@ enum {
     KVLI_CU_INT4_CHANNEL
 };
 enum { KVLI_CU_DTYPE_F32 = 0, KVLI_CU_DTYPE_F16, KVLI_CU_DTYPE_BF16 };
+
+/* A tile: block_tokens rows of row_bytes, then what scales them: for each token, or for each channel f16 scales, then f16
+   zeros; padded to a multiple of 128. */
+KVLI_CU_FN uint32_t kvli_cu_row_bytes(uint32_t format, uint32_t dim) {
+    return format == KVLI_CU_F32                                 ? 4 * dim
+           : format == KVLI_CU_F16 || format == KVLI_CU_BF16     ? 2 * dim
+           : format == KVLI_CU_INT8 || format == KVLI_CU_INT8_CHANNEL || format == KVLI_CU_FP8_E4M3 ? dim
+                                                                 : dim / 2;
+}
+KVLI_CU_FN uint32_t kvli_cu_token_scale_bytes(uint32_t format, uint32_t dim) {
+    return format == KVLI_CU_INT8 || format == KVLI_CU_FP8_E4M3 ? 2
+           : format == KVLI_CU_NVFP4                            ? dim / 16
+           : format == KVLI_CU_INT4                             ? (dim + 63) / 64 * 4
+                                                                : 0;
+}
+KVLI_CU_FN uint32_t kvli_cu_channel_scale_bytes(uint32_t format, uint32_t dim) {
+    return format == KVLI_CU_INT8_CHANNEL || format == KVLI_CU_INT4_CHANNEL ? 4 * dim : 0;
+}
 
 /* q, k, v or out: [rows][heads][dim]; element (r, h, e) at data + (r * row_stride + h * head_stride + e) * size. Not
    aligned to more than an element. */
@@ -120,11 +147,12 @@ typedef struct kvli_cu_attend_args {
     float *partial_ml;        /* [partials][2] m, l */
     kvli_cu_tensor q, out;
     kvli_cu_pages pages;
-    uint32_t first_item, end_item; /* of items or merges in this launch; end_item is lowered to the count */
+    uint32_t first_item, end_item; /* of items or merges in this launch; end_item is lowered to the
+                                    count: decodes (plain, too), prefills or merges */
     uint32_t block_tokens, n_q_heads, n_kv_heads, gqa, dim;
     uint32_t window, sink_tokens; /* window 0 = none */
     uint32_t exact;               /* format of exact tiles */
-    uint32_t stages;              /* decode: depth of a warp's ring, 2..4 */
+    uint32_t stages;              /* decode: depth of a warp's ring: 0 below sm_80, else 1..4 */
     float scale, softcap;
     float k_global, v_global; /* NVFP4 */
 } kvli_cu_attend_args;
@@ -167,12 +195,40 @@ enum {
     KVLI_CU_UNIT = 16,        /* tokens that a warp takes at once */
     KVLI_CU_DECODE_ROWS = 16, /* packed rows of a decode item: 8 or 16 by kernel */
     KVLI_CU_PREFILL_WARPS = 4,
-    KVLI_CU_PREFILL_ROWS = 64, /* packed rows of a prefill item */
     KVLI_CU_PLAIN_THREADS = 128,
     KVLI_CU_PLAIN_ROWS = 8, /* packed rows of a plain item */
     KVLI_CU_MERGE_THREADS = 128,
     KVLI_CU_COPY_THREADS = 256
 };
+
+/* kvl_decode_*: dynamic shared memory. A slot of a warp's ring holds a unit's packed bytes: 16 of its own, K rows, K scales,
+   V rows, V scales. After WARPS * stages of them come n x dim sums (f32), query rows (f16, padded by 4; with NVFP4 keys
+   twice: rotated, then plain) and 12 n + 4 numbers about rows and warps. */
+KVLI_CU_FN uint32_t kvli_cu_decode_slot(uint32_t k_format, uint32_t v_format, uint32_t dim) {
+    return 16 + KVLI_CU_UNIT * (kvli_cu_row_bytes(k_format, dim) + kvli_cu_row_bytes(v_format, dim)) +
+           KVLI_CU_UNIT * (kvli_cu_token_scale_bytes(k_format, dim) + kvli_cu_token_scale_bytes(v_format, dim)) +
+           kvli_cu_channel_scale_bytes(k_format, dim);
+}
+KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, uint32_t dim, uint32_t stages, uint32_t n) {
+    return KVLI_CU_DECODE_WARPS * stages * kvli_cu_decode_slot(k_format, v_format, dim) + n * dim * 4 +
+           (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (12 * n + 4) * 4;
+}
+
+/* Prefill: the most packed rows of an item, the tokens it takes at once, and its shared memory: q, and two buffers of K
+   and V, all as 16-bit numbers (of packed blocks' bytes and what they are decoded to, one each). At most 64 KB. */
+KVLI_CU_FN uint32_t kvli_cu_prefill_rows(uint32_t dim) { return dim <= 128 ? 128 : 64; }
+KVLI_CU_FN uint32_t kvli_cu_prefill_step(uint32_t dim) { return dim <= 128 ? 32 : 16; }
+KVLI_CU_FN uint32_t kvli_cu_prefill_smem(uint32_t dim) {
+    return (kvli_cu_prefill_rows(dim) + 4 * kvli_cu_prefill_step(dim)) * dim * 2;
+}
+
+/* Plain: floats from one row of q or K to the next (4 apart, so that 16 rows stand in different banks), and shared
+   memory: q, K of a unit, weights, and three numbers a row. */
+KVLI_CU_FN uint32_t kvli_cu_plain_stride(uint32_t dim) { return (dim + 31) / 32 * 32 + 4; }
+KVLI_CU_FN uint32_t kvli_cu_plain_smem(uint32_t dim) {
+    return 4 * ((KVLI_CU_PLAIN_ROWS + KVLI_CU_UNIT) * kvli_cu_plain_stride(dim) +
+                KVLI_CU_PLAIN_ROWS * (KVLI_CU_UNIT + 3));
+}
 
 #endif
 

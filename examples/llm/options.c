@@ -85,6 +85,7 @@ bool args_bytes(args *a, uint64_t *value, char *err, size_t err_len) {
 
 const char options_help[] =
     "  -m FILE          model, a GGUF file (required)\n"
+    "  --backend NAME   where the KV cache lives: auto cuda cpu (default auto: cuda where it works)\n"
     "  --threads N      threads (default: one for each processor)\n"
     "  --act int8|f32   activations (default int8; f32 is slower and exact)\n"
     "  --kv NAME|FILE   KV format: f32 f16 bf16 int8 int8+ fp8 nvfp4 balanced int4 (default int8),\n"
@@ -136,6 +137,21 @@ static bool take_format(args *a, kvl_format *format, char *err, size_t err_len) 
                     known);
 }
 
+static bool take_backend(options *o, args *a, char *err, size_t err_len) {
+    static const struct {
+        const char *name;
+        kvl_backend_kind kind;
+    } all[] = {{"auto", KVL_BACKEND_AUTO}, {"cuda", KVL_BACKEND_CUDA}, {"cpu", KVL_BACKEND_CPU}};
+    const char *name;
+    if (!args_value(a, &name, err, err_len)) return false;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (strcmp(name, all[i].name) != 0) continue;
+        o->runtime.backend = all[i].kind;
+        return true;
+    }
+    return llm_fail(err, err_len, "%s '%.40s' is unknown; there are: auto cuda cpu", a->name, name);
+}
+
 static bool take_act(options *o, args *a, char *err, size_t err_len) {
     const char *name;
     if (!args_value(a, &name, err, err_len)) return false;
@@ -152,6 +168,7 @@ bool options_take(options *o, args *a, bool *taken, char *err, size_t err_len) {
     uint64_t n = 0;
     *taken = true;
     if (args_is(a, "-m") || args_is(a, "--model")) return args_value(a, &o->runtime.path, err, err_len);
+    if (args_is(a, "--backend")) return take_backend(o, a, err, err_len);
     if (args_is(a, "--act")) return take_act(o, a, err, err_len);
     if (args_is(a, "--kv")) return take_kv(o, a, err, err_len);
     if (args_is(a, "--kv-k")) return take_format(a, &o->cache.k_format, err, err_len);

@@ -45,6 +45,17 @@ static uint64_t fingerprint(const runtime *rt, weights_mode act) {
     return hash_number(hash_number(h, c->n_kv_heads), act);
 }
 
+static bool make_context(runtime *rt, kvl_backend_kind backend, kvl_context **out, char *err,
+                         size_t err_len) {
+    kvl_context_desc d = {.backend = backend,
+                          .n_threads = pool_threads(rt->threads),
+                          .parallel_for = pool_parallel_for,
+                          .user = rt->threads,
+                          .error = err,
+                          .error_size = err_len};
+    return kvl_context_create(&d, out) == KVL_OK;
+}
+
 static bool load_parts(runtime *rt, const runtime_desc *d, char *err, size_t err_len) {
     if (!gguf_open(d->path, &rt->file, err, err_len)) return false;
     rt->threads = pool_create(d->n_threads);
@@ -59,12 +70,8 @@ static bool load_parts(runtime *rt, const runtime_desc *d, char *err, size_t err
                         tokenizer_vocab_size(rt->tok), rt->config->n_vocab);
     if (!rt->config->n_ctx) return llm_fail(err, err_len, "llama.context_length is 0");
     rt->fingerprint = fingerprint(rt, d->act);
-    kvl_context_desc cd = {.n_threads = pool_threads(rt->threads),
-                           .parallel_for = pool_parallel_for,
-                           .user = rt->threads,
-                           .error = err,
-                           .error_size = err_len};
-    return kvl_context_create(&cd, &rt->context) == KVL_OK;
+    rt->backend = d->backend;
+    return make_context(rt, d->backend, &rt->context, err, err_len);
 }
 
 bool runtime_load(runtime *rt, const runtime_desc *desc, char *err, size_t err_len) {
@@ -80,6 +87,7 @@ bool runtime_load(runtime *rt, const runtime_desc *desc, char *err, size_t err_l
 
 void runtime_free(runtime *rt) {
     kvl_context_destroy(rt->context);
+    kvl_context_destroy(rt->passed_over);
     tokenizer_free(rt->tok);
     model_free(rt->model);
     pool_destroy(rt->threads);
@@ -115,7 +123,7 @@ static kvl_cache_desc cache_desc(const runtime *rt, const runtime_cache_desc *d,
                                          .fingerprint = rt->fingerprint},
                             .device_bytes = d->device_bytes,
                             .max_seq_tokens = seq_tokens,
-                            .max_step_tokens = rt->step_tokens};
+                            .max_step_tokens = d->step_tokens ? d->step_tokens : rt->step_tokens};
 }
 
 /* Does a budget hold n sequences of so many tokens? NO_BLOCKS and NEVER_FITS: it does not. */
@@ -154,19 +162,20 @@ static kvl_result find_budget(const kvl_cache_desc *desc, uint32_t n, uint32_t t
     return r;
 }
 
-static bool refuse_budget(const kvl_cache_desc *desc, uint32_t tokens, char *err, size_t err_len) {
+static void refuse_budget(const kvl_cache_desc *desc, uint32_t tokens, char *err, size_t err_len) {
     uint64_t need;
     if (find_budget(desc, 1, tokens, &need) != KVL_OK)
-        return llm_fail(err, err_len, "a KV budget of %" PRIu64 " bytes does not hold %u tokens",
-                        desc->device_bytes, tokens);
-    return llm_fail(err, err_len,
-                    "a KV budget of %" PRIu64
-                    " bytes does not hold a sequence of %u tokens: it takes %" PRIu64 " (%.1f MiB)",
-                    desc->device_bytes, tokens, need, (double)need / (1 << 20));
+        llm_fail(err, err_len, "a KV budget of %" PRIu64 " bytes does not hold %u tokens", desc->device_bytes,
+                 tokens);
+    else
+        llm_fail(err, err_len,
+                 "a KV budget of %" PRIu64 " bytes does not hold a sequence of %u tokens: it takes %" PRIu64
+                 " (%.1f MiB)",
+                 desc->device_bytes, tokens, need, (double)need / (1 << 20));
 }
 
-static bool make_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err,
-                       size_t err_len) {
+static kvl_result make_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err,
+                             size_t err_len) {
     uint32_t n_ctx = rt->config->n_ctx, seq_tokens = desc->seq_tokens, n = desc->n_sequences;
     if (!seq_tokens || seq_tokens > n_ctx) seq_tokens = n_ctx;
     uint32_t least = desc->least_tokens && desc->least_tokens < seq_tokens ? desc->least_tokens : seq_tokens;
@@ -181,13 +190,32 @@ static bool make_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **
         *out = NULL;
         r = KVL_NO_BLOCKS;
     }
-    if (r == KVL_NO_BLOCKS) return refuse_budget(&d, least, err, err_len);
+    if (r == KVL_NO_BLOCKS) refuse_budget(&d, least, err, err_len);
+    return r;
+}
+
+/* Nobody asked for this backend: the CPU has all formats. */
+static bool pass_over(runtime *rt, char *err, size_t err_len) {
+    kvl_context *cpu;
+    snprintf(rt->why_passed_over, sizeof rt->why_passed_over, "%s: %s", kvl_context_backend(rt->context),
+             err);
+    if (!make_context(rt, KVL_BACKEND_CPU, &cpu, err, err_len)) return false;
+    rt->passed_over = rt->context; /* caches may live in it */
+    rt->context = cpu;
+    return true;
+}
+
+static bool make_cache_somewhere(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err,
+                                 size_t err_len) {
+    kvl_result r = make_cache(rt, desc, out, err, err_len);
+    if (r == KVL_UNSUPPORTED && rt->backend == KVL_BACKEND_AUTO && !rt->passed_over)
+        r = pass_over(rt, err, err_len) ? make_cache(rt, desc, out, err, err_len) : r;
     return r == KVL_OK;
 }
 
 bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len) {
     *out = NULL;
-    if (!desc->kv_file) return make_cache(rt, desc, out, err, err_len);
+    if (!desc->kv_file) return make_cache_somewhere(rt, desc, out, err, err_len);
     runtime_cache_desc d = *desc;
     kv_file f;
     if (!kv_file_read(desc->kv_file, rt->config->n_layers, &f, err, err_len)) return false;
@@ -195,9 +223,26 @@ bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out,
     d.sink_blocks = f.sink_blocks;
     d.block_tokens = f.block_tokens;
     d.layers = f.layers;
-    bool ok = make_cache(rt, &d, out, err, err_len);
+    bool ok = make_cache_somewhere(rt, &d, out, err, err_len);
     kv_file_free(&f);
     return ok;
+}
+
+/* The lines of a report but for that of the backend named. */
+static void append_reasons(const char *report, const char *but, char *line, size_t n) {
+    while (*report) {
+        size_t len = strcspn(report, "\n"), at = strlen(line), name = strcspn(report, ":");
+        if (len && (strncmp(report, but, name) != 0 || (but[name] && but[name] != ' ')))
+            snprintf(line + at, n - at, "; %.*s", (int)len, report);
+        report += len + (report[len] == '\n');
+    }
+}
+
+void runtime_backend_line(const runtime *rt, char *line, size_t n) {
+    const char *backend = kvl_context_backend(rt->context);
+    snprintf(line, n, "backend %s", backend);
+    append_reasons(rt->why_passed_over, backend, line, n);
+    append_reasons(kvl_context_report(rt->context), backend, line, n);
 }
 
 uint64_t runtime_contiguous_bytes(const runtime *rt, uint64_t n_tokens) {
@@ -236,9 +281,9 @@ static bool reserve_logits(runtime *rt, uint32_t n, char *err, size_t err_len) {
     return true;
 }
 
-bool runtime_forward(runtime *rt, kvl_cache *cache, const kvl_step *step, char *err, size_t err_len) {
+static kvl_result forward(runtime *rt, kvl_cache *cache, const kvl_step *step, char *err, size_t err_len) {
     uint32_t n = 0;
-    if (!reserve_logits(rt, step->n_logits, err, err_len)) return false;
+    if (!reserve_logits(rt, step->n_logits, err, err_len)) return KVL_OUT_OF_HOST_MEMORY;
     for (uint32_t i = 0; i < step->n_logits;
          i++) { /* forks ask for their parent's row again, right after it */
         if (!n || rt->logit_rows[n - 1] != step->logit_rows[i]) rt->logit_rows[n++] = step->logit_rows[i];
@@ -247,26 +292,42 @@ bool runtime_forward(runtime *rt, kvl_cache *cache, const kvl_step *step, char *
     attention a = {cache, step};
     int r = model_forward(rt->model, step->tokens, step->positions, step->n_tokens, rt->logit_rows, n,
                           rt->logits, attend, &a);
-    if (r == MODEL_OK) return true;
-    if (r == MODEL_BAD_TOKEN) return llm_fail(err, err_len, "a token is not in the vocabulary of the model");
-    if (r == MODEL_BAD_ROWS)
-        return llm_fail(err, err_len, "a step of %u rows is more than the model takes", step->n_tokens);
-    return llm_fail(err, err_len, "%s: %s", kvl_result_name((kvl_result)r), kvl_last_error(cache));
+    if (r == MODEL_OK) return KVL_OK;
+    if (r == MODEL_BAD_TOKEN)
+        llm_fail(err, err_len, "a token is not in the vocabulary of the model");
+    else if (r == MODEL_BAD_ROWS)
+        llm_fail(err, err_len, "a step of %u rows is more than the model takes", step->n_tokens);
+    else
+        llm_fail(err, err_len, "%s: %s", kvl_result_name((kvl_result)r), kvl_last_error(cache));
+    return r == MODEL_BAD_TOKEN || r == MODEL_BAD_ROWS ? KVL_INVALID_ARG : (kvl_result)r;
+}
+
+bool runtime_forward(runtime *rt, kvl_cache *cache, const kvl_step *step, char *err, size_t err_len) {
+    return forward(rt, cache, step, err, err_len) == KVL_OK;
 }
 
 const float *runtime_logits(const runtime *rt, uint32_t i) {
     return rt->logits + (size_t)rt->logit_slot[i] * rt->config->n_vocab;
 }
 
+/* The device starts again, and the requests with it: their tokens are kept, their KV is computed again. */
+static kvl_result recover(kvl_cache *cache, char *err, size_t err_len) {
+    kvl_result r = kvl_cache_recover(cache);
+    if (r != KVL_OK) llm_fail(err, err_len, "%s: %s", kvl_result_name(r), kvl_last_error(cache));
+    return r;
+}
+
 kvl_result runtime_step(runtime *rt, kvl_cache *cache, kvl_sched *sched, runtime_sample_fn sample, void *user,
                         char *err, size_t err_len) {
     const kvl_step *step;
     kvl_result r = kvl_sched_plan(sched, &step);
+    if (r == KVL_DEVICE_LOST) return recover(cache, err, err_len);
     if (r < 0) llm_fail(err, err_len, "%s: %s", kvl_result_name(r), kvl_sched_last_error(sched));
     if (r != KVL_OK) return r;
-    if (!runtime_forward(rt, cache, step, err, err_len)) {
+    r = forward(rt, cache, step, err, err_len);
+    if (r != KVL_OK) {
         kvl_sched_abort(sched, step);
-        return KVL_CORRUPT;
+        return r == KVL_DEVICE_LOST ? recover(cache, err, err_len) : r;
     }
     for (uint32_t i = 0; i < step->n_logits; i++)
         rt->outputs[i] = sample(user, step, i, runtime_logits(rt, i));

@@ -24,10 +24,11 @@
 #include "kvlite.h"
 
 typedef struct runtime_desc {
-    const char *path;     /* of the GGUF file */
-    weights_mode act;     /* activations: int8 (default) or f32 */
-    uint32_t n_threads;   /* 0: one for each online processor */
-    uint32_t step_tokens; /* most rows of one step; 0 = 512 */
+    const char *path;         /* of the GGUF file */
+    weights_mode act;         /* activations: int8 (default) or f32 */
+    uint32_t n_threads;       /* 0: one for each online processor */
+    uint32_t step_tokens;     /* most rows of one step; 0 = 512 */
+    kvl_backend_kind backend; /* of the caches; AUTO: the first that works and has a cache's formats */
 } runtime_desc;
 
 /* Fields are for reading. Start from {0}. */
@@ -37,8 +38,11 @@ typedef struct runtime {
     model *model;
     const model_config *config;
     tokenizer *tok;
-    kvl_context *context;
-    uint64_t fingerprint; /* of tensors, vocabulary, RoPE and activation mode */
+    kvl_context *context;     /* of the caches to come */
+    kvl_context *passed_over; /* the one before, which had not the formats of a cache, or NULL */
+    char why_passed_over[LLM_ERR_LEN];
+    kvl_backend_kind backend; /* as asked */
+    uint64_t fingerprint;     /* of tensors, vocabulary, RoPE and activation mode */
     uint32_t step_tokens;
     double load_s;
     float *logits; /* [logits_cap][n_vocab] of the last forward */
@@ -61,11 +65,17 @@ typedef struct runtime_cache_desc {
     uint32_t n_sequences;  /* 0 = 1 */
     uint32_t seq_tokens;   /* longest sequence; 0 or too many: the model's context length */
     uint32_t least_tokens; /* a given budget must hold one sequence of so many; 0: seq_tokens */
+    uint32_t step_tokens;  /* most rows of its steps, not more than the model takes; 0: as many */
 } runtime_cache_desc;
 
-/* A cache for this model; a wrong kv_file is named with its line. Where a given budget does not hold a sequence of least_tokens, the error says how
- * much it takes; what it holds beyond that is kvl_can_fit's fit.max_tokens. */
+/* A cache for this model; a wrong kv_file is named with its line. Where a given budget does not hold a
+ * sequence of least_tokens, the error says how much it takes; what it holds beyond that is kvl_can_fit's
+ * fit.max_tokens. Where the backend was not asked for by name and has not these formats, the CPU takes this
+ * cache and later ones. */
 bool runtime_cache(runtime *rt, const runtime_cache_desc *desc, kvl_cache **out, char *err, size_t err_len);
+
+/* One line: the backend that runs, and of each that was tried before it why it does not. */
+void runtime_backend_line(const runtime *rt, char *line, size_t n);
 
 /* Bytes that n_tokens tokens of one sequence take where every sequence has a contiguous buffer in f16: what a
  * cache without pages, sharing and formats reserves. */
@@ -81,8 +91,8 @@ const float *runtime_logits(const runtime *rt, uint32_t i);
 /* Chooses the token of logits row i of a step; step->logit_users[i] is whose it is. */
 typedef kvl_output (*runtime_sample_fn)(void *user, const kvl_step *step, uint32_t i, const float *logits);
 
-/* Plan, forward, sample, commit. KVL_OK: a step ran. KVL_IDLE, KVL_DRAINED: as kvl_sched_plan. Negative: err
- * says why; the step was aborted. */
+/* Plan, forward, sample, commit. KVL_OK: a step ran, or a device that was lost is there again and the requests
+ * are computed anew. KVL_IDLE, KVL_DRAINED: as kvl_sched_plan. Negative: err says why; the step was aborted. */
 kvl_result runtime_step(runtime *rt, kvl_cache *cache, kvl_sched *sched, runtime_sample_fn sample, void *user,
                         char *err, size_t err_len);
 

@@ -44,6 +44,7 @@ struct Case {
     uint32_t window = 0, sink_tokens = 0;
     float softcap = 0;
     bool sink_logits = false, scratch = false;
+    bool aligned = false; // q and out, to 16 bytes
     uint32_t item_rows = 8;    // packed rows of an item
     uint32_t split_blocks = 0; // blocks of an item; 0: not split
     uint32_t stages = 2;
@@ -135,6 +136,7 @@ struct Side { // of a block class: K or V
 
 static uint32_t row_bytes(uint32_t f, uint32_t dim) {
     switch (f) {
+    case KVLI_CU_F32: return 4 * dim;
     case KVLI_CU_F16:
     case KVLI_CU_BF16: return 2 * dim;
     case KVLI_CU_INT8:
@@ -169,6 +171,13 @@ static uint16_t get16(const uint8_t *p) {
 static void fill_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint8_t *tile) {
     uint32_t rows = tokens * row_bytes(f, dim), bytes = rows + scale_bytes(f, dim, tokens);
     std::uniform_real_distribution<double> around(0.6, 1.4);
+    if (f == KVLI_CU_F32) {
+        for (uint32_t i = 0; i < rows; i += 4) {
+            float x = (float)normal(r);
+            memcpy(tile + i, &x, 4);
+        }
+        return;
+    }
     if (f == KVLI_CU_F16 || f == KVLI_CU_BF16) {
         for (uint32_t i = 0; i < rows; i += 2) put16(tile + i, f == KVLI_CU_F16 ? f16_bits(normal(r)) : bf16_bits(normal(r)));
         return;
@@ -192,6 +201,7 @@ static double tile_number(const Side &s, uint32_t dim, uint32_t tokens, const ui
     const uint8_t *row = tile + token * row_bytes(s.format, dim), *scales = tile + tokens * row_bytes(s.format, dim);
     unsigned nibble = row[e / 2] >> (4 * (e & 1)) & 15;
     switch (s.format) {
+    case KVLI_CU_F32: return dtype_value(KVLI_CU_DTYPE_F32, row + 4 * e);
     case KVLI_CU_F16: return f16_value(get16(row + 2 * e));
     case KVLI_CU_BF16: return bf16_value(get16(row + 2 * e));
     case KVLI_CU_INT8: return (int8_t)row[e] * f16_value(get16(scales + 2 * token));
@@ -288,13 +298,13 @@ static bool sees(const Case &c, uint32_t x, uint32_t token) {
 struct Tensor { // strided, each element at an address that is a multiple of its size alone
     std::vector<uint8_t> bytes;
     kvli_cu_tensor t = {};
-    Tensor(uint32_t dtype, uint32_t rows, uint32_t heads, uint32_t dim) {
+    Tensor(uint32_t dtype, uint32_t rows, uint32_t heads, uint32_t dim, bool aligned) {
         size_t size = dtype_size(dtype);
         t.dtype = dtype;
-        t.head_stride = dim + 1;
-        t.row_stride = heads * t.head_stride + 3;
-        bytes.assign((rows * t.row_stride + 2) * size, 0x7e);
-        t.data = (uint64_t)bytes.data() + size;
+        t.head_stride = dim + (aligned ? 8 : 1);
+        t.row_stride = heads * t.head_stride + (aligned ? 16 : 3);
+        bytes.assign((rows * t.row_stride + 2) * size + 32, 0x7e);
+        t.data = ((uint64_t)bytes.data() + 15) / 16 * 16 + (aligned ? 16 : size);
     }
     uint8_t *at(uint64_t row, uint32_t head, uint32_t e) {
         return (uint8_t *)t.data + (row * t.row_stride + head * t.head_stride + e) * dtype_size(t.dtype);
@@ -389,7 +399,7 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     Random r(c.seed);
     Sequence s(c, r);
     const uint32_t first_row = 2, heads = c.gqa * c.kv_heads;
-    Tensor q(c.q_dtype, first_row + c.rows, heads, c.dim), out(c.out_dtype, first_row + c.rows, heads, c.dim);
+    Tensor q(c.q_dtype, first_row + c.rows, heads, c.dim, c.aligned), out(c.out_dtype, first_row + c.rows, heads, c.dim, c.aligned);
     for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {
         uint8_t *p = q.at(first_row + i / (heads * c.dim), i / c.dim % heads, i % c.dim);
         float x = (float)(c.q_size * normal(r));
@@ -455,7 +465,7 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     double widest;
     std::vector<double> expected = reference(c, s, q, first_row, a.sink_logits, &widest);
     double rounding = c.out_dtype == KVLI_CU_DTYPE_F32 ? 0 : c.out_dtype == KVLI_CU_DTYPE_F16 ? 0x1p-11 : 0x1p-8;
-    Tensor untouched(c.out_dtype, first_row + c.rows, heads, c.dim);
+    Tensor untouched(c.out_dtype, first_row + c.rows, heads, c.dim, c.aligned);
     for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {
         uint32_t row = first_row + i / (heads * c.dim), head = i / c.dim % heads, e = i % c.dim;
         double got = dtype_value(c.out_dtype, out.at(row, head, e)), limit = (c.preset->tolerance + rounding) * widest;

@@ -28,14 +28,17 @@
 
 // cuda_cpu_switch(&from, to): leaves the running stack in `from` and goes on with the stack `to`. Only registers that
 // a callee must preserve need saving; the first switch to a new stack "returns" into its entry function.
-#if defined(__x86_64__)
+#if defined(CUDA_CPU_UCONTEXT) || !(defined(__x86_64__) || defined(__aarch64__))
+#define CUDA_CPU_UCONTEXT 1
+#include <ucontext.h>
+#elif defined(__x86_64__)
 enum { SAVED_WORDS = 6 };
 asm(".text\n.globl cuda_cpu_switch\n.type cuda_cpu_switch, @function\ncuda_cpu_switch:\n"
     "  push %rbp\n  push %rbx\n  push %r12\n  push %r13\n  push %r14\n  push %r15\n"
     "  mov %rsp, (%rdi)\n  mov %rsi, %rsp\n"
     "  pop %r15\n  pop %r14\n  pop %r13\n  pop %r12\n  pop %rbx\n  pop %rbp\n  ret\n"
     ".size cuda_cpu_switch, .-cuda_cpu_switch\n");
-#elif defined(__aarch64__)
+#else
 enum { SAVED_WORDS = 20 };
 asm(".text\n.globl cuda_cpu_switch\n.type cuda_cpu_switch, %function\ncuda_cpu_switch:\n"
     "  sub sp, sp, #160\n"
@@ -50,9 +53,6 @@ asm(".text\n.globl cuda_cpu_switch\n.type cuda_cpu_switch, %function\ncuda_cpu_s
     "#144]\n"
     "  add sp, sp, #160\n  ret\n"
     ".size cuda_cpu_switch, .-cuda_cpu_switch\n");
-#else
-#include <ucontext.h>
-#define CUDA_CPU_UCONTEXT 1
 #endif
 #ifndef CUDA_CPU_UCONTEXT
 extern "C" void cuda_cpu_switch(void **from, void *to);
@@ -182,7 +182,7 @@ void go_to(Fiber *next, bool leaving = false) {
     switch_stack(self->context, next->context, leaving);
 }
 
-void deadlock(Worker &b);
+[[noreturn]] void deadlock(Worker &b);
 bool finish_bulk_copies(Worker &b, const uint64_t *bar);
 
 // The running fiber waits (its `runnable` bit is off) or has ended: others run.
@@ -331,19 +331,17 @@ void transpose8(void *out, const void *in) {
     memcpy(out, r, sizeof r);
 }
 
-template <Op op> Floats to_floats(const void *row) {
-    Floats f;
-    uint16_t h[8];
-    memcpy(h, row, sizeof h);
+template <Op op> void to_floats(Floats *f, const void *row) {
 #if defined(__F16C__)
     if (op == MMA_F16) {
         __m256 v = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)row));
-        memcpy(&f, &v, sizeof f);
-        return f;
+        memcpy(f, &v, sizeof *f);
+        return;
     }
 #endif
-    for (int i = 0; i < 8; i++) f[i] = op == MMA_F16 ? kvl_h2f(h[i]) : kvl_bf2f(h[i]);
-    return f;
+    uint16_t h[8];
+    memcpy(h, row, sizeof h);
+    for (int i = 0; i < 8; i++) (*f)[i] = op == MMA_F16 ? kvl_h2f(h[i]) : kvl_bf2f(h[i]);
 }
 
 // c += a · b, summed in float in the order of k. Registers are 8 x 8 matrices: see Warp and kvl_mma_f16.
@@ -351,10 +349,10 @@ template <Op op> void multiply(Warp &w) {
     Floats a[16][2], b[16], c[16];
     Halves rows[8];
     for (int q = 0; q < 4; q++)
-        for (int i = 0; i < 8; i++) a[(q & 1) * 8 + i][q >> 1] = to_floats<op>(w.a[q][4 * i]);
+        for (int i = 0; i < 8; i++) to_floats<op>(&a[(q & 1) * 8 + i][q >> 1], w.a[q][4 * i]);
     for (int q = 0; q < 2; q++) {
         transpose8(rows, w.b[q]);
-        for (int i = 0; i < 8; i++) b[q * 8 + i] = to_floats<op>(&rows[i]);
+        for (int i = 0; i < 8; i++) to_floats<op>(&b[q * 8 + i], &rows[i]);
     }
     memcpy(c, w.c, sizeof c);
     for (int k = 0; k < 16; k++) // c stays in registers
@@ -384,7 +382,8 @@ void perform(Worker &b, Warp &w, Op op, uint32_t lanes) {
         uint32_t bits = 0;
         for (unsigned l = 0; l < 32; l++)
             if (lanes >> l & 1) bits |= (uint32_t)w.value[l] << l;
-        for (unsigned l = 0; l < 32; l++) w.result[l] = bits;
+        for (unsigned l = 0; l < 32; l++) // others may not have read their last result yet
+            if (lanes >> l & 1) w.result[l] = bits;
         break;
     }
     case MMA_F16:
@@ -484,13 +483,28 @@ void illegal_address(int number, siginfo_t *info, void *) {
     signal(number, SIG_DFL);
 }
 
-void catch_illegal_addresses() {
-    struct sigaction action = {};
-    action.sa_sigaction = illegal_address;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-    sigaction(SIGBUS, &action, nullptr);
-}
+// While launches run, whatever handlers the program has for other times.
+struct CatchIllegalAddresses {
+    CatchIllegalAddresses() {
+        std::lock_guard<std::mutex> guard(lock);
+        if (running++) return;
+        struct sigaction action = {};
+        action.sa_sigaction = illegal_address;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+        sigaction(SIGSEGV, &action, &old_segv);
+        sigaction(SIGBUS, &action, &old_bus);
+    }
+    ~CatchIllegalAddresses() {
+        std::lock_guard<std::mutex> guard(lock);
+        if (--running) return;
+        sigaction(SIGSEGV, &old_segv, nullptr);
+        sigaction(SIGBUS, &old_bus, nullptr);
+    }
+    static unsigned running;
+    static struct sigaction old_segv, old_bus;
+};
+unsigned CatchIllegalAddresses::running;
+struct sigaction CatchIllegalAddresses::old_segv, CatchIllegalAddresses::old_bus;
 
 // ---- asynchronous copies ----
 
@@ -638,19 +652,7 @@ void prepare_fibers(Worker &b, const Launch &l) {
 }
 
 void start_stack(Context &c) {
-    uintptr_t top = ((uintptr_t)c.stack + c.stack_bytes) & ~(uintptr_t)15;
-#if defined(__x86_64__)
-    void **sp = (void **)top;
-    *--sp = nullptr; // where the entry function would return to
-    *--sp = (void *)cuda_cpu_fiber;
-    for (int i = 0; i < SAVED_WORDS; i++) *--sp = nullptr;
-    c.sp = sp;
-#elif defined(__aarch64__)
-    void **sp = (void **)top - SAVED_WORDS;
-    memset(sp, 0, SAVED_WORDS * sizeof *sp);
-    sp[11] = (void *)cuda_cpu_fiber; // x30
-    c.sp = sp;
-#else
+#ifdef CUDA_CPU_UCONTEXT
     ucontext_t *u = (ucontext_t *)c.stack; // the context itself stands at the stack's end
     getcontext(u);
     u->uc_stack.ss_sp = (char *)c.stack + sizeof *u;
@@ -658,7 +660,16 @@ void start_stack(Context &c) {
     u->uc_link = nullptr;
     makecontext(u, cuda_cpu_fiber, 0);
     c.sp = u;
-    (void)top;
+#else
+    void **sp = (void **)(((uintptr_t)c.stack + c.stack_bytes) & ~(uintptr_t)15);
+    *--sp = nullptr; // where the entry function would return to
+    *--sp = (void *)cuda_cpu_fiber;
+    sp -= SAVED_WORDS;
+    memset(sp, 0, SAVED_WORDS * sizeof *sp);
+#if defined(__aarch64__)
+    sp[11] = (void *)cuda_cpu_fiber; // x30
+#endif
+    c.sp = sp;
 #endif
     c.fake_stack = nullptr;
 }
@@ -995,12 +1006,7 @@ bool launch(const char *name, dim3 grid, dim3 threads, size_t smem_bytes, const 
         return false;
     }
 
-#ifndef CUDA_CPU_ASAN
-    static std::once_flag once;
-    std::call_once(once, catch_illegal_addresses);
-#else
-    (void)catch_illegal_addresses; // AddressSanitizer says more
-#endif
+    CatchIllegalAddresses until_the_end;
     unsigned helpers = (unsigned)std::min<uint64_t>(std::max(settings.os_threads, 1u), n_blocks / 4);
     std::vector<std::thread> others;
     for (unsigned i = 1; i < helpers; i++) others.emplace_back([&l] { work(l); });

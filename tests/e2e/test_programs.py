@@ -30,10 +30,12 @@ SCRATCH = tempfile.TemporaryDirectory()
 ESCAPE = "\x1b"
 
 
-def run(program, *args, stdin=b"", model=MODEL, code=0, stdout=subprocess.PIPE):
-    """Runs a program; its exit code must be `code`. Returns (stdout bytes, stderr text)."""
+def run(program, *args, stdin=b"", model=MODEL, code=0, stdout=subprocess.PIPE, libraries=None):
+    """Runs a program; its exit code must be `code`. Returns (stdout bytes, stderr text). libraries: a folder where shared
+    libraries are looked for first."""
     command = [os.path.join(BUILD, program)] + (["-m", model] if model else []) + list(args)
-    p = subprocess.run(command, input=stdin, stdout=stdout, stderr=subprocess.PIPE, timeout=120)
+    env = dict(os.environ, LD_LIBRARY_PATH=libraries) if libraries else None
+    p = subprocess.run(command, input=stdin, stdout=stdout, stderr=subprocess.PIPE, timeout=120, env=env)
     err = p.stderr.decode()
     assert p.returncode == code, f"{command[1:]}: exit code {p.returncode}, not {code}: {err}"
     return p.stdout, err
@@ -109,6 +111,50 @@ def test_json_and_plain_output_agree():
     out, err = run("complete", "-p", "The capital of France is", "-n", "24")
     assert out.decode() == j["text"], (out, j["text"])
     assert "5 prompt tokens" in err and "Paris" in j["text"], (err, j["text"])
+
+
+def no_driver():
+    """A folder with a CUDA driver that cannot be loaded."""
+    folder = os.path.join(SCRATCH.name, "no_driver")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "libcuda.so.1"), "w", encoding="ascii") as f:
+        f.write("no library")
+    return folder
+
+
+def test_backends():
+    prompt = ("-p", "The capital of France is", "-n", "8")
+    want, err = run("complete", *prompt, "--backend", "cpu")
+    assert re.search(r"^complete: backend cpu \(\w+\)$", err, re.M), err
+    out, err = run("complete", *prompt, "--backend=auto", libraries=no_driver())
+    assert out == want, out
+    assert re.search(r"^complete: backend cpu \(\w+\); cuda: .*libcuda", err, re.M), err
+    last = refused("complete", *prompt, "--backend", "cuda", code=1, words=["cuda", "libcuda"], libraries=no_driver())
+    assert len(last) > 30, last
+    for program in "complete", "chat":
+        refused(program, "-p", "x", "--backend", "gpu", code=2, words=["--backend", "'gpu'", "auto", "cuda", "cpu"])
+    _, err = run("chat", "--backend", "cpu", stdin=b"/quit\n")
+    assert re.search(r"backend cpu \(\w+\)$", err, re.M), err
+    refused("chat", "--backend", "cuda", code=1, words=["libcuda"], libraries=no_driver())
+
+
+def test_cuda_through_the_mock_driver():
+    mock = os.path.abspath(os.path.join(BUILD, "mock_cuda"))
+    if not os.path.exists(os.path.join(mock, "libcuda.so.1")):
+        raise Skip("make mock-cuda builds the driver that this needs")
+    for kv in "int8", "int4":  # the tokens after a block of 32 read what the kernels have sealed
+        prompt = ("-p", "The capital of France is Paris. " * 6, "-n", "4", "--kv", kv)
+        want = complete(*prompt, "--backend", "cpu")
+        got = complete(*prompt, "--backend", "cuda", libraries=mock)
+        assert got["backend"].startswith("cuda"), got
+        assert got["tokens"] == want["tokens"], (kv, got, want)
+    out, err = run("complete", *prompt, "--backend", "auto", libraries=mock)
+    assert re.search(r"^complete: backend cuda", err, re.M) and out.decode() == want["text"], (err, out)
+    # what CUDA has not and nobody asked for by name goes to the CPU, and that is said
+    odd = ("-p", "x", "-n", "2", "--kv-k", "int8", "--kv-v", "fp8_e4m3")
+    refused("complete", *odd, "--backend", "cuda", code=1, words=["cuda"], libraries=mock)
+    _, err = run("complete", *odd, libraries=mock)
+    assert re.search(r"^complete: backend cpu \(\w+\); cuda.*: ", err, re.M), err
 
 
 def test_text_is_what_the_tokens_stand_for():

@@ -534,6 +534,12 @@ CU_API cuGraphExecDestroy(CUgraphExec g) {
     delete g;
     return CUDA_SUCCESS;
 }
+CU_API cuGraphGetNodes(CUgraph g, void **nodes, size_t *n) {
+    CALL(ANY);
+    if (!S.graphs.count(g) || nodes || !n) return CUDA_INVALID_VALUE; /* it counts them, no more */
+    *n = g->nodes.size();
+    return CUDA_SUCCESS;
+}
 CU_API cuGraphDestroy(CUgraph g) {
     CALL(ANY);
     if (!S.graphs.erase(g)) return CUDA_INVALID_HANDLE;

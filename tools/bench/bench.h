@@ -1,11 +1,9 @@
-/* bench.h - what the benchmarks share: medians with their spread, made-up numbers, pauses, how busy the machine was with
- * other programs, and JSON. */
+/* bench.h - what the benchmarks share: medians with their spread, made-up numbers, pauses, and how busy the machine was
+ * with other programs. */
 #ifndef BENCH_H
 #define BENCH_H
 
 #include "llm/runtime.h"
-
-#include <cjson/cJSON.h>
 
 #include <stdint.h>
 #include <stdio.h>
@@ -103,28 +101,7 @@ static inline double bench_others(const bench_load *before) {
     return share;
 }
 
-/* ---- results ---- */
-
 /* Where the readable table goes: to stderr if the JSON goes to stdout. */
 static inline FILE *bench_table(const char *json) { return json && strcmp(json, "-") == 0 ? stderr : stdout; }
-
-/* NAME, NAME_min and NAME_max. */
-static inline void bench_json_spread(cJSON *o, const char *name, spread s) {
-    char key[64];
-    cJSON_AddNumberToObject(o, name, s.median);
-    snprintf(key, sizeof key, "%s_min", name);
-    cJSON_AddNumberToObject(o, key, s.least);
-    snprintf(key, sizeof key, "%s_max", name);
-    cJSON_AddNumberToObject(o, key, s.most);
-}
-
-static inline bool bench_write_json(const cJSON *json, const char *path, char *err, size_t n) {
-    char *text = cJSON_Print(json);
-    FILE *f = strcmp(path, "-") == 0 ? stdout : fopen(path, "w");
-    bool ok = text && f && fprintf(f, "%s\n", text) > 0 && fflush(f) == 0;
-    if (f && f != stdout) ok = fclose(f) == 0 && ok;
-    cJSON_free(text);
-    return ok || llm_fail(err, n, "--json %.100s: could not be written", path);
-}
 
 #endif /* BENCH_H */

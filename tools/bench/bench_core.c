@@ -2,7 +2,7 @@
 #define KVL_IMPLEMENTATION
 #include "kvlite.h"
 
-#include "bench.h"
+#include "bench_json.h"
 #include "llm/options.h"
 
 enum { RESERVED_TOKENS = 4096, REPEATS = 400, RUNNING = 256, MAP_SIZE = 1 << 14 };

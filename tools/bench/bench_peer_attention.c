@@ -1,6 +1,7 @@
 /* bench_peer_attention: attention of one layer on the CPU, kvlite's and ggml's, over the same keys and values with
  * the same number of threads, in turns. See --help. */
 #include "attend_case.h"
+#include "bench_json.h"
 #include "ceiling.h"
 #include "llm/options.h"
 #include "peer.h"

@@ -1,6 +1,6 @@
 /* bench_peer_llm: a whole model with kvlite and with llama.cpp, the same tokens, threads and greedy choice, in turns. See
  * --help. */
-#include "bench.h"
+#include "bench_json.h"
 #include "llm/options.h"
 #include "peer.h"
 
@@ -547,7 +547,7 @@ static bool load_text(bench *b, const char *path, char *err, size_t n) {
 }
 
 static bool load(bench *b, const command *k, char *err, size_t n) {
-    runtime_desc d = {.path = k->model, .n_threads = b->threads};
+    runtime_desc d = {.path = k->model, .n_threads = b->threads, .backend = KVL_BACKEND_CPU};
     if (!runtime_load(&b->ours.rt, &d, err, n) || !load_text(b, k->text, err, n)) return false;
     b->ours.preset = k->preset;
     llama_log_set(theirs_log, NULL);

@@ -1,6 +1,6 @@
 /* bench_peer_quality: what llama.cpp's cache formats cost a model, counted as tools/quality counts kvlite's. See
  * --help. */
-#include "bench.h"
+#include "bench_json.h"
 #include "llm/options.h"
 #include "peer.h"
 #include "tools/quality/stats.h"

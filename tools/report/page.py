@@ -9,6 +9,7 @@ import json
 import os
 import sys
 
+import gpu
 import plots
 import style
 from steps import STEPS
@@ -357,16 +358,25 @@ def capacity(page):
     page.section("Conversations in the memory there is", ["bench-core"], body)
 
 
+def load(name):
+    try:
+        with open(os.path.join(HERE, "results", name), encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+
+
 def build(out):
     r = Results()
-    page = Page(r, out)
+    page, after = Page(r, out), Page(r, out)
+    on_gpu = gpu.section(after, table, load("gpu_check.json"), load("cuda_static.json"))
     page.add("# Benchmarks\n",
              "Written by `make report` from the files in tools/report/results, one for each measurement; each section begins with the command "
              "that measured it; DATA is the folder of traces and texts. Machine: " + "; ".join(r.machines()) + ". Where programs are compared, they "
              "ran in turns in one process: ratios within one run say more than times.\n")
     if any(record.get("quick") for record in r.records.values()):
         page.add("**Some of these figures are from a quick run (`QUICK=1`): fewer rounds and smaller cases.**\n")
-    reached = goals(r)
+    reached = goals(r) + on_gpu
     page.add("## What was to be reached\n",
              table(["", "measured", "target", ""], [[what, value, target, "yes" if met else "**no**"] for what, value, target, met in reached]))
     missed = [what for what, _, _, met in reached if not met]
@@ -375,6 +385,7 @@ def build(out):
             page.add(f.read())
     for part in (scheduling, capacity, quality, attention, end_to_end):
         part(page)
+    page.add(*after.parts)
     with open(os.path.join(HERE, "owed.md"), encoding="utf-8") as f:
         page.add(f.read())
     with open(os.path.join(out, "BENCHMARKS.md"), "w", encoding="utf-8") as f:
