@@ -243,10 +243,12 @@ $(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlit
 # knows nothing of fibers and stays out. These objects run on this machine only, hence -march=native.
 CUDA_CPU_CXXFLAGS = -std=c++17 $(if $(filter tsan,$(CONFIG)),-O1 -g,$(FLAGS_$(CONFIG))) -march=native -ffp-contract=off -fPIC \
   -ftls-model=initial-exec $(WARNINGS) -I. -Itests -Itests/cuda_cpu -Ikernels_cuda -MMD -MP
+# Hundreds of kernels take longer to optimise than they run.
+KERNEL_CXXFLAGS := $(if $(filter release,$(CONFIG)),-O1 -g1)
 define cuda_cpu_arch
 $(B)/obj/cuda_cpu/$(1)/%.o: kernels_cuda/%.cu
 	@mkdir -p $$(@D)
-	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -x c++ -c $$< -o $$@
+	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) $$(KERNEL_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -x c++ -c $$< -o $$@
 $(B)/obj/cuda_cpu/$(1)/%.o: tests/cuda_cpu/%.cpp
 	@mkdir -p $$(@D)
 	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -c $$< -o $$@
