@@ -388,6 +388,7 @@ static inline float kvl_exp2(float x) {
 }
 static inline uint32_t kvl_opaque(uint32_t x) { return x; }
 static inline float kvl_rcp(float x) { return 1 / x; }
+static inline uint32_t kvl_and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 static inline float kvl_divide(float x, float y) { return x / y; }
 static inline float kvl_tanh(float x) { return std::tanh(x); }
 
