@@ -8289,6 +8289,7 @@ static void kvli_cu_stop(kvl_cache *c) {
     struct kvli_cu *cu = c->ctx->cu;
     kvli_cu_cache *cc = kvli_cu_of(c);
     bool there = cc->generation == cu->generation && !cu->fn.context_push(cu->context);
+    if (there && cc->stream) cu->fn.stream_wait(cc->stream);
     if (cc->reserved_bytes) cu->fn.unreserve(cc->reserved, cc->reserved_bytes);
     for (uint32_t i = 0; i < KVLI_CU_RING; i++) {
         if (there && cc->event[i]) cu->fn.event_destroy(cc->event[i]);
@@ -8388,6 +8389,7 @@ static kvl_result kvli_cu_map(kvl_cache *c, uint32_t slab, size_t bytes, uint64_
         r = kvli_cu_ok(c, cu->fn.alloc(&at, bytes), "cuMemAlloc");
         if (r == KVL_OK && slab == KVL_NONE) {
             r = kvli_cu_fill_workspace(c, bytes, at);
+            if (r != KVL_OK) cu->fn.stream_wait(cc->stream);
             if (r != KVL_OK) cu->fn.free(at);
         }
     }
@@ -9591,12 +9593,13 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     if (r != KVL_OK) return r;
     if (target) r = kvli_fixed_map(c);
     if (r != KVL_OK)
-        return KVLI_ERROR(c, r, "no memory for %llu bytes of scratch", (unsigned long long)c->fixed_bytes);
+        return KVLI_ERROR(c, r, "no memory for %llu bytes of scratch. %s", (unsigned long long)c->fixed_bytes,
+                          c->ctx->native_text);
     while (c->n_slabs < target) {
         r = kvli_slab_map(c);
         if (r != KVL_OK)
-            return KVLI_ERROR(c, r, "no memory for slab %u of %u (%zu bytes each)", c->n_slabs + 1, target,
-                              c->slab_bytes);
+            return KVLI_ERROR(c, r, "no memory for slab %u of %u (%zu bytes each). %s", c->n_slabs + 1,
+                              target, c->slab_bytes, c->ctx->native_text);
     }
     kvli_publish(c);
     return KVL_OK;
@@ -9698,7 +9701,8 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
     while (room == KVL_OK && c->n_slabs < target) room = kvli_slab_map(c);
     if (room != KVL_OK) {
         if (!c->n_slabs) kvli_fixed_unmap(c);
-        r = KVLI_ERROR(c, room, "kvl_cache_resize: memory for %u of %u slabs", c->n_slabs, target);
+        r = KVLI_ERROR(c, room, "kvl_cache_resize: memory for %u of %u slabs. %s", c->n_slabs, target,
+                       c->ctx->native_text);
     }
     c->stats.device_budget =
         r == KVL_NO_BLOCKS ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : device_bytes;

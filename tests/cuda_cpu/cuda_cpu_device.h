@@ -22,6 +22,7 @@
 #define KVL_D static inline
 #define KVL_MEMBER inline
 #define KVL_UNROLL
+#define KVL_ROLLED
 #define KVL_INLINE static inline __attribute__((always_inline))
 
 struct alignas(8) uint2 {
@@ -358,7 +359,9 @@ static inline float kvl_exp2(float x) {
     float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
 }
+static inline uint32_t kvl_opaque(uint32_t x) { return x; }
 static inline float kvl_rcp(float x) { return 1 / x; }
+static inline float kvl_divide(float x, float y) { return x / y; }
 static inline float kvl_tanh(float x) { return std::tanh(x); }
 
 // cvt.rn.f16x2.e4m3x2 of sm_89 and later; port.cuh has the bit trick for the others
