@@ -107,7 +107,7 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(B)/bench_cuda mock-cuda $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
 	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
 
@@ -292,6 +292,8 @@ $(MOCK)/kernels_%.so: $(B)/libkvl_cuda_cpu_%.a tests/mock_cuda/shim_kernels.cpp 
 	@mkdir -p $(@D)
 	$(call say,CXX   $@)$(CXX) $(MOCK_CXXFLAGS) $(CXXFLAGS) tests/mock_cuda/shim_kernels.cpp -Wl,--whole-archive $< \
 	  -Wl,--no-whole-archive -Wl,--exclude-libs,ALL -lpthread -o $@
+mock-cuda: $(MOCK)/libcuda.so.1 $(MOCK)/kernels_800.so ## build a CUDA driver without a GPU, for LD_LIBRARY_PATH=build/mock_cuda
+.PHONY: mock-cuda
 $(MOCK_TESTS): $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 $(MOCK_TESTS): LIBS += $(MOCK)/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/../../mock_cuda'
 
