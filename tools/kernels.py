@@ -5,7 +5,6 @@ usage: kernels.py build [--nvcc NVCC] [-j N] [-o HEADER] [--work FOLDER]   compi
        kernels.py check [HEADER]               is the header the one of these sources? Needs no nvcc
        kernels.py unpack HEADER FOLDER         the cubins and the PTX that the header holds
        kernels.py ptx ARCH,... FOLDER          all kernels as one PTX for each architecture (it runs on newer devices)
-       kernels.py figures [--bin FOLDER]       what is known without a device: registers, occupancy, instructions
 
 A kernel that spills registers fails the build. The same sources and the same nvcc give the same bytes.
 """
@@ -27,7 +26,8 @@ HEADER = SOURCES + "/kvlite_cuda_kernels.h"
 # (cubin, the PTX that it is made from): the code paths of the kernels are those of 75, 80, 89 and 90. A cubin runs on later
 # minors of its major: 80 on 86 and 87, 100f and 120f on their whole family.
 ARCHS = [("75", "75"), ("80", "80"), ("89", "89"), ("90", "90"), ("100f", "90"), ("120f", "90")]
-PTX = "90"  # for what comes after
+PTX = "90"  # for what comes after; only the commonest head dims, since it would be as large as four cubins
+PTX_LEAVES_OUT = re.compile(r"_d(80|96|192|256)(_|$)")
 SINCE = {"100f": (12, 9), "120f": (12, 9)}  # the first nvcc that knows it
 FLAGS = ["-std=c++17", "-O3", "-I" + SOURCES]
 CHUNK = 4000  # characters in a string literal: C99 promises 4095
@@ -214,14 +214,20 @@ def compile_all(kit, work, jobs):
     return reports
 
 
-def join_ptx(paths):
-    """One PTX module of several: one head, and what more than one declares (dynamic shared memory) once."""
-    head, body, declared = None, [], set()
+def join_ptx(paths, leave_out=None):
+    """One PTX module of several: one head, what more than one declares (dynamic shared memory) once, and the kernels whose
+    names `leave_out` does not find."""
+    head, body, declared, skipping = None, [], set(), False
     for path in paths:
         text = re.sub(r"^//.*\n", "", read(path), flags=re.M)
         begin = re.search(r"^\.address_size .*\n", text, re.M).end()
         head = head or text[:begin]
         for line in text[begin:].splitlines():
+            entry = re.match(r"\.visible \.entry (\w+)", line)
+            skipping = skipping or bool(entry and leave_out and leave_out.search(entry.group(1)))
+            if skipping:
+                skipping = line != "}"
+                continue
             if line.startswith(".extern"):
                 if line in declared:
                     continue
@@ -244,7 +250,7 @@ def link(kit, work, reports):
             if b".text.%s\0" % kernel.encode() not in code:
                 fail("%s is not in what nvlink made for sm_%s" % (kernel, arch))
         parts.append((int(arch.rstrip("f")), 0, code))
-    ptx = join_ptx([object_path(work, n, "compute_" + PTX) for n in names])
+    ptx = join_ptx([object_path(work, n, "compute_" + PTX) for n in names], PTX_LEAVES_OUT)
     with open(object_path(work, "joined", "compute_" + PTX), "w", encoding="utf-8") as f:
         f.write(ptx)
     return parts + [(int(PTX), 1, ptx.encode() + b"\0")]
