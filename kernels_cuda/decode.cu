@@ -870,8 +870,11 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_decode(const kvli_cu_a
     kvl_write(a, rows, shared);
 }
 
+/* At least so many blocks of threads on a multiprocessor, as far as registers go: 128, 168 or 255 of them. */
+KVLI_CU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) { return dim * n <= 96 * 8 ? 4 : dim * n <= 128 * 8 ? 3 : 2; }
+
 #define KVL_DECODE_N(preset, D, N)                                                                                        \
-    KVL_KERNEL(kvl_decode_##preset##_d##D##_n##N, 32 * KVLI_CU_DECODE_WARPS, 1, kvli_cu_attend_args) {                     \
+    KVL_KERNEL(kvl_decode_##preset##_d##D##_n##N, 32 * KVLI_CU_DECODE_WARPS, kvl_blocks_per_sm(D, N), kvli_cu_attend_args) {                     \
         KVL_DYN_SMEM(uint8_t, memory);                                                                                    \
         if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::k != KVLI_CU_BF16) kvl_decode<kvl_preset_##preset, D, N>(a, memory); \
     }

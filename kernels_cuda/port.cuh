@@ -57,6 +57,12 @@ KVL_D uint32_t kvl_hfma2(uint32_t a, uint32_t b, uint32_t c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+// a & mask | bits, as one instruction even where both are constants
+KVL_D uint32_t kvl_and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+    return r;
+}
 KVL_D float kvl_h2f(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 KVL_D uint16_t kvl_f2h(float f) { return __half_as_ushort(__float2half_rn(f)); }
 KVL_D uint32_t kvl_f22h2(float low, float high) {

@@ -104,6 +104,7 @@ typedef struct own_seq { /* of the app, beside the scheduler */
 
 typedef struct work {
     kt_env env;
+    uint64_t seed;
     kt_rng rng;
     kvl_layer layers[MAX_LAYERS];
     kvl_cache_desc desc;
@@ -122,8 +123,8 @@ typedef struct work {
 } work;
 
 static struct totals { /* so that the tests can tell that they tested something */
-    uint64_t plans, preemptions, refused, aborts, forks, cancels, tainted, resizes, calls, copies, evicted,
-        idle;
+    uint64_t plans, preemptions, refused, aborts, forks, cancels, tainted, resizes, recoveries, calls, copies,
+        evicted, idle;
 } totals;
 
 static void random_desc(work *w) {
@@ -150,6 +151,7 @@ static void random_desc(work *w) {
     d->no_prefix_cache = kt_chance(rng, 10);
     d->device_bytes = kt_budget(d, kt_between(rng, 12, 50));
     d->max_device_bytes = d->device_bytes + (kt_chance(rng, 50) ? d->device_bytes / 2 : 0);
+    if (w->seed % 4 == 3) d->slab_granularity = 4096; /* slabs end where pages do */
     kvl_sched_desc *s = &w->sdesc;
     s->policy = (kvl_policy)kt_below(rng, 3);
     s->max_running = kt_chance(rng, 50) ? 0 : kt_between(rng, 2, 6);
@@ -265,6 +267,23 @@ static void do_resize(work *w) {
     totals.resizes++;
 }
 
+/* As if the device had been lost: all that was there is forgotten. */
+static void do_recover(work *w) {
+    KT_OK(w->cache, kvl_cache_recover(w->cache));
+    KT_VALID(w->cache);
+    kvl_stats s = kt_stats(w->cache);
+    KT_CHECK(kt_used(&s) == 0 && s.bytes_cached == 0 && s.running == 0, "%u blocks, %u running", kt_used(&s),
+             s.running);
+    for (uint32_t i = 0; i < w->n_own; i++) {
+        uint32_t length = 1;
+        KT_OK(w->cache, kvl_seq_length(w->cache, w->own[i].seq, &length));
+        KT_CHECK(length == 0, "%u tokens are left", length);
+        w->own[i].length = 0;
+        w->own[i].pinned = false;
+    }
+    totals.recoveries++;
+}
+
 /* ---- calls beside the scheduler ---- */
 static void own_forget(work *w, uint32_t i) { w->own[i] = w->own[--w->n_own]; }
 
@@ -368,6 +387,7 @@ static void work_open(work *w, uint64_t seed, bool cpu, tape *t) {
     memset(w, 0, sizeof *w);
     kt_env_init(&w->env);
     w->rng.state = seed << 32;
+    w->seed = seed;
     w->cpu = cpu;
     w->taints = seed % 2;
     random_desc(w);
@@ -401,7 +421,7 @@ static void work_run(work *w, uint32_t operations) {
         else if (what < 21 && w->n_reqs)
             kvl_sched_cancel(w->sched, w->reqs[kt_below(&w->rng, w->n_reqs)]);
         else if (what < 23)
-            do_resize(w);
+            kt_chance(&w->rng, 10) ? do_recover(w) : do_resize(w);
         else if (what < 31)
             do_call(w);
         else
@@ -450,7 +470,8 @@ static void check_workloads(bool cpu, uint32_t n, uint32_t operations) {
     const struct totals *a = &totals;
     KT_CHECK(
         a->plans > n * operations / 8 && a->preemptions && a->refused && a->aborts && a->forks &&
-            a->cancels && a->tainted && a->resizes && a->calls && a->copies && a->evicted && a->idle,
+            a->cancels && a->tainted && a->resizes && a->recoveries && a->calls && a->copies && a->evicted &&
+            a->idle,
         "%llu plans, %llu preemptions, %llu refused, %llu aborts, %llu forks, %llu cancels, %llu tainted",
         (unsigned long long)a->plans, (unsigned long long)a->preemptions, (unsigned long long)a->refused,
         (unsigned long long)a->aborts, (unsigned long long)a->forks, (unsigned long long)a->cancels,
