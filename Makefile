@@ -244,7 +244,7 @@ $(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlit
 CUDA_CPU_CXXFLAGS = -std=c++17 $(if $(filter tsan,$(CONFIG)),-O1 -g,$(FLAGS_$(CONFIG))) -march=native -ffp-contract=off -fPIC \
   -ftls-model=initial-exec $(WARNINGS) -I. -Itests -Itests/cuda_cpu -Ikernels_cuda -MMD -MP
 # Hundreds of kernels take longer to optimise than they run.
-KERNEL_CXXFLAGS := $(if $(filter release,$(CONFIG)),-O1 -g1)
+KERNEL_CXXFLAGS := $(if $(filter release,$(CONFIG)),-O1) -g1
 define cuda_cpu_arch
 $(B)/obj/cuda_cpu/$(1)/%.o: kernels_cuda/%.cu
 	@mkdir -p $$(@D)
