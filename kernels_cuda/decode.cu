@@ -452,10 +452,12 @@ KVL_D void kvl_scale_k(const kvl_k_scales<K, D, BYTES> &scales, uint32_t a[2][2]
     }
 }
 
-/* Sums of products: s[tile][0, 1] of token g with rows 8 tile + 2 t and + 1; [2, 3] of token g + 8. Two of them, added up
-   later, so that one product does not wait for the last one. */
+/* With one tile of rows, products go into two sums that are added up later, so that they need not wait for each other. */
+KVLI_CU_FN uint32_t kvl_chains(uint32_t n) { return n == 8 ? 2 : 1; }
+
+/* Sums of products: s[chain][tile][0, 1] of token g with rows 8 tile + 2 t and + 1; [2, 3] of token g + 8. */
 template <uint32_t K, uint32_t D, uint32_t N>
-KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float s[2][N / 8][4]) {
+KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float s[kvl_chains(N)][N / 8][4]) {
     typedef kvl_cut<K, D, 4> cut;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     kvl_static_for<cut::pieces>([&](auto i) {
@@ -473,11 +475,11 @@ KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> 
             uint32_t a[4] = {x[0][0], x[1][0], x[0][1], x[1][1]};
             KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
                 if constexpr (kvl_queries<K, D, N>::in_registers) {
-                    kvl_mma<K>(s[step % 2][tile], a, q.b[step][tile]);
+                    kvl_mma<K>(s[step % kvl_chains(N)][tile], a, q.b[step][tile]);
                 } else {
                     uint32_t b[2];
                     kvl_query<D>(q.rows, tile, 4 * first + t * numbers + 4 * j.value, b);
-                    kvl_mma<K>(s[step % 2][tile], a, b);
+                    kvl_mma<K>(s[step % kvl_chains(N)][tile], a, b);
                 }
             }
         });
@@ -486,7 +488,7 @@ KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> 
 
 /* The same of f16 rows, each lane with the head dims that it has of rows of format K. */
 template <uint32_t K, uint32_t D, uint32_t N>
-KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float s[2][N / 8][4]) {
+KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float s[kvl_chains(N)][N / 8][4]) {
     typedef kvl_cut<K, D, 4> cut;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     kvl_static_for<cut::pieces>([&](auto i) {
@@ -507,7 +509,7 @@ KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &
                 KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
                     uint32_t b[2];
                     kvl_query<D>(q.rows + q.exact_rows, tile, dim + 4 * step, b);
-                    kvl_mma_f16(s[step % 2][tile], a, b);
+                    kvl_mma_f16(s[step % kvl_chains(N)][tile], a, b);
                 }
             }
         }
@@ -518,8 +520,7 @@ KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &
 template <class P, uint32_t D, uint32_t N>
 KVL_D void kvl_scores(const kvl_unit &unit, const kvl_queries<P::k, D, N> &q, float s[N / 8][4]) {
     uint32_t g = threadIdx.x % 32 / 4;
-    float sums[2][N / 8][4], of_token[2] = {1, 1};
-    KVL_UNROLL for (uint32_t i = 0; i < N; i++) sums[i % 2][i / 8][i / 2 % 4] = 0;
+    float sums[kvl_chains(N)][N / 8][4] = {}, of_token[2] = {1, 1};
     if (!unit.exact) {
         kvl_multiply_packed(unit, q, sums);
         if constexpr (kvl_is_per_token(P::k)) {
@@ -531,7 +532,9 @@ KVL_D void kvl_scores(const kvl_unit &unit, const kvl_queries<P::k, D, N> &q, fl
     }
     const float *factors = q.factors + (unit.exact ? N : 0);
     KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) {
-        s[i / 4][i % 4] = (sums[0][i / 4][i % 4] + sums[1][i / 4][i % 4]) * of_token[i % 4 / 2] * factors[i / 4 * 8 + i % 2];
+        float product = sums[0][i / 4][i % 4];
+        if constexpr (kvl_chains(N) == 2) product += sums[1][i / 4][i % 4];
+        s[i / 4][i % 4] = product * of_token[i % 4 / 2] * factors[i / 4 * 8 + i % 2];
     }
 }
 
