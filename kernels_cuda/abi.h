@@ -127,7 +127,8 @@ typedef struct kvli_cu_merge {
 
 /* Kernels decode, prefill, plain: grid (items, n_kv_heads). merge: grid (merges, n_kv_heads).
    A score is scale * q·k, softcap * tanh(score / softcap) where softcap is not 0. Partial results are in base 2: m is the
-   largest score times log2(e), l the sum of 2^(score * log2(e) - m), o the sum of such weights times v, rotation undone.
+   largest score times log2(e) or up to 8 less, l the sum of 2^(score * log2(e) - m), o the sum of such weights times v,
+   rotation undone.
    A part of which a row sees nothing has l = 0 and any finite m below -1e30. */
 typedef struct kvli_cu_attend_args {
     const kvli_cu_counts *counts;
