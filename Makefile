@@ -107,7 +107,7 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(B)/bench_cuda mock-cuda $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
 	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
 
@@ -243,10 +243,12 @@ $(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlit
 # knows nothing of fibers and stays out. These objects run on this machine only, hence -march=native.
 CUDA_CPU_CXXFLAGS = -std=c++17 $(if $(filter tsan,$(CONFIG)),-O1 -g,$(FLAGS_$(CONFIG))) -march=native -ffp-contract=off -fPIC \
   -ftls-model=initial-exec $(WARNINGS) -I. -Itests -Itests/cuda_cpu -Ikernels_cuda -MMD -MP
+# Hundreds of kernels take longer to optimise than they run.
+KERNEL_CXXFLAGS := $(if $(filter release,$(CONFIG)),-O1 -g1)
 define cuda_cpu_arch
 $(B)/obj/cuda_cpu/$(1)/%.o: kernels_cuda/%.cu
 	@mkdir -p $$(@D)
-	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -x c++ -c $$< -o $$@
+	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) $$(KERNEL_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -x c++ -c $$< -o $$@
 $(B)/obj/cuda_cpu/$(1)/%.o: tests/cuda_cpu/%.cpp
 	@mkdir -p $$(@D)
 	$$(call say,CXX   $$< (sm_$(1:0=)))$$(CXX) $$(CUDA_CPU_CXXFLAGS) -DKVL_CPU_ARCH=$(1) -c $$< -o $$@
@@ -290,6 +292,8 @@ $(MOCK)/kernels_%.so: $(B)/libkvl_cuda_cpu_%.a tests/mock_cuda/shim_kernels.cpp 
 	@mkdir -p $(@D)
 	$(call say,CXX   $@)$(CXX) $(MOCK_CXXFLAGS) $(CXXFLAGS) tests/mock_cuda/shim_kernels.cpp -Wl,--whole-archive $< \
 	  -Wl,--no-whole-archive -Wl,--exclude-libs,ALL -lpthread -o $@
+mock-cuda: $(MOCK)/libcuda.so.1 $(MOCK)/kernels_800.so ## build a CUDA driver without a GPU, for LD_LIBRARY_PATH=build/mock_cuda
+.PHONY: mock-cuda
 $(MOCK_TESTS): $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 $(MOCK_TESTS): LIBS += $(MOCK)/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/../../mock_cuda'
 

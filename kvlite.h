@@ -7786,6 +7786,7 @@ struct kvli_cu {
     bool lent, renewed, retained, lost, virtual_memory; /* renewed: another context was lent */
     void *module;
     uint8_t *image;
+    size_t image_bytes;
     uint32_t generation; /* grows when the device is started again: what was on it is gone */
     int major, minor, block_shared, sm_shared;
     size_t granularity;
@@ -8015,18 +8016,24 @@ static void kvli_cu_stop_device(kvl_context *ctx,
     cu->retained = false;
 }
 
-/* The image from its text: see the generated header. */
-static void kvli_cu_unpack(uint8_t *to) {
-    uint32_t v = 0, digits = 0, n = 0;
-    for (const char *const *chunk = kvli_cu_image; *chunk; chunk++)
-        for (const char *p = *chunk; *p; p++) {
-            uint32_t digit = (uint32_t)((unsigned char)*p - 35 - (*p > '?') - (*p > '\\'));
-            v = v * 85 + digit;
-            if (++digits < 5) continue;
-            for (int i = 24; i >= 0; i -= 8)
-                if (n < kvli_cu_image_bytes) to[n++] = (uint8_t)(v >> i);
-            v = digits = 0;
-        }
+/* The kernels for this device out of the generated header. */
+static kvl_result kvli_cu_take_image(kvl_context *ctx, kvli_text why) {
+    struct kvli_cu *cu = ctx->cu;
+    const uint32_t n = sizeof kvli_cu_parts / sizeof kvli_cu_parts[0],
+                   arch = (uint32_t)(cu->major * 10 + cu->minor);
+    const kvli_cu_part *part = kvli_cu_find_part(kvli_cu_parts, n, arch);
+    if (!part)
+        return kvli_fail(NULL, why, KVL_NO_BACKEND, "there are no kernels for compute capability %d.%d",
+                         cu->major, cu->minor);
+    size_t scratch = KVLI_CU_UNPACK_PROBS * sizeof(uint16_t);
+    uint16_t *probs = (uint16_t *)kvli_alloc(ctx, scratch);
+    cu->image = (uint8_t *)kvli_alloc(ctx, part->raw_bytes);
+    cu->image_bytes = part->raw_bytes;
+    bool fits = probs && cu->image,
+         whole = fits && kvli_cu_unpack_part(kvli_cu_image, part, cu->image, probs);
+    kvli_free(ctx, probs, scratch);
+    if (!fits) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    return whole ? KVL_OK : kvli_fail(NULL, why, KVL_NO_BACKEND, "the kernels' header is damaged");
 }
 
 static void kvli_cu_close(kvl_context *ctx) {
@@ -8034,7 +8041,7 @@ static void kvli_cu_close(kvl_context *ctx) {
     if (!cu) return;
     if (cu->library) kvli_cu_stop_device(ctx, false);
     if (cu->library) kvli_cu_unload(cu->library);
-    kvli_free(ctx, cu->image, kvli_cu_image_bytes);
+    kvli_free(ctx, cu->image, cu->image_bytes);
     kvli_free(ctx, cu, sizeof *cu);
     ctx->cu = NULL;
 }
@@ -8044,16 +8051,14 @@ static kvl_result kvli_cu_open(kvl_context *ctx, kvli_text why) {
     char name[64] = "";
     if (cu) memset(cu, 0, sizeof *cu);
     ctx->cu = cu;
-    if (cu) cu->image = (uint8_t *)kvli_alloc(ctx, kvli_cu_image_bytes);
-    if (!cu || !cu->image) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    if (!cu) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
     cu->context = ctx->desc.cuda_context;
     cu->stream = ctx->desc.cuda_stream;
     cu->lent = cu->context != NULL;
     kvl_result r = kvli_cu_load(ctx, why);
     if (r == KVL_OK) r = kvli_cu_device(ctx, why);
-    if (r != KVL_OK) return r;
-    kvli_cu_unpack(cu->image);
-    r = kvli_cu_start_device(ctx, why);
+    if (r == KVL_OK) r = kvli_cu_take_image(ctx, why);
+    if (r == KVL_OK) r = kvli_cu_start_device(ctx, why);
     if (r != KVL_OK) return r;
     KVLI_CU_OPEN(device_name, "cuDeviceGetName", (name, (int)sizeof name, cu->device));
     snprintf(ctx->name, sizeof ctx->name, "cuda (%s, sm_%d%d)", name, cu->major, cu->minor);

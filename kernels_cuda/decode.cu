@@ -9,19 +9,19 @@
    No ldmatrix, no transposed copy: which head dim stands where in a fragment is free (formats.cuh), so each lane reads
    pieces of rows as they lie in memory.
 
-   An item has two phases: packed blocks, then exact ones (sinks and own blocks), whose q is not rotated. Packed values that
-   are rotated are turned back between the two, in shared memory.
+   Sinks and own blocks are exact (f16) among packed ones; their rows are read straight from device memory, each lane taking
+   the head dims that it takes of packed rows. Where packed values are rotated, or NVFP4, a second pass does the exact ones,
+   once the sums over the packed ones were added up and turned back in shared memory.
 
    Roofline: bytes. A unit costs 16 * (K and V row bytes) + scales of device memory traffic, and each byte crosses shared memory
    twice. To hide the latency each warp has a ring of `stages` units in flight: bulk copies (sm_90), cp.async (sm_80), or none
    (sm_75: straight to registers, as exact units of packed formats everywhere). Issue slots come next: instructions for 16 x D
    keys and values, D = 128, N = 8: see formats.cuh, plus D / 8 mma and about 60 for the softmax and the ring. */
 #include "formats.cuh"
-#include "pages.cuh"
+#include "steps.cuh"
 
 constexpr uint32_t KVL_WARPS = KVLI_CU_DECODE_WARPS, KVL_UNIT = KVLI_CU_UNIT;
 constexpr uint32_t KVL_ALL_LANES = 0xffffffff;
-constexpr float KVL_LOG2E = 1.4426950408889634f;
 constexpr float KVL_NOTHING = -1e38f; /* m of a row that has seen nothing */
 constexpr float KVL_SLACK = 8;        /* how far a score may be above m: weights up to 2^8 */
 
@@ -29,6 +29,7 @@ constexpr float KVL_SLACK = 8;        /* how far a score may be above m: weights
 template <uint32_t K, uint32_t V, uint32_t EXACT, bool K_ROTATED, bool V_ROTATED> struct kvl_preset {
     static constexpr uint32_t k = K, v = V, exact = EXACT;
     static constexpr bool k_rotated = K_ROTATED, v_rotated = V_ROTATED, one_class = K == EXACT;
+    static constexpr bool two_passes = V_ROTATED || V == KVLI_CU_NVFP4; /* sums over packed and exact values differ in kind */
 };
 typedef kvl_preset<KVLI_CU_F16, KVLI_CU_F16, KVLI_CU_F16, false, false> kvl_preset_f16;
 typedef kvl_preset<KVLI_CU_BF16, KVLI_CU_BF16, KVLI_CU_BF16, false, false> kvl_preset_bf16;
@@ -58,6 +59,7 @@ template <class P, uint32_t D, uint32_t N> struct kvl_shared {
     float *warp_m, *warp_l;   /* [WARPS][N] */
     float *total_m, *total_l; /* [N] of `sum` */
     float *factor;            /* [2][N] from q·k to a score, packed and exact */
+    uint32_t *position;       /* [N] of rows; past the end that of the last */
     uint32_t *exact_seen;     /* [WARPS] */
 
     KVL_MEMBER kvl_shared(uint8_t *memory, uint32_t stages) {
@@ -69,7 +71,8 @@ template <class P, uint32_t D, uint32_t N> struct kvl_shared {
         total_m = warp_l + KVL_WARPS * N;
         total_l = total_m + N;
         factor = total_l + N;
-        exact_seen = (uint32_t *)(factor + 2 * N);
+        position = (uint32_t *)(factor + 2 * N);
+        exact_seen = position + N;
     }
 };
 
@@ -130,68 +133,63 @@ template <uint32_t K> KVL_D uint32_t kvl_q_place(uint32_t e, uint32_t row_bytes)
     return (e & ~7u) + e / 2 % 2 * 4 + e % 2 * 2 + e / 4 % 2;
 }
 
-/* A query row over its power of two, rounded to 16 bits, for keys of format K. Returns the power. */
-template <uint32_t K, uint32_t D> KVL_D float kvl_store_query(uint16_t *to, const kvl_spread<D> &row, uint32_t lane) {
+/* A query row over its power of two, rounded to 16 bits for keys of format F, in the order of format K. Returns the power. */
+template <uint32_t F, uint32_t K, uint32_t D> KVL_D float kvl_store_query(uint16_t *to, const kvl_spread<D> &row, uint32_t lane) {
     float largest = 0;
     KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) largest = fmaxf(largest, fabsf(row.x[i]));
     KVL_UNROLL for (uint32_t x = 16; x; x /= 2) largest = fmaxf(largest, __shfl_xor_sync(KVL_ALL_LANES, largest, x));
     float power = kvl_row_power(largest), inverse = __uint_as_float((254u << 23) - __float_as_uint(power));
     KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) {
         uint32_t e = lane + 32 * i;
-        if (kvl_spread_has<D>(lane, i)) to[kvl_q_place<K>(e, kvli_cu_row_bytes(K, D))] = kvl_to_16<K>(row.x[i] * inverse);
+        if (kvl_spread_has<D>(lane, i)) to[kvl_q_place<K>(e, kvli_cu_row_bytes(K, D))] = kvl_to_16<F>(row.x[i] * inverse);
     }
     return power;
 }
 
-/* All query rows of the item into shared memory, and the factors of their scores. */
+/* All query rows of the item into shared memory, and the factors of their scores; sums to nothing. */
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_prepare_queries(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_shared<P, D, N> &s) {
-    uint32_t lane = threadIdx.x % 32;
-    float to_score = a.softcap != 0 ? a.scale / a.softcap : a.scale * KVL_LOG2E;
+KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &s) {
+    uint32_t lane = threadIdx.x % 32, n_rows = rows.item->n_rows;
+    float to_score = a.softcap != 0 ? 2 * KVL_LOG2E * a.scale / a.softcap : a.scale * KVL_LOG2E;
     float packed_factor = P::k == KVLI_CU_NVFP4 ? to_score * KVL_NVFP4_FACTOR * a.k_global : to_score;
-    for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
-        kvl_row row = kvl_row_of(a, a.spans[item.span], blockIdx.y, item.row + (r < item.n_rows ? r : 0));
+    KVL_ROLLED for (uint32_t i = threadIdx.x; i < N * D; i += 32 * KVL_WARPS) s.sum[i] = 0;
+    KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, rows.item->row + (r < n_rows ? r : n_rows - 1));
         kvl_spread<D> x;
         KVL_UNROLL for (uint32_t i = 0; i < x.count; i++) {
-            bool has = r < item.n_rows && kvl_spread_has<D>(lane, i);
+            bool has = r < n_rows && kvl_spread_has<D>(lane, i);
             x.x[i] = has ? kvl_tensor_get(a.q, row.tensor_row, row.head, lane + 32 * i) : 0;
         }
         uint16_t *to = s.q + r * s.q_stride;
+        float exact_power = 0;
         if constexpr (P::k_rotated) {
-            float power = kvl_store_query<P::exact, D>(to + N * s.q_stride, x, lane);
-            if (lane == 0) s.factor[N + r] = power * to_score;
+            exact_power = kvl_store_query<P::exact, P::k, D>(to + N * s.q_stride, x, lane);
             kvl_hadamard<D>(x, lane);
         }
-        float power = kvl_store_query<P::k, D>(to, x, lane);
-        if (lane == 0) {
-            s.factor[r] = power * packed_factor;
-            if constexpr (!P::k_rotated) s.factor[N + r] = power * to_score;
-        }
+        float power = kvl_store_query<P::k, P::k, D>(to, x, lane);
+        if (lane > 0) continue;
+        s.factor[r] = power * packed_factor;
+        s.factor[N + r] = (P::k_rotated ? exact_power : power) * to_score;
+        s.position[r] = row.position;
+        s.total_m[r] = KVL_NOTHING, s.total_l[r] = 0;
     }
 }
 
 /* ---- units ---- */
 
-/* 16 tokens of one block and KV head: where their bytes are (shared or device memory), and which they are. */
+/* 16 tokens of one block and KV head: where their bytes are (in a slot, or in device memory), and which they are. */
 struct kvl_unit {
     const uint8_t *k, *k_scales, *v, *v_scales;
     uint32_t token; /* the first */
-    bool own;
+    bool own, exact;
 };
 
-/* What an item's queries see, and from where to where they stand. */
-struct kvl_rows {
-    kvl_sight sight;
-    uint32_t x_first, x_last;
-};
-
-/* Goes through a warp's units in order, 32 of them at a time, a lane each. */
-enum kvl_class { KVL_ANY_CLASS, KVL_PACKED_CLASS, KVL_EXACT_CLASS };
-struct kvl_walk {
+/* Goes through a warp's units in order, 32 of them at a time, a lane each. With two passes, the first takes packed ones. */
+struct kvl_unit_walk {
     uint32_t next;    /* unit that lane 0 looks at next */
     uint32_t waiting; /* lanes that have a unit to be taken */
-    uint32_t token;   /* of this lane's unit; bit 0: it is an own one */
-    uint64_t entry;
+    uint32_t token;   /* of this lane's unit; bit 0: it is an own one, bit 1: exact */
+    uint64_t k;       /* address of this lane's K tile */
     bool exact_seen;
 
     KVL_MEMBER void start() {
@@ -201,8 +199,8 @@ struct kvl_walk {
     }
 
     /* Looks at up to 32 more units. False: there are none. */
-    template <kvl_class CLASS>
-    KVL_MEMBER bool look(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_rows &rows) {
+    template <class P> KVL_MEMBER bool look(const kvli_cu_attend_args &a, const kvl_rows &rows, uint32_t pass) {
+        const kvli_cu_item &item = *rows.item;
         uint32_t block_units = a.block_tokens / KVL_UNIT, table_units = (item.end - item.begin) * block_units;
         uint32_t units = table_units + (item.own_end - item.own_begin) * block_units;
         if (next >= units) return false;
@@ -210,57 +208,70 @@ struct kvl_walk {
         bool own = unit >= table_units;
         uint32_t first = own ? item.own_begin * a.block_tokens + (unit - table_units) * KVL_UNIT
                              : item.begin * a.block_tokens + unit * KVL_UNIT;
-        entry = 0;
+        uint64_t entry = 0;
         if (unit < units && kvl_any_sees(rows.sight, own, rows.x_first, rows.x_last, first, first + KVL_UNIT - 1)) {
-            const kvli_cu_span &span = a.spans[item.span];
             uint32_t block = first / a.block_tokens;
-            entry = a.entries[(uint32_t)(own ? span.own + block - span.first_own : span.table + block)];
+            entry = a.entries[own ? kvl_span_of(a, rows).own + block - kvl_span_of(a, rows).first_own : kvl_span_of(a, rows).table + block];
         }
         bool exact = kvl_entry_is_exact(entry);
-        token = first | (own ? 1 : 0);
-        if (CLASS == KVL_PACKED_CLASS) exact_seen |= __any_sync(KVL_ALL_LANES, exact) != 0;
-        bool wanted = CLASS == KVL_ANY_CLASS || exact == (CLASS == KVL_EXACT_CLASS);
-        waiting = __ballot_sync(KVL_ALL_LANES, entry != 0 && wanted);
+        k = (uint64_t)kvl_tiles_of(a.pages, entry, blockIdx.y).k;
+        token = first | (own ? 1 : 0) | (exact ? 2 : 0);
+        bool wanted = entry != 0;
+        if constexpr (P::two_passes) {
+            exact_seen |= __any_sync(KVL_ALL_LANES, exact) != 0;
+            wanted = wanted && exact == (pass == 1);
+        }
+        waiting = __ballot_sync(KVL_ALL_LANES, wanted);
         next += 32 * KVL_WARPS;
         return true;
     }
 
-    /* The next unit of a class, whose tiles have formats K and V. False: that was all. */
-    template <kvl_class CLASS, uint32_t K, uint32_t V, uint32_t D>
-    KVL_MEMBER bool take(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_rows &rows, kvl_unit *unit) {
+    /* The next unit, in device memory. False: that was all. */
+    template <class P, uint32_t D>
+    KVL_MEMBER bool take(const kvli_cu_attend_args &a, const kvl_rows &rows, uint32_t pass, kvl_unit *unit) {
         while (waiting == 0) {
-            if (!look<CLASS>(a, item, rows)) return false;
+            if (!look<P>(a, rows, pass)) return false;
         }
         uint32_t from = __ffs((int)waiting) - 1;
         waiting &= waiting - 1;
-        uint32_t low = __shfl_sync(KVL_ALL_LANES, (uint32_t)entry, from);
-        uint32_t high = __shfl_sync(KVL_ALL_LANES, (uint32_t)(entry >> 32), from);
         uint32_t its_token = __shfl_sync(KVL_ALL_LANES, token, from);
-        kvl_tiles tiles = kvl_tiles_of(a.pages, (uint64_t)high << 32 | low, blockIdx.y);
-        unit->token = its_token & ~1u;
+        const uint8_t *tile = (const uint8_t *)__shfl_sync(KVL_ALL_LANES, (unsigned long long)k, from);
+        unit->token = its_token & ~3u;
         unit->own = its_token & 1;
-        uint32_t at = unit->token % a.block_tokens, T = a.block_tokens;
-        unit->k = tiles.k + at * kvli_cu_row_bytes(K, D);
-        unit->v = tiles.v + at * kvli_cu_row_bytes(V, D);
-        unit->k_scales = tiles.k + T * kvli_cu_row_bytes(K, D) + at * kvli_cu_token_scale_bytes(K, D);
-        unit->v_scales = tiles.v + T * kvli_cu_row_bytes(V, D) + at * kvli_cu_token_scale_bytes(V, D);
+        unit->exact = !P::one_class && (its_token & 2);
+        uint32_t T = a.block_tokens, at = unit->token & (T - 1);
+        const uint8_t *v_tile = tile + (unit->exact ? a.pages.v_offset[1] : a.pages.v_offset[0]);
+        unit->k_scales = tile + T * kvli_cu_row_bytes(P::k, D) + at * kvli_cu_token_scale_bytes(P::k, D);
+        unit->v_scales = v_tile + T * kvli_cu_row_bytes(P::v, D) + at * kvli_cu_token_scale_bytes(P::v, D);
+        unit->k = tile + at * (unit->exact ? 2 * D : kvli_cu_row_bytes(P::k, D));
+        unit->v = v_tile + at * (unit->exact ? 2 * D : kvli_cu_row_bytes(P::v, D));
         return true;
     }
 };
 
 /* ---- a warp's ring of units in shared memory ---- */
-template <uint32_t K, uint32_t V, uint32_t D> struct kvl_ring {
-    static constexpr uint32_t k_bytes = KVL_UNIT * kvli_cu_row_bytes(K, D), v_bytes = KVL_UNIT * kvli_cu_row_bytes(V, D);
+
+/* A slot's first bytes. Of exact units these are all. */
+struct kvl_slot {
+    uint64_t barrier;
+    uint32_t token, flags;
+    const uint8_t *k, *v; /* of exact units */
+};
+static_assert(sizeof(kvl_slot) == 32, "as kvli_cu_decode_slot has it");
+
+template <class P, uint32_t D> struct kvl_ring {
+    static constexpr uint32_t k_bytes = KVL_UNIT * kvli_cu_row_bytes(P::k, D), v_bytes = KVL_UNIT * kvli_cu_row_bytes(P::v, D);
     static constexpr uint32_t k_scale_bytes =
-        KVL_UNIT * kvli_cu_token_scale_bytes(K, D) + kvli_cu_channel_scale_bytes(K, D);
-    static constexpr uint32_t v_scale_bytes = KVL_UNIT * kvli_cu_token_scale_bytes(V, D);
-    static constexpr uint32_t slot_bytes = kvli_cu_decode_slot(K, V, D);
-    /* A slot: */
-    static constexpr uint32_t barrier_at = 0, token_at = 8, own_at = 12, k_at = 16, k_scales_at = k_at + k_bytes;
-    static constexpr uint32_t v_at = k_scales_at + k_scale_bytes, v_scales_at = v_at + v_bytes;
+        KVL_UNIT * kvli_cu_token_scale_bytes(P::k, D) + kvli_cu_channel_scale_bytes(P::k, D);
+    static constexpr uint32_t v_scale_bytes = KVL_UNIT * kvli_cu_token_scale_bytes(P::v, D);
+    static constexpr uint32_t slot_bytes = kvli_cu_decode_slot(P::k, P::v, D);
+    static constexpr uint32_t k_at = sizeof(kvl_slot), k_scales_at = k_at + k_bytes, v_at = k_scales_at + k_scale_bytes;
+    static constexpr uint32_t v_scales_at = v_at + v_bytes;
 
     uint8_t *slots;
     uint32_t stages, under_way, in, out, parity; /* under_way: units from slot `out` to before `in` */
+
+    KVL_MEMBER kvl_slot *slot(uint32_t i) { return (kvl_slot *)(slots + i * slot_bytes); }
 
     KVL_MEMBER void start(uint8_t *ring, uint32_t n) {
         slots = ring + threadIdx.x / 32 * n * slot_bytes;
@@ -268,20 +279,19 @@ template <uint32_t K, uint32_t V, uint32_t D> struct kvl_ring {
         under_way = in = out = parity = 0;
         if constexpr (KVL_ARCH >= 900) {
             if (threadIdx.x % 32 == 0) {
-                for (uint32_t i = 0; i < n; i++) kvl_mbar_init(barrier(i), 1);
+                KVL_ROLLED for (uint32_t i = 0; i < n; i++) kvl_mbar_init(&slot(i)->barrier, 1);
                 kvl_mbar_fence();
             }
             __syncwarp();
         }
     }
-    KVL_MEMBER uint64_t *barrier(uint32_t slot) { return (uint64_t *)(slots + slot * slot_bytes + barrier_at); }
 
     /* A run of bytes, all of it: the whole warp, or with bulk copies one lane. */
-    template <uint32_t BYTES> KVL_MEMBER void copy(uint8_t *to, const uint8_t *from, uint64_t *bar) {
+    template <uint32_t BYTES> KVL_MEMBER void copy(uint8_t *to, const uint8_t *from, uint64_t *barrier) {
         if constexpr (BYTES == 0) {
             return;
         } else if constexpr (KVL_ARCH >= 900) {
-            kvl_bulk_copy(to, from, BYTES, bar);
+            kvl_bulk_copy(to, from, BYTES, barrier);
         } else {
             KVL_UNROLL for (uint32_t i = 0; i < BYTES; i += 512) {
                 uint32_t at = i + threadIdx.x % 32 * 16;
@@ -289,30 +299,29 @@ template <uint32_t K, uint32_t V, uint32_t D> struct kvl_ring {
             }
         }
     }
-    KVL_MEMBER void copy_unit(uint8_t *slot, const kvl_unit &unit, uint64_t *bar) {
-        copy<k_bytes>(slot + k_at, unit.k, bar);
-        copy<k_scale_bytes>(slot + k_scales_at, unit.k_scales, bar);
-        copy<v_bytes>(slot + v_at, unit.v, bar);
-        copy<v_scale_bytes>(slot + v_scales_at, unit.v_scales, bar);
+    KVL_MEMBER void copy_unit(kvl_slot *to, const kvl_unit &unit) {
+        uint8_t *bytes = (uint8_t *)to;
+        copy<k_bytes>(bytes + k_at, unit.k, &to->barrier);
+        copy<k_scale_bytes>(bytes + k_scales_at, unit.k_scales, &to->barrier);
+        copy<v_bytes>(bytes + v_at, unit.v, &to->barrier);
+        copy<v_scale_bytes>(bytes + v_scales_at, unit.v_scales, &to->barrier);
     }
 
-    /* Starts copies of further units until every slot is in use. */
-    template <kvl_class CLASS>
-    KVL_MEMBER void fill(kvl_walk &walk, const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_rows &rows) {
+    /* Starts the copies of further units until every slot is in use. */
+    KVL_MEMBER void fill(kvl_unit_walk &walk, const kvli_cu_attend_args &a, const kvl_rows &rows, uint32_t pass) {
         kvl_unit unit;
-        while (under_way < stages && walk.take<CLASS, K, V, D>(a, item, rows, &unit)) {
-            uint8_t *slot = slots + in * slot_bytes;
+        KVL_ROLLED while (under_way < stages && walk.template take<P, D>(a, rows, pass, &unit)) {
+            kvl_slot *to = slot(in);
             if (threadIdx.x % 32 == 0) {
-                *(uint32_t *)(slot + token_at) = unit.token;
-                *(uint32_t *)(slot + own_at) = unit.own;
-            }
-            if constexpr (KVL_ARCH >= 900) {
-                if (threadIdx.x % 32 == 0) {
-                    kvl_mbar_expect(barrier(in), k_bytes + k_scale_bytes + v_bytes + v_scale_bytes);
-                    copy_unit(slot, unit, barrier(in));
+                to->token = unit.token, to->flags = (unit.own ? 1 : 0) | (unit.exact ? 2 : 0);
+                to->k = unit.k, to->v = unit.v;
+                if constexpr (KVL_ARCH >= 900) {
+                    kvl_mbar_expect(&to->barrier, unit.exact ? 0 : k_bytes + k_scale_bytes + v_bytes + v_scale_bytes);
+                    if (!unit.exact) copy_unit(to, unit);
                 }
-            } else {
-                copy_unit(slot, unit, nullptr);
+            }
+            if constexpr (KVL_ARCH < 900) {
+                if (!unit.exact) copy_unit(to, unit);
                 kvl_cp_commit();
             }
             in = in + 1 == stages ? 0 : in + 1;
@@ -322,9 +331,10 @@ template <uint32_t K, uint32_t V, uint32_t D> struct kvl_ring {
 
     /* The oldest unit, once it is there. To be called by whole warps, where under_way is not 0. */
     KVL_MEMBER kvl_unit wait() {
-        uint8_t *slot = slots + out * slot_bytes;
+        kvl_slot *from = slot(out);
+        const uint8_t *bytes = (const uint8_t *)from;
         if constexpr (KVL_ARCH >= 900) {
-            kvl_mbar_wait(barrier(out), parity);
+            kvl_mbar_wait(&from->barrier, parity);
         } else {
             if (under_way == 1) kvl_cp_wait<0>();
             else if (under_way == 2) kvl_cp_wait<1>();
@@ -332,9 +342,8 @@ template <uint32_t K, uint32_t V, uint32_t D> struct kvl_ring {
             else kvl_cp_wait<3>();
         }
         __syncwarp();
-        kvl_unit unit = {slot + k_at, slot + k_scales_at, slot + v_at, slot + v_scales_at,
-                         *(const uint32_t *)(slot + token_at), *(const uint32_t *)(slot + own_at) != 0};
-        return unit;
+        return kvl_unit{bytes + k_at, bytes + k_scales_at, bytes + v_at, bytes + v_scales_at, from->token,
+                        (from->flags & 1) != 0, !P::one_class && (from->flags & 2)};
     }
 
     /* Gives the oldest unit's slot back. */
@@ -364,39 +373,41 @@ template <uint32_t D, uint32_t N> KVL_D void kvl_clear(kvl_sums<D, N> &sums) {
     }
 }
 
-/* Query fragments for keys of format K: in registers if they are few, else read for each unit. */
-template <uint32_t K, uint32_t D, uint32_t N> struct kvl_queries {
-    static constexpr bool in_registers = D * N <= 128 * 16;
-    uint32_t b[in_registers ? D / 16 : 1][N / 8][2];
-    const uint16_t *rows; /* at row g */
-    const float *factors; /* at row 2 t */
-};
-template <uint32_t K, uint32_t D, uint32_t N>
-KVL_D void kvl_query(const kvl_queries<K, D, N> &q, uint32_t tile, uint32_t dim, uint32_t b[2]) {
-    uint2 four = kvl_ld8(q.rows + tile * 8 * (D + 4) + dim);
-    b[0] = four.x, b[1] = four.y;
-}
-
-/* body(piece's number, bytes of its pieces, first step, step in the piece) for all steps of K's fragments. */
+/* How a row of format F is dealt to lanes (formats.cuh). */
 template <uint32_t F, uint32_t D, uint32_t LANES> struct kvl_cut {
     static constexpr uint32_t row = kvli_cu_row_bytes(F, D), pieces = kvl_piece_count(row, LANES);
     /* Numbers of a lane in the pieces before piece i. */
     KVLI_CU_FN uint32_t numbers_before(uint32_t i) { return kvl_numbers_in(F, kvl_piece_at(row, LANES, i).offset) / LANES; }
 };
 
-template <uint32_t K, uint32_t D, uint32_t N>
-KVL_D void kvl_load_queries(kvl_queries<K, D, N> &q, const uint16_t *rows, const float *factors) {
-    typedef kvl_cut<K, D, 4> cut;
+/* Query fragments for keys of format K: in registers if they are few, else read for each unit. Exact keys' are always read,
+   `exact_rows` after the packed ones'. */
+template <uint32_t K, uint32_t D, uint32_t N> struct kvl_queries {
+    static constexpr bool in_registers = D * N <= 128 * 16;
+    uint32_t b[in_registers ? D / 16 : 1][N / 8][2];
+    const uint16_t *rows; /* at row g */
+    const float *factors; /* at row 2 t */
+    uint32_t exact_rows;
+};
+template <uint32_t D> KVL_D void kvl_query(const uint16_t *rows, uint32_t tile, uint32_t dim, uint32_t b[2]) {
+    uint2 four = kvl_ld8(rows + tile * 8 * (D + 4) + dim);
+    b[0] = four.x, b[1] = four.y;
+}
+template <class P, uint32_t D, uint32_t N>
+KVL_D void kvl_load_queries(kvl_queries<P::k, D, N> &q, const kvl_shared<P, D, N> &shared) {
+    typedef kvl_cut<P::k, D, 4> cut;
     uint32_t lane = threadIdx.x % 32, t = lane % 4;
-    q.rows = rows + lane / 4 * (D + 4);
-    q.factors = factors + 2 * t;
-    if constexpr (kvl_queries<K, D, N>::in_registers) {
+    q.rows = shared.q + lane / 4 * shared.q_stride;
+    q.factors = shared.factor + 2 * t;
+    q.exact_rows = P::k_rotated ? N * shared.q_stride : 0;
+    if constexpr (kvl_queries<P::k, D, N>::in_registers) {
         kvl_static_for<cut::pieces>([&](auto i) {
             constexpr kvl_piece piece = kvl_piece_at(cut::row, 4, i.value);
-            constexpr uint32_t numbers = kvl_numbers_in(K, piece.bytes), first = cut::numbers_before(i.value);
+            constexpr uint32_t numbers = kvl_numbers_in(P::k, piece.bytes), first = cut::numbers_before(i.value);
             KVL_UNROLL for (uint32_t n = 0; n < numbers; n += 4) {
-                uint32_t dim = 4 * first + t * numbers + n;
-                KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) kvl_query(q, tile, dim, q.b[(first + n) / 4][tile]);
+                KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
+                    kvl_query<D>(q.rows, tile, 4 * first + t * numbers + n, q.b[(first + n) / 4][tile]);
+                }
             }
         });
     }
@@ -441,13 +452,12 @@ KVL_D void kvl_scale_k(const kvl_k_scales<K, D, BYTES> &scales, uint32_t a[2][2]
     }
 }
 
-/* s[tile][0, 1]: token g, rows 8 tile + 2 t and + 1; [2, 3]: token g + 8. Scores, or what tanh is to be taken of. */
+/* Sums of products: s[tile][0, 1] of token g with rows 8 tile + 2 t and + 1; [2, 3] of token g + 8. Two of them, added up
+   later, so that one product does not wait for the last one. */
 template <uint32_t K, uint32_t D, uint32_t N>
-KVL_D void kvl_scores(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float s[N / 8][4]) {
+KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float s[2][N / 8][4]) {
     typedef kvl_cut<K, D, 4> cut;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    float odd[N / 8][4]; /* two sums of products, so that they do not wait for each other */
-    KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) s[i / 4][i % 4] = odd[i / 4][i % 4] = 0;
     kvl_static_for<cut::pieces>([&](auto i) {
         constexpr kvl_piece piece = kvl_piece_at(cut::row, 4, i.value);
         constexpr uint32_t numbers = kvl_numbers_in(K, piece.bytes), first = cut::numbers_before(i.value);
@@ -462,24 +472,66 @@ KVL_D void kvl_scores(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float
             kvl_scale_k<K, D, piece.bytes, j.value>(scales, x);
             uint32_t a[4] = {x[0][0], x[1][0], x[0][1], x[1][1]};
             KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
-                float *sum = step % 2 ? odd[tile] : s[tile];
                 if constexpr (kvl_queries<K, D, N>::in_registers) {
-                    kvl_mma<K>(sum, a, q.b[step][tile]);
+                    kvl_mma<K>(s[step % 2][tile], a, q.b[step][tile]);
                 } else {
                     uint32_t b[2];
-                    kvl_query(q, tile, 4 * first + t * numbers + 4 * j.value, b);
-                    kvl_mma<K>(sum, a, b);
+                    kvl_query<D>(q.rows, tile, 4 * first + t * numbers + 4 * j.value, b);
+                    kvl_mma<K>(s[step % 2][tile], a, b);
                 }
             }
         });
     });
-    float of_token[2] = {1, 1};
-    if constexpr (kvl_is_per_token(K)) {
-        of_token[0] = kvl_h2f(kvl_ld2(unit.k_scales + 2 * g));
-        of_token[1] = kvl_h2f(kvl_ld2(unit.k_scales + 2 * g + 16));
+}
+
+/* The same of f16 rows, each lane with the head dims that it has of rows of format K. */
+template <uint32_t K, uint32_t D, uint32_t N>
+KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &q, float s[2][N / 8][4]) {
+    typedef kvl_cut<K, D, 4> cut;
+    uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    kvl_static_for<cut::pieces>([&](auto i) {
+        constexpr uint32_t bytes = kvl_piece_at(cut::row, 4, i.value).bytes, numbers = kvl_numbers_in(K, bytes);
+        constexpr uint32_t at_once = numbers < 8 ? numbers : 8;
+        KVL_UNROLL for (uint32_t n = 0; n < numbers; n += at_once) {
+            uint32_t dim = 4 * cut::numbers_before(i.value) + t * numbers + n;
+            const uint8_t *p = unit.k + 2 * (g * D + dim);
+            kvl_words<2 * at_once> low = kvl_load_piece<2 * at_once>(p), high = kvl_load_piece<2 * at_once>(p + 16 * D);
+            KVL_UNROLL for (uint32_t step = 0; step < at_once / 4; step++) {
+                uint32_t a[4];
+                KVL_UNROLL for (uint32_t r = 0; r < 2; r++) {
+                    uint32_t n0 = kvl_k_number(K, bytes, step, r, 0), n1 = kvl_k_number(K, bytes, step, r, 1);
+                    uint32_t which = (n0 % 2 ? 0x32 : 0x10) | (n1 % 2 ? 0x7600 : 0x5400);
+                    a[2 * r] = __byte_perm(low.w[n0 / 2], low.w[n1 / 2], which);
+                    a[2 * r + 1] = __byte_perm(high.w[n0 / 2], high.w[n1 / 2], which);
+                }
+                KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
+                    uint32_t b[2];
+                    kvl_query<D>(q.rows + q.exact_rows, tile, dim + 4 * step, b);
+                    kvl_mma_f16(s[step % 2][tile], a, b);
+                }
+            }
+        }
+    });
+}
+
+/* Scores in base 2, or without its last factor what tanh is to be taken of, times 2 log2(e). */
+template <class P, uint32_t D, uint32_t N>
+KVL_D void kvl_scores(const kvl_unit &unit, const kvl_queries<P::k, D, N> &q, float s[N / 8][4]) {
+    uint32_t g = threadIdx.x % 32 / 4;
+    float sums[2][N / 8][4], of_token[2] = {1, 1};
+    KVL_UNROLL for (uint32_t i = 0; i < N; i++) sums[i % 2][i / 8][i / 2 % 4] = 0;
+    if (!unit.exact) {
+        kvl_multiply_packed(unit, q, sums);
+        if constexpr (kvl_is_per_token(P::k)) {
+            of_token[0] = kvl_h2f(kvl_ld2(unit.k_scales + 2 * g));
+            of_token[1] = kvl_h2f(kvl_ld2(unit.k_scales + 2 * g + 16));
+        }
+    } else if constexpr (!P::one_class) {
+        kvl_multiply_exact(unit, q, sums);
     }
+    const float *factors = q.factors + (unit.exact ? N : 0);
     KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) {
-        s[i / 4][i % 4] = (s[i / 4][i % 4] + odd[i / 4][i % 4]) * of_token[i % 4 / 2] * q.factors[i / 4 * 8 + i % 2];
+        s[i / 4][i % 4] = (sums[0][i / 4][i % 4] + sums[1][i / 4][i % 4]) * of_token[i % 4 / 2] * factors[i / 4 * 8 + i % 2];
     }
 }
 
@@ -511,16 +563,14 @@ template <uint32_t V, uint32_t GROUP> KVL_D uint32_t kvl_scale_v(const kvl_v_sca
     return kvl_hmul2(codes, s.scale[GROUP]);
 }
 
-/* sums.o += V^T P^T. p[tile]: weights of tokens 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 for row 8 tile + g. Tokens that are not in
-   `seen` (bits 0..15) count as zeros: their rows may never have been written. */
+/* sums.o += V^T P^T. p[tile]: weights of tokens 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 for row 8 tile + g. */
 template <uint32_t V, uint32_t D, uint32_t N>
-KVL_D void kvl_add_values(const kvl_unit &unit, const uint32_t p[N / 8][2], uint32_t seen, kvl_sums<D, N> &sums) {
+KVL_D void kvl_add_packed(const kvl_unit &unit, const uint32_t p[N / 8][2], uint32_t seen, kvl_sums<D, N> &sums) {
     typedef kvl_cut<V, D, 8> cut;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     kvl_static_for<cut::pieces>([&](auto i) {
         constexpr kvl_piece piece = kvl_piece_at(cut::row, 8, i.value);
         constexpr uint32_t numbers = kvl_numbers_in(V, piece.bytes), first = cut::numbers_before(i.value);
-        uint32_t dim = 8 * first + g * numbers;
         kvl_words<piece.bytes> x[4];
         kvl_v_scales<V> scales[2];
         KVL_UNROLL for (uint32_t j = 0; j < 4; j++) {
@@ -528,15 +578,16 @@ KVL_D void kvl_add_values(const kvl_unit &unit, const uint32_t p[N / 8][2], uint
             x[j] = kvl_load_piece<piece.bytes>(unit.v + token * cut::row + piece.offset + g * piece.bytes, seen >> token & 1);
         }
         KVL_UNROLL for (uint32_t j = 0; j < 2; j++) {
-            scales[j] = kvl_load_v_scales<V, D, piece.bytes>(unit, 2 * t + 8 * j, dim);
+            scales[j] = kvl_load_v_scales<V, D, piece.bytes>(unit, 2 * t + 8 * j, 8 * first + g * numbers);
         }
         kvl_static_for<numbers / 2>([&](auto j) {
-            constexpr uint32_t lo = kvl_v_number(V, piece.bytes, j.value, 0) / 16, hi = kvl_v_number(V, piece.bytes, j.value, 1) / 16;
+            constexpr uint32_t low = V == KVLI_CU_NVFP4 ? kvl_v_number(V, piece.bytes, j.value, 0) / 16 : 0;
+            constexpr uint32_t high = V == KVLI_CU_NVFP4 ? kvl_v_number(V, piece.bytes, j.value, 1) / 16 : 0;
             uint32_t a[2][2];
             KVL_UNROLL for (uint32_t pair = 0; pair < 2; pair++) {
                 kvl_v_codes<V, piece.bytes, j.value>(x[2 * pair], x[2 * pair + 1], a[pair]);
-                a[pair][0] = kvl_scale_v<V, V == KVLI_CU_NVFP4 ? lo : 0>(scales[pair], a[pair][0]);
-                a[pair][1] = kvl_scale_v<V, V == KVLI_CU_NVFP4 ? hi : 0>(scales[pair], a[pair][1]);
+                a[pair][0] = kvl_scale_v<V, low>(scales[pair], a[pair][0]);
+                a[pair][1] = kvl_scale_v<V, high>(scales[pair], a[pair][1]);
             }
             KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
                 kvl_mma<V>(sums.o[first / 2 + j.value][tile], a[0], p[tile]);
@@ -545,31 +596,75 @@ KVL_D void kvl_add_values(const kvl_unit &unit, const uint32_t p[N / 8][2], uint
     });
 }
 
-/* ---- softmax ---- */
-
-/* Position of row r of the item; of the last one, past its end. */
-KVL_D uint32_t kvl_position(const kvli_cu_attend_args &a, const kvli_cu_item &item, uint32_t r) {
-    return a.spans[item.span].position + (item.row + (r < item.n_rows ? r : item.n_rows - 1)) / a.gqa;
+/* The same of f16 rows, each lane with the head dims that it has of rows of format V. */
+template <uint32_t V, uint32_t D, uint32_t N>
+KVL_D void kvl_add_exact(const kvl_unit &unit, const uint32_t p[N / 8][2], uint32_t seen, kvl_sums<D, N> &sums) {
+    typedef kvl_cut<V, D, 8> cut;
+    uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    kvl_static_for<cut::pieces>([&](auto i) {
+        constexpr uint32_t bytes = kvl_piece_at(cut::row, 8, i.value).bytes, numbers = kvl_numbers_in(V, bytes);
+        constexpr uint32_t first = cut::numbers_before(i.value), at_once = numbers < 8 ? numbers : 8;
+        KVL_UNROLL for (uint32_t n = 0; n < numbers; n += at_once) {
+            kvl_words<2 * at_once> x[4];
+            KVL_UNROLL for (uint32_t j = 0; j < 4; j++) {
+                uint32_t token = 2 * t + j % 2 + j / 2 * 8;
+                x[j] = kvl_load_piece<2 * at_once>(unit.v + 2 * (token * D + 8 * first + g * numbers + n), seen >> token & 1);
+            }
+            KVL_UNROLL for (uint32_t step = 0; step < at_once / 2; step++) {
+                uint32_t a[4];
+                KVL_UNROLL for (uint32_t j = 0; j < 4; j++) {
+                    uint32_t number = kvl_v_number(V, bytes, step, j % 2), pair = j / 2 * 2;
+                    a[j] = __byte_perm(x[pair].w[number / 2], x[pair + 1].w[number / 2], number % 2 ? 0x7632 : 0x5410);
+                }
+                KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
+                    kvl_mma_f16(sums.o[(first + n) / 2 + step][tile], a, p[tile]);
+                }
+            }
+        }
+    });
 }
+
+/* Zeroes V rows of a slot that nobody sees. */
+template <uint32_t V, uint32_t D> KVL_D void kvl_zero_unseen(const kvl_unit &unit, uint32_t seen) {
+    constexpr uint32_t row = kvli_cu_row_bytes(V, D);
+    if (seen == 0xffff) return;
+    KVL_ROLLED for (uint32_t at = threadIdx.x % 32 * 16; at < KVL_UNIT * row; at += 512) {
+        if (!(seen >> at / row & 1)) kvl_st16((uint8_t *)unit.v + at, make_uint4(0, 0, 0, 0));
+    }
+    __syncwarp();
+}
+
+/* Rows of tokens that are not in `seen` (bits 0..15) may never have been written, and count as zeros. Sealed rows are all
+   written. */
+template <class P, uint32_t D, uint32_t N>
+KVL_D void kvl_add_values(const kvl_unit &unit, const uint32_t p[N / 8][2], uint32_t seen, kvl_sums<D, N> &sums) {
+    if (!unit.exact) {
+        constexpr bool in_slot = KVL_ARCH >= 800;
+        if constexpr (P::one_class && in_slot) kvl_zero_unseen<P::v, D>(unit, seen);
+        kvl_add_packed<P::v>(unit, p, P::one_class && !in_slot ? seen : 0xffff, sums);
+    } else if constexpr (!P::one_class) {
+        kvl_add_exact<P::v>(unit, p, seen, sums);
+    }
+}
+
+/* ---- softmax ---- */
 
 /* Removes from s what rows do not see. Returns which tokens any row sees. */
 template <uint32_t N>
-KVL_D uint32_t kvl_mask(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_rows &rows, const kvl_unit &unit,
-                        float s[N / 8][4]) {
+KVL_D uint32_t kvl_mask(const kvl_rows &rows, const uint32_t *position, const kvl_unit &unit, float s[N / 8][4]) {
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if (kvl_all_see(rows.sight, unit.own, rows.x_first, rows.x_last, unit.token, unit.token + KVL_UNIT - 1)) return 0xffff;
-    for (uint32_t j = 0; j < 2; j++) {
-        KVL_UNROLL for (uint32_t tile = 0; tile < N / 8; tile++) {
-            uint32_t x = kvl_position(a, item, 8 * tile + 2 * t + j);
-            KVL_UNROLL for (uint32_t i = 0; i < 2; i++) {
-                bool sees = kvl_sees(rows.sight, unit.own, x, unit.token + g + 8 * i);
-                if (!sees && j == 0) s[tile][2 * i] = -INFINITY;
-                if (!sees && j == 1) s[tile][2 * i + 1] = -INFINITY;
-            }
-        }
+    KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) {
+        uint32_t x = position[i / 4 * 8 + 2 * t + i % 2];
+        if (!kvl_sees(rows.sight, unit.own, x, unit.token + g + i % 4 / 2 * 8)) s[i / 4][i % 4] = -INFINITY;
     }
     uint32_t token = unit.token + lane % 16;
     return __ballot_sync(KVL_ALL_LANES, kvl_any_sees(rows.sight, unit.own, rows.x_first, rows.x_last, token, token)) & 0xffff;
+}
+
+/* cap · tanh(score / cap) in base 2, from 2 log2(e) · score / cap: as exact as cap · 2^-22. */
+KVL_D float kvl_capped(float x, float cap) {
+    return cap * KVL_LOG2E * (1 - kvl_divide(2, 1 + kvl_exp2(x)));
 }
 
 /* Raises m of rows of which a score is far above it, and rescales what was summed up with the old one. Each row for
@@ -606,116 +701,85 @@ KVL_D void kvl_weights(const float s[N / 8][4], kvl_sums<D, N> &sums, uint32_t p
     }
 }
 
-/* Zeroes V rows of a slot that nobody sees. */
-template <uint32_t V, uint32_t D> KVL_D void kvl_zero_unseen(const kvl_unit &unit, uint32_t seen) {
-    constexpr uint32_t row = kvli_cu_row_bytes(V, D);
-    if (seen == 0xffff) return;
-    for (uint32_t at = threadIdx.x % 32 * 16; at < KVL_UNIT * row; at += 512) {
-        if (!(seen >> at / row & 1)) kvl_st16((uint8_t *)unit.v + at, make_uint4(0, 0, 0, 0));
-    }
-    __syncwarp();
-}
-
-template <uint32_t K, uint32_t V, uint32_t D, uint32_t N, bool IN_SLOT>
-KVL_D void kvl_attend_unit(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_rows &rows, const kvl_unit &unit,
-                           const kvl_queries<K, D, N> &q, kvl_sums<D, N> &sums) {
+template <class P, uint32_t D, uint32_t N>
+KVL_D void kvl_attend_unit(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &shared,
+                           const kvl_unit &unit, const kvl_queries<P::k, D, N> &q, kvl_sums<D, N> &sums) {
     float s[N / 8][4];
     uint32_t p[N / 8][2];
-    kvl_scores(unit, q, s);
+    kvl_scores<P>(unit, q, s);
     if (a.softcap != 0) {
-        KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) s[i / 4][i % 4] = a.softcap * KVL_LOG2E * kvl_tanh(s[i / 4][i % 4]);
+        KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) s[i / 4][i % 4] = kvl_capped(s[i / 4][i % 4], a.softcap);
     }
-    uint32_t seen = kvl_mask<N>(a, item, rows, unit, s);
-    kvl_weights<V>(s, sums, p);
-    if constexpr (IN_SLOT) {
-        if constexpr (kvl_is_16_bit(V)) kvl_zero_unseen<V, D>(unit, seen); /* others hold sealed rows, all of them written */
-        seen = 0xffff;
-    }
-    kvl_add_values<V>(unit, p, seen, sums);
-}
-
-/* ---- a warp's part of a phase ---- */
-
-/* Units straight from device memory. */
-template <kvl_class CLASS, uint32_t K, uint32_t V, uint32_t D, uint32_t N>
-KVL_D void kvl_attend_direct(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_rows &rows, kvl_walk &walk,
-                             const kvl_queries<K, D, N> &q, kvl_sums<D, N> &sums) {
-    kvl_unit unit;
-    while (walk.take<CLASS, K, V, D>(a, item, rows, &unit)) kvl_attend_unit<K, V, D, N, false>(a, item, rows, unit, q, sums);
-}
-
-/* Units through the ring, which was filled before. */
-template <kvl_class CLASS, uint32_t K, uint32_t V, uint32_t D, uint32_t N>
-KVL_D void kvl_attend_ring(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_rows &rows, kvl_walk &walk,
-                           kvl_ring<K, V, D> &ring, const kvl_queries<K, D, N> &q, kvl_sums<D, N> &sums) {
-    while (ring.under_way > 0) {
-        kvl_unit unit = ring.wait();
-        kvl_attend_unit<K, V, D, N, true>(a, item, rows, unit, q, sums);
-        ring.release();
-        ring.template fill<CLASS>(walk, a, item, rows);
-    }
+    uint32_t seen = kvl_mask<N>(rows, shared.position, unit, s);
+    kvl_weights<P::v>(s, sums, p);
+    kvl_add_values<P>(unit, p, seen, sums);
 }
 
 /* ---- the warps' sums together ---- */
 
-/* Adds what the warps have, times `factor`, to shared.sum in the order of warps; `first`: there is nothing there yet. For
-   the whole block. */
-template <uint32_t V, class P, uint32_t D, uint32_t N>
-KVL_D void kvl_fold(const kvl_shared<P, D, N> &shared, kvl_sums<D, N> &sums, float factor, bool first) {
+/* Adds a warp's sums to shared.sum, times `keep` for each of the lane's rows. */
+template <uint32_t V, uint32_t D, uint32_t N> KVL_D void kvl_add_warp(float *sum, const kvl_sums<D, N> &sums, const float keep[N / 8][2]) {
     typedef kvl_cut<V, D, 8> cut;
-    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    kvl_static_for<cut::pieces>([&](auto i) {
+        constexpr uint32_t bytes = kvl_piece_at(cut::row, 8, i.value).bytes;
+        constexpr uint32_t numbers = kvl_numbers_in(V, bytes), before = cut::numbers_before(i.value);
+        float *at[4]; /* by the two low bits that kvl_sum_index shuffles */
+        KVL_UNROLL for (uint32_t low = 0; low < 4; low++) {
+            at[low] = sum + (kvl_sum_index<D>(2 * t, 8 * before + g * numbers) ^ low * 8);
+        }
+        KVL_UNROLL for (uint32_t j = 0; j < numbers * (N / 8); j++) {
+            uint32_t tile = j / numbers, step = j % numbers / 2, hi = j % 2, number = kvl_v_number(V, bytes, step, hi);
+            const float *o = sums.o[before / 2 + step][tile] + 2 * hi;
+            uint32_t place = kvl_sum_index<D>(8 * tile, number);
+            float2 *two = (float2 *)(at[place / 8 % 4] + (place & ~31u)), old = *two;
+            *two = make_float2(old.x * keep[tile][0] + o[0], old.y * keep[tile][1] + o[1]);
+        }
+    });
+}
+
+/* The largest m of a row in what was added up and in the warps. */
+template <class P, uint32_t D, uint32_t N> KVL_D float kvl_largest_m(const kvl_shared<P, D, N> &shared, uint32_t r) {
+    float m = shared.total_m[r];
+    KVL_UNROLL for (uint32_t w = 0; w < KVL_WARPS; w++) m = fmaxf(m, shared.warp_m[w * N + r]);
+    return m;
+}
+
+/* Adds what the warps have, times `factor`, to the totals, in the order of warps. For the whole block. */
+template <class P, uint32_t D, uint32_t N> KVL_D void kvl_fold(const kvl_shared<P, D, N> &shared, kvl_sums<D, N> &sums, float factor) {
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4, r = threadIdx.x % N;
     float keep[N / 8][2];
     KVL_UNROLL for (uint32_t i = 0; i < N / 4; i++) {
         float l = sums.l[i / 2][i % 2];
         KVL_UNROLL for (uint32_t x = 4; x < 32; x *= 2) l += __shfl_xor_sync(KVL_ALL_LANES, l, x);
-        uint32_t r = i / 2 * 8 + 2 * t + i % 2;
-        if (g == 0) shared.warp_m[warp * N + r] = sums.m[i / 2][i % 2], shared.warp_l[warp * N + r] = l;
+        uint32_t row = warp * N + i / 2 * 8 + 2 * t + i % 2;
+        if (lane < 4) shared.warp_m[row] = sums.m[i / 2][i % 2], shared.warp_l[row] = l;
     }
     __syncthreads();
     KVL_UNROLL for (uint32_t i = 0; i < N / 4; i++) {
-        uint32_t r = i / 2 * 8 + 2 * t + i % 2;
-        float before = first ? KVL_NOTHING : shared.total_m[r], m = before;
-        for (uint32_t w = 0; w < KVL_WARPS; w++) m = fmaxf(m, shared.warp_m[w * N + r]);
-        keep[i / 2][i % 2] = kvl_exp2(before - m);
-        float shrink = kvl_exp2(sums.m[i / 2][i % 2] - m) * factor;
+        uint32_t row = i / 2 * 8 + 2 * t + i % 2;
+        float m = kvl_largest_m(shared, row), shrink = kvl_exp2(sums.m[i / 2][i % 2] - m) * factor;
+        keep[i / 2][i % 2] = warp == 0 ? kvl_exp2(shared.total_m[row] - m) : 1;
         KVL_UNROLL for (uint32_t j = 0; j < D / 16; j++) {
             sums.o[j][i / 2][i % 2] *= shrink;
             sums.o[j][i / 2][i % 2 + 2] *= shrink;
         }
     }
-    for (uint32_t w = 0; w < KVL_WARPS; w++) {
-        if (w == warp) {
-            kvl_static_for<cut::pieces>([&](auto i) {
-                constexpr uint32_t bytes = kvl_piece_at(cut::row, 8, i.value).bytes;
-                constexpr uint32_t numbers = kvl_numbers_in(V, bytes), before = cut::numbers_before(i.value);
-                KVL_UNROLL for (uint32_t j = 0; j < numbers * (N / 8); j++) {
-                    uint32_t tile = j / numbers, step = j % numbers / 2, hi = j % 2;
-                    const float *o = sums.o[before / 2 + step][tile] + 2 * hi;
-                    uint32_t e = 8 * before + g * numbers + kvl_v_number(V, bytes, step, hi);
-                    float2 *sum = (float2 *)(shared.sum + kvl_sum_index<D>(8 * tile + 2 * t, e)), old = {0, 0};
-                    if (!(first && w == 0)) old = *sum;
-                    float keep0 = w == 0 ? keep[tile][0] : 1, keep1 = w == 0 ? keep[tile][1] : 1;
-                    *sum = make_float2(old.x * keep0 + o[0], old.y * keep1 + o[1]);
-                }
-            });
-        }
+    KVL_ROLLED for (uint32_t w = 0; w < KVL_WARPS; w++) {
+        if (w == warp) kvl_add_warp<P::v>(shared.sum, sums, keep);
         __syncthreads();
     }
-    if (threadIdx.x < N) {
-        uint32_t r = threadIdx.x;
-        float before = first ? KVL_NOTHING : shared.total_m[r], m = before;
-        for (uint32_t w = 0; w < KVL_WARPS; w++) m = fmaxf(m, shared.warp_m[w * N + r]);
-        float l = first ? 0 : shared.total_l[r] * kvl_exp2(before - m);
-        for (uint32_t w = 0; w < KVL_WARPS; w++) l += shared.warp_l[w * N + r] * kvl_exp2(shared.warp_m[w * N + r] - m);
-        shared.total_m[r] = m, shared.total_l[r] = l;
-    }
+    float m = kvl_largest_m(shared, r), l = shared.total_l[r] * kvl_exp2(shared.total_m[r] - m);
+    KVL_UNROLL for (uint32_t w = 0; w < KVL_WARPS; w++) l += shared.warp_l[w * N + r] * kvl_exp2(shared.warp_m[w * N + r] - m);
+    __syncthreads();
+    if (threadIdx.x < N) shared.total_m[r] = m, shared.total_l[r] = l;
     __syncthreads();
 }
 
 /* Turns the sums of packed blocks back. */
 template <class P, uint32_t D, uint32_t N> KVL_D void kvl_rotate_sums(const kvl_shared<P, D, N> &shared) {
     uint32_t lane = threadIdx.x % 32;
-    for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
+    KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
         kvl_spread<D> row;
         KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) {
             row.x[i] = kvl_spread_has<D>(lane, i) ? shared.sum[kvl_sum_index<D>(r, lane + 32 * i)] : 0;
@@ -730,72 +794,87 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_rotate_sums(const kvl_
 
 /* The item's result: a partial one, or the output. */
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvli_cu_item &item, const kvl_shared<P, D, N> &shared) {
+KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &shared) {
+    const kvli_cu_item &item = *rows.item;
     bool whole = item.partial == KVLI_CU_NONE;
-    uint64_t partial = (uint64_t)item.partial * a.n_kv_heads + (uint64_t)blockIdx.y * item.n_rows;
-    if (!whole && threadIdx.x < item.n_rows) {
-        a.partial_ml[2 * (partial + threadIdx.x)] = shared.total_m[threadIdx.x];
-        a.partial_ml[2 * (partial + threadIdx.x) + 1] = shared.total_l[threadIdx.x];
-    }
-    for (uint32_t i = threadIdx.x; i < item.n_rows * D; i += KVL_WARPS * 32) {
-        uint32_t r = i / D, e = i % D;
-        float sum = shared.sum[kvl_sum_index<D>(r, e)];
-        if (!whole) {
-            a.partial_o[(partial + r) * D + e] = sum;
-            continue;
+    KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < item.n_rows; r += KVL_WARPS) {
+        uint32_t lane = threadIdx.x % 32;
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, item.row + r);
+        uint64_t partial = kvl_partial_number(a, item, r);
+        float m = shared.total_m[r], l = shared.total_l[r], factor = whole ? kvl_output_factor(a, row.head, m, l) : 1;
+        if (!whole && lane < 2) a.partial_ml[2 * partial + lane] = lane ? l : m;
+        KVL_ROLLED for (uint32_t e = lane; e < D; e += 32) {
+            float x = shared.sum[kvl_sum_index<D>(r, e)] * factor;
+            if (whole) kvl_tensor_set(a.out, row.tensor_row, row.head, e, x);
+            else a.partial_o[partial * D + e] = x;
         }
-        kvl_row row = kvl_row_of(a, a.spans[item.span], blockIdx.y, item.row + r);
-        float l = shared.total_l[r];
-        if (a.sink_logits) l += kvl_exp2(a.sink_logits[row.head] * KVL_LOG2E - shared.total_m[r]);
-        kvl_tensor_set(a.out, row.tensor_row, row.head, e, l == 0 ? 0 : sum / l);
     }
 }
 
 /* ---- the kernel ---- */
-template <class P, uint32_t D, uint32_t N> KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
-    uint32_t index = a.first_item + blockIdx.x;
-    if (index >= a.end_item || index >= a.counts->decodes) return;
-    const kvli_cu_item item = a.items[index];
-    kvl_shared<P, D, N> shared(memory, a.stages);
-    kvl_rows rows = {{a.block_tokens, a.window, a.sink_tokens}, kvl_position(a, item, 0), kvl_position(a, item, item.n_rows - 1)};
-    constexpr kvl_class first_class = P::one_class ? KVL_ANY_CLASS : KVL_PACKED_CLASS;
-    kvl_walk walk;
-    kvl_ring<P::k, P::v, D> ring;
-    kvl_sums<D, N> sums;
-    walk.start();
-    if constexpr (KVL_ARCH >= 800) {
-        ring.start(shared.ring, a.stages);
-        ring.template fill<first_class>(walk, a, item, rows); /* under way while the queries are prepared */
-    }
-    kvl_prepare_queries(a, item, shared);
-    __syncthreads();
-    kvl_clear(sums);
-    {
-        kvl_queries<P::k, D, N> q;
-        kvl_load_queries(q, shared.q, shared.factor);
-        if constexpr (KVL_ARCH >= 800) kvl_attend_ring<first_class, P::k, P::v, D, N>(a, item, rows, walk, ring, q, sums);
-        else kvl_attend_direct<first_class, P::k, P::v, D, N>(a, item, rows, walk, q, sums);
-    }
-    if (threadIdx.x % 32 == 0) shared.exact_seen[threadIdx.x / 32] = walk.exact_seen;
-    kvl_fold<P::v>(shared, sums, P::v == KVLI_CU_NVFP4 ? KVL_NVFP4_FACTOR * a.v_global : 1, true);
-    if constexpr (P::v_rotated) kvl_rotate_sums(shared);
-    if constexpr (!P::one_class) {
-        bool exact = item.own_begin < item.own_end;
-        for (uint32_t w = 0; w < KVL_WARPS; w++) exact |= shared.exact_seen[w] != 0;
-        if (exact) {
-            kvl_queries<P::exact, D, N> q;
-            kvl_load_queries(q, shared.q + (P::k_rotated ? N * shared.q_stride : 0), shared.factor + N);
-            kvl_clear(sums);
-            walk.start();
-            kvl_attend_direct<KVL_EXACT_CLASS, P::exact, P::exact, D, N>(a, item, rows, walk, q, sums);
-            kvl_fold<P::exact>(shared, sums, 1, false);
+
+/* A warp's units of a pass. The queries are prepared in the first one, while the first copies are under way. */
+template <class P, uint32_t D, uint32_t N>
+KVL_D void kvl_pass(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &shared, uint32_t pass,
+                    kvl_unit_walk &walk, kvl_ring<P, D> &ring, kvl_queries<P::k, D, N> &q, kvl_sums<D, N> &sums) {
+    bool prepared = pass > 0;
+    KVL_ROLLED for (;;) {
+        kvl_unit unit = {};
+        bool there;
+        if constexpr (KVL_ARCH >= 800) {
+            ring.fill(walk, a, rows, pass);
+            there = ring.under_way > 0;
+        } else {
+            there = walk.template take<P, D>(a, rows, pass, &unit);
         }
+        if (!prepared) {
+            kvl_prepare(a, rows, shared);
+            __syncthreads();
+            kvl_load_queries(q, shared);
+            prepared = true;
+        }
+        if (!there) break;
+        if constexpr (KVL_ARCH >= 800) {
+            unit = ring.wait();
+            if (unit.exact) {
+                const kvl_slot *slot = ring.slot(ring.out);
+                unit.k = slot->k, unit.v = slot->v;
+            }
+        }
+        kvl_attend_unit<P>(a, rows, shared, unit, q, sums);
+        if constexpr (KVL_ARCH >= 800) ring.release();
     }
-    kvl_write(a, item, shared);
 }
 
+template <class P, uint32_t D, uint32_t N> KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
+    kvl_rows rows;
+    if (!kvl_rows_of_block(a, a.counts->decodes, rows)) return;
+    kvl_shared<P, D, N> shared(memory, a.stages);
+    kvl_unit_walk walk;
+    kvl_ring<P, D> ring;
+    kvl_queries<P::k, D, N> q;
+    kvl_sums<D, N> sums;
+    if constexpr (KVL_ARCH >= 800) ring.start(shared.ring, a.stages);
+    KVL_ROLLED for (uint32_t pass = 0;; pass++) {
+        walk.start();
+        kvl_clear(sums);
+        kvl_pass(a, rows, shared, pass, walk, ring, q, sums);
+        if (P::two_passes && threadIdx.x % 32 == 0) shared.exact_seen[threadIdx.x / 32] = walk.exact_seen;
+        kvl_fold(shared, sums, P::v == KVLI_CU_NVFP4 && pass == 0 ? KVL_NVFP4_FACTOR * a.v_global : 1);
+        if constexpr (!P::two_passes) break;
+        if (pass == 0 && P::v_rotated) kvl_rotate_sums(shared);
+        bool exact = false;
+        KVL_UNROLL for (uint32_t w = 0; w < KVL_WARPS; w++) exact |= shared.exact_seen[w] != 0;
+        if (pass == 1 || !exact) break;
+    }
+    kvl_write(a, rows, shared);
+}
+
+/* At least so many blocks of threads on a multiprocessor, as far as registers go: 128, 168 or 255 of them. */
+KVLI_CU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) { return dim * n <= 96 * 8 ? 4 : dim * n <= 128 * 8 ? 3 : 2; }
+
 #define KVL_DECODE_N(preset, D, N)                                                                                        \
-    KVL_KERNEL(kvl_decode_##preset##_d##D##_n##N, 32 * KVLI_CU_DECODE_WARPS, 1, kvli_cu_attend_args) {                     \
+    KVL_KERNEL(kvl_decode_##preset##_d##D##_n##N, 32 * KVLI_CU_DECODE_WARPS, kvl_blocks_per_sm(D, N), kvli_cu_attend_args) {                     \
         KVL_DYN_SMEM(uint8_t, memory);                                                                                    \
         if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::k != KVLI_CU_BF16) kvl_decode<kvl_preset_##preset, D, N>(a, memory); \
     }

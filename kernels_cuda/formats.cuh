@@ -43,13 +43,13 @@ constexpr uint32_t KVL_1024 = 0x64006400;
 /* Nibbles I and I + 4 of w, as numbers 0..15. */
 template <uint32_t I> KVL_D uint32_t kvl_u4x2(uint32_t w) {
     if constexpr (I >= 2) w >>= 8;
-    if constexpr (I % 2 == 0) return kvl_hsub2((w & 0x000f000f) | KVL_1024, KVL_1024);
-    return kvl_hfma2((w & 0x00f000f0) | KVL_1024, 0x2c002c00, 0xd400d400); /* / 16, - 64 */
+    if constexpr (I % 2 == 0) return kvl_hsub2(kvl_and_or(w, 0x000f000f, KVL_1024), KVL_1024);
+    return kvl_hfma2(kvl_and_or(w, 0x00f000f0, KVL_1024), 0x2c002c00, 0xd400d400); /* / 16, - 64 */
 }
 /* Nibbles 2 * I and 2 * I + 1 of w (byte I), as numbers 0..15. */
 template <uint32_t I> KVL_D uint32_t kvl_u4x2_adjacent(uint32_t w) {
     uint32_t byte_twice = __byte_perm(w, 0, 0x4040 | I << 8 | I);
-    return kvl_hfma2((byte_twice & 0x00f0000f) | KVL_1024, 0x2c003c00, 0xd400e400); /* / 16 - 64, - 1024 */
+    return kvl_hfma2(kvl_and_or(byte_twice, 0x00f0000f, KVL_1024), 0x2c003c00, 0xd400e400); /* / 16 - 64, - 1024 */
 }
 /* Bytes 2 * I and 2 * I + 1 of w, as numbers 0..255. */
 template <uint32_t I> KVL_D uint32_t kvl_u8x2(uint32_t w) {

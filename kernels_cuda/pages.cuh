@@ -51,12 +51,16 @@ KVL_D bool kvl_all_see(const kvl_sight &s, bool own, uint32_t x_first, uint32_t 
 
 /* ---- query and output rows ---- */
 
-/* Element e of a tensor's row and head, as f32. */
+/* Element i of a tensor, and element e of its row and head, as f32. Without a branch, so that many may be under way. */
+KVL_D float kvl_number_at(const kvli_cu_tensor &t, uint64_t i) {
+    bool f32 = t.dtype == KVLI_CU_DTYPE_F32;
+    const uint16_t *p = (const uint16_t *)t.data + (i << f32);
+    uint32_t first = p[0], last = p[f32];
+    float wide = __uint_as_float(last << 16 | (f32 ? first : 0)); /* an f32, or a bfloat16 */
+    return t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f((uint16_t)first) : wide;
+}
 KVL_D float kvl_tensor_get(const kvli_cu_tensor &t, uint64_t row, uint32_t head, uint32_t e) {
-    uint64_t i = row * t.row_stride + (uint64_t)head * t.head_stride + e;
-    if (t.dtype == KVLI_CU_DTYPE_F32) return ((const float *)t.data)[i];
-    uint16_t half = ((const uint16_t *)t.data)[i];
-    return t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f(half) : kvl_bf2f(half);
+    return kvl_number_at(t, row * t.row_stride + (uint64_t)head * t.head_stride + e);
 }
 KVL_D void kvl_tensor_set(const kvli_cu_tensor &t, uint64_t row, uint32_t head, uint32_t e, float x) {
     uint64_t i = row * t.row_stride + (uint64_t)head * t.head_stride + e;

@@ -40,7 +40,7 @@ KVL_D kvl_plain_smem kvl_plain_layout(float *base, uint32_t dim) {
 KVL_D void kvl_plain_load_q(const kvl_plain_smem &s, const kvli_cu_attend_args &a, const kvl_rows &rows) {
     for (uint32_t i = threadIdx.x; i < KVL_PLAIN_ROWS * a.dim; i += KVL_PLAIN_THREADS) {
         uint32_t r = i / a.dim, e = i % a.dim;
-        kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + r);
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, rows.item->row + r);
         s.q[r * s.stride + e] = r < rows.item->n_rows ? kvl_tensor_get(a.q, row.tensor_row, row.head, e) : 0;
     }
 }
@@ -119,7 +119,7 @@ KVL_D void kvl_plain_finish(const kvl_plain_smem &s, const kvli_cu_attend_args &
     KVL_UNROLL
     for (int r = 0; r < KVL_PLAIN_ROWS; r++) {
         if (r >= (int)rows.item->n_rows) break;
-        kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + r);
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, rows.item->row + r);
         float factor = kvl_output_factor(a, row.head, s.max[r], s.sum[r]);
         uint64_t partial = kvl_partial_number(a, *rows.item, r);
         KVL_UNROLL
@@ -143,17 +143,19 @@ KVL_KERNEL(kvl_plain, KVLI_CU_PLAIN_THREADS, 4, kvli_cu_attend_args) {
     if (!kvl_rows_of_block(a, a.counts->decodes, rows)) return;
     kvl_plain_smem s = kvl_plain_layout(base, a.dim);
     kvl_plain_load_q(s, a, rows);
-    uint32_t r = threadIdx.x / KVLI_CU_UNIT, written = rows.span->position + rows.span->n_rows;
+    uint32_t r = threadIdx.x / KVLI_CU_UNIT, written = kvl_written(a, rows);
     uint32_t x = kvl_position(a, rows, r);
     float out[KVL_PLAIN_ROWS][KVL_PLAIN_DIMS] = {}, max = KVL_NO_SCORE, sum = 0;
-    kvl_walk walk = kvl_walk_start(rows, KVL_WALK_ALL);
-    kvl_step<1> step;
-    for (kvl_walk_step(walk, a, rows, step); !kvl_step_is_end(step); kvl_walk_step(walk, a, rows, step)) {
-        uint32_t token = kvl_unit_token(step.unit[0]), row = token % a.block_tokens, mine = threadIdx.x % KVLI_CU_UNIT;
+    kvl_walk walk = kvl_walk_start(rows);
+    for (;;) {
+        kvl_step<1> step;
+        kvl_walk_step(walk, a, rows, KVL_WALK_ALL, step);
+        if (step.flags == 0) break;
+        uint32_t token = step.token, row = token % a.block_tokens, mine = threadIdx.x % KVLI_CU_UNIT;
         uint32_t n = min(written - token, (uint32_t)KVLI_CU_UNIT);
         kvl_plain_load_k(s, a, step.tiles[0].k, row);
         __syncthreads();
-        kvl_plain_scores(s, a, kvl_sees(rows.sight, kvl_unit_is_own(step.unit[0]), x, token + mine), max, sum);
+        kvl_plain_scores(s, a, kvl_sees(rows.sight, step.own(), x, token + mine), max, sum);
         __syncthreads();
         kvl_plain_values(s, a, step.tiles[0].v, row, n, out);
     }

@@ -18,6 +18,7 @@
 #define KVL_D static __device__ __forceinline__
 #define KVL_MEMBER __device__ __forceinline__ // KVL_D of functions in a struct
 #define KVL_UNROLL _Pragma("unroll")
+#define KVL_ROLLED _Pragma("unroll 1")
 // A kernel with one struct as its parameter, `a`.
 #define KVL_KERNEL(name, threads, min_blocks_per_sm, Args)                   \
     extern "C" __global__ void __launch_bounds__(threads, min_blocks_per_sm) \
@@ -26,6 +27,13 @@
 #define KVL_DYN_SMEM(T, name)                                            \
     extern __shared__ __align__(128) unsigned char kvl_dynamic_shared[]; \
     T *name = (T *)kvl_dynamic_shared
+
+// x, of which the compiler knows nothing: what is computed from it stays where it stands, rather than in a register
+// throughout a loop.
+KVL_D uint32_t kvl_opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // ---- half and bfloat16; a pair's first element is in the low bits ----
 
@@ -47,6 +55,12 @@ KVL_D uint32_t kvl_hsub2(uint32_t a, uint32_t b) {
 KVL_D uint32_t kvl_hfma2(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t r;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+// a & mask | bits, as one instruction even where both are constants
+KVL_D uint32_t kvl_and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
     return r;
 }
 KVL_D float kvl_h2f(uint16_t h) { return __half2float(__ushort_as_half(h)); }
@@ -78,6 +92,7 @@ KVL_D float kvl_rcp(float x) { // 1 / x, 1 ulp
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+KVL_D float kvl_divide(float x, float y) { return __fdividef(x, y); } // 2 ulp; 0 where y is above 2^126
 KVL_D float kvl_tanh(float x) { return tanhf(x); }
 
 // ---- tensor cores. Lane = 4 g + t. ----

@@ -128,27 +128,23 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* ---- q ---- */
 
-    /* 8 numbers from e on of a row. aligned: those of all rows can be read as vectors. */
-    KVL_D void load8(const kvli_cu_tensor &t, const kvl_row &row, uint32_t e, bool aligned, float x[8]) {
+    /* Where row r of the item begins in a tensor, in elements. */
+    KVL_D uint64_t row_offset(const kvli_cu_attend_args &a, const kvli_cu_tensor &t, const kvl_rows &rows, uint32_t r) {
+        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, rows.item->row + r);
+        return row.tensor_row * t.row_stride + row.head * t.head_stride;
+    }
+
+    /* 8 numbers from element `from` on, an aligned place. */
+    KVL_D void load8(const kvli_cu_tensor &t, uint64_t from, float x[8]) {
         bool is_f32 = t.dtype == KVLI_CU_DTYPE_F32;
-        const uint8_t *at = (const uint8_t *)t.data +
-                            (row.tensor_row * t.row_stride + row.head * t.head_stride + e) * (is_f32 ? 4 : 2);
-        uint32_t w[8]; /* numbers, or halves in their low bits */
-        if (!aligned) {
-            KVL_UNROLL
-            for (int i = 0; i < 8; i++) w[i] = is_f32 ? kvl_ld4(at + 4 * i) : kvl_ld2(at + 2 * i);
-        } else {
-            uint4 a = kvl_ld16(at), b = is_f32 ? kvl_ld16(at + 16) : a;
-            w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
-            if (!is_f32) {
-                KVL_UNROLL
-                for (int i = 7; i >= 0; i--) w[i] = w[i / 2] >> (i % 2 * 16) & 0xffff;
-            }
-        }
+        const uint8_t *at = (const uint8_t *)t.data + from * (is_f32 ? 4 : 2);
+        uint4 v = kvl_ld16(at), more = is_f32 ? kvl_ld16(at + 16) : v;
+        const uint32_t w[8] = {v.x, v.y, v.z, v.w, more.x, more.y, more.z, more.w};
         KVL_UNROLL
         for (int i = 0; i < 8; i++) {
-            float half = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f((uint16_t)w[i]) : kvl_bf2f((uint16_t)w[i]);
-            x[i] = is_f32 ? __uint_as_float(w[i]) : half;
+            uint16_t half = (uint16_t)(w[i / 2] >> (i % 2 * 16));
+            float y = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f(half) : kvl_bf2f(half);
+            x[i] = is_f32 ? __uint_as_float(w[i]) : y;
         }
     }
 
@@ -196,14 +192,23 @@ template <class P, uint32_t D> struct kvl_prefill {
         uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * WARP_ROWS;
         uint32_t size = a.q.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
         bool aligned = ((a.q.data | a.q.row_stride * size | a.q.head_stride * size) & 15) == 0;
-        float power = 1; /* of row `lane` */
+        uint64_t mine = row_offset(a, a.q, rows, first + lane); /* of row `lane`, as is: */
+        float power = 1;
+        KVL_ROLLED
         for (uint32_t i = 0; i < WARP_ROWS; i += AT_ONCE) {
             float x[AT_ONCE][8] = {};
             KVL_UNROLL
             for (uint32_t j = 0; j < AT_ONCE; j++) {
-                uint32_t r = first + i + j;
-                kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + r);
-                if (r < rows.item->n_rows && lane < PIECES) load8(a.q, row, lane * 8, aligned, x[j]);
+                uint64_t from = __shfl_sync(0xffffffffu, mine, i + j) + lane * 8;
+                if (aligned && first + i + j < rows.item->n_rows && lane < PIECES) load8(a.q, from, x[j]);
+            }
+            KVL_ROLLED
+            for (uint32_t n = aligned ? AT_ONCE * 8 : 0; n < AT_ONCE * 8; n++) { /* rare: small code, not fast */
+                uint64_t from = __shfl_sync(0xffffffffu, mine, i + n / 8) + lane * 8 + n % 8;
+                bool here = first + i + n / 8 < rows.item->n_rows && lane < PIECES;
+                float y = here ? kvl_number_at(a.q, from) : 0;
+                KVL_UNROLL
+                for (uint32_t j = 0; j < AT_ONCE * 8; j++) x[j / 8][j % 8] = j == n ? y : x[j / 8][j % 8];
             }
             KVL_UNROLL
             for (uint32_t j = 0; j < AT_ONCE; j++) {
@@ -249,8 +254,8 @@ template <class P, uint32_t D> struct kvl_prefill {
     KVL_D void issue_packed(uint8_t *dst, const kvl_step<UNITS> &step, uint32_t T) {
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
-            uint32_t row = kvl_unit_token(step.unit[u]) % T;
-            bool valid = step.unit[u] != KVL_NO_UNIT;
+            uint32_t row = (step.token + u * KVLI_CU_UNIT) % T;
+            bool valid = step.has(u);
             copy_packed<raw_k>(dst + u * RAW_UNIT, step.tiles[u].k, row, T, valid);
             copy_packed<raw_v>(dst + u * RAW_UNIT + raw_k::BYTES, step.tiles[u].v, row, T, valid);
         }
@@ -258,16 +263,17 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* Exact units. Rows that are absent or not yet written become zeros: a weight of 0 does not take a NaN away. */
     KVL_D void issue_exact(uint8_t *dst, const kvl_step<UNITS> &step, uint32_t T, uint32_t written) {
+        uint32_t thread = kvl_opaque(threadIdx.x);
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
-            uint32_t token = kvl_unit_token(step.unit[u]), row = token % T;
+            uint32_t token = step.token + u * KVLI_CU_UNIT, row = token % T, end = step.has(u) ? written : 0;
             KVL_UNROLL
             for (uint32_t i = 0; i < KVLI_CU_UNIT * PIECES; i += THREADS) {
-                uint32_t at = i + threadIdx.x, r = at / PIECES;
+                uint32_t at = i + thread, r = at / PIECES;
                 if (at >= KVLI_CU_UNIT * PIECES) break;
                 uint32_t to = swizzled(u * KVLI_CU_UNIT + r, at % PIECES), from = row * D * 2 + at * 16;
-                kvl_cp_async16(dst + to, step.tiles[u].k + from, token + r < written);
-                kvl_cp_async16(dst + TILE_BYTES + to, step.tiles[u].v + from, token + r < written);
+                kvl_cp_async16(dst + to, step.tiles[u].k + from, token + r < end);
+                kvl_cp_async16(dst + TILE_BYTES + to, step.tiles[u].v + from, token + r < end);
             }
         }
     }
@@ -298,7 +304,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     KVL_D void q_times_k(scores &c, const uint8_t *q, const uint8_t *k) {
-        uint32_t lane = threadIdx.x % 32;
+        uint32_t lane = kvl_opaque(threadIdx.x % 32);
         uint32_t q_at = swizzled(lane % 16, lane / 16), k_at = swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         KVL_UNROLL
         for (uint32_t d = 0; d < D / 16; d++) {
@@ -319,7 +325,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     KVL_D void p_times_v(state &s, const uint32_t p[TILES][UNITS][4], const uint8_t *v) {
-        uint32_t lane = threadIdx.x % 32, v_at = swizzled(lane % 16, lane / 16);
+        uint32_t lane = kvl_opaque(threadIdx.x % 32), v_at = swizzled(lane % 16, lane / 16);
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
             KVL_UNROLL
@@ -373,8 +379,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (uint32_t r = 0; r < TILES * 2; r++) x[r] = kvl_position(a, rows, first + r * 8);
         KVL_UNROLL
         for (uint32_t n = 0; n < STEP / 4; n++) {
-            uint32_t unit = step.unit[n / 4], token = kvl_unit_token(unit) + n % 4 / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
-            kvl_range by = kvl_seen_by(rows.sight, kvl_unit_is_own(unit), token);
+            uint32_t token = step.token + n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
+            kvl_range by = kvl_seen_by(rows.sight, step.own(), step.has(n / 4) ? token : KVL_NO_TOKEN);
             KVL_UNROLL
             for (uint32_t r = 0; r < TILES * 2; r++) {
                 if (x[r] < by.first || x[r] > by.last) c[r / 2][n / 2][r % 2 * 2 + n % 2] = -INFINITY;
@@ -411,19 +417,13 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     KVL_D void attend(state &s, uint8_t *smem, uint32_t from, const kvl_step<UNITS> &step,
                       const kvli_cu_attend_args &a, const kvl_rows &rows, bool packed) {
-        bool any = false, all = true;
-        KVL_UNROLL
-        for (uint32_t u = 0; u < UNITS; u++) {
-            any |= kvl_unit_any_sees(rows.sight, step.unit[u], s.x_first, s.x_last);
-            all &= kvl_unit_all_see(rows.sight, step.unit[u], s.x_first, s.x_last);
-        }
-        if (!any || s.x_first > s.x_last) return;
+        if (s.x_first > s.x_last || !kvl_step_any_sees(rows.sight, step, s.x_first, s.x_last)) return;
         const uint8_t *k = buffer(smem, from);
         scores c = {};
         q_times_k(c, smem + threadIdx.x / 32 * WARP_ROWS * D * 2, k);
         if (raw_k::IS_PER_TOKEN && packed) scale_tokens(c, k_scales(smem));
         if (a.softcap != 0) cap(c, s, a.softcap);
-        if (!all) hide(c, a, rows, step);
+        if (!kvl_step_all_see(rows.sight, step, s.x_first, s.x_last)) hide(c, a, rows, step);
         raise_max(s, c);
         uint32_t p[TILES][UNITS][4];
         each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t n, uint32_t column) {
@@ -436,110 +436,129 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* ---- the end of the packed blocks, and of all ---- */
 
-    /* The rotation of values undone. Dim of number i of o[m][j]: 8 j + 2 t + i % 2. */
-    KVL_D void unrotate(state &s) {
+    /* The warp's quarter of all shared memory holds its rows of O as f32. */
+    static_assert(Q_BYTES + 4 * TILE_BYTES == KVLI_CU_PREFILL_WARPS * WARP_ROWS * D * 4, "all shared memory");
+    KVL_D float *quarter(uint8_t *smem) { return (float *)smem + threadIdx.x / 32 * WARP_ROWS * D; }
+
+    /* Calls body(pair of numbers of O, their place in the quarter). */
+    template <class Body> KVL_D void each_pair(state &s, uint8_t *smem, Body &&body) {
+        float *mine = quarter(smem) + threadIdx.x % 32 / 4 * D + threadIdx.x % 4 * 2;
         KVL_UNROLL
-        for (uint32_t stride = 1; stride < HADAMARD; stride *= 2) {
+        for (uint32_t i = 0; i < TILES * 2; i++) {
             KVL_UNROLL
-            for (uint32_t m = 0; m < TILES; m++) {
-                KVL_UNROLL
-                for (uint32_t i = 0; i < D / 8 * 4; i++) {
-                    uint32_t j = i / 4, c = i % 4, step = stride / 8;
-                    float &x = s.o[m][j][c];
-                    if (stride == 2 || stride == 4) {
-                        float other = __shfl_xor_sync(0xffffffffu, x, stride / 2);
-                        x = threadIdx.x & (stride / 2) ? other - x : x + other;
-                    } else if (stride == 1 ? c % 2 == 0 : (j & step) == 0) {
-                        float &y = stride == 1 ? s.o[m][j][c + 1 < 4 ? c + 1 : 3] : s.o[m][j + step < D / 8 ? j + step : j][c];
-                        float u = x, v = y;
-                        x = u + v;
-                        y = u - v;
-                    }
-                }
-            }
+            for (uint32_t j = 0; j < D / 8; j++) body(&s.o[i / 2][j][i % 2 * 2], (float2 *)(mine + i * 8 * D + 8 * j));
         }
     }
-
-    KVL_D void finish_packed(state &s, float v_global) {
-        float factor = 1;
-        if constexpr (P::v_rotated) {
-            unrotate(s);
-            factor = HADAMARD_NORM;
-        }
-        if constexpr (P::v == KVLI_CU_NVFP4) factor = v_global * KVL_NVFP4_FACTOR;
-        KVL_UNROLL
-        for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] *= factor;
+    KVL_D void o_to_quarter(state &s, uint8_t *smem) {
+        __syncthreads();
+        each_pair(s, smem, [](const float *o, float2 *to) { *to = make_float2(o[0], o[1]); });
+        __syncwarp();
     }
 
-    /* 8 numbers to element `at` on of an array. */
-    KVL_D void store8(uint64_t data, uint64_t at, uint32_t dtype, bool aligned, const float *x) {
-        if (!aligned) {
+    /* The rotation of values undone, a row at a time. */
+    KVL_D void unrotate(state &s, uint8_t *smem) {
+        o_to_quarter(s, smem);
+        uint32_t lane = threadIdx.x % 32;
+        KVL_ROLLED
+        for (uint32_t r = 0; r < WARP_ROWS; r++) {
+            float x[8] = {}, *at = quarter(smem) + r * D + lane * 8;
+            KVL_UNROLL
+            for (int i = 0; i < 8; i++) x[i] = lane < PIECES ? at[i] : 0;
+            rotate_row(x);
+            KVL_UNROLL
             for (int i = 0; i < 8; i++) {
-                if (dtype == KVLI_CU_DTYPE_F32) ((float *)data)[at + i] = x[i];
-                else ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x[i]) : kvl_f2bf(x[i]);
+                if (lane < PIECES) at[i] = x[i];
+            }
+        }
+        __syncwarp();
+        each_pair(s, smem, [](float *o, const float2 *from) { o[0] = from->x, o[1] = from->y; });
+        __syncwarp();
+    }
+
+    KVL_D void finish_packed(state &s, uint8_t *smem, float v_global) {
+        if constexpr (P::v_rotated) unrotate(s, smem);
+        if constexpr (P::v == KVLI_CU_NVFP4) {
+            KVL_UNROLL
+            for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) {
+                s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] *= v_global * KVL_NVFP4_FACTOR;
+            }
+        }
+    }
+
+    /* 8 numbers, times factor, to element `at` on of an array. */
+    KVL_D void store8(uint64_t data, uint64_t at, uint32_t dtype, bool aligned, const float *from, float factor) {
+        if (!aligned) {
+            KVL_ROLLED
+            for (int i = 0; i < 8; i++) {
+                float x = from[i] * factor;
+                if (dtype == KVLI_CU_DTYPE_F32) ((float *)data)[at + i] = x;
+                else ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
             }
             return;
         }
-        uint4 a = kvl_ld16(x), b = kvl_ld16(x + 4);
-        if (dtype == KVLI_CU_DTYPE_F32) {
-            kvl_st16((float *)data + at, a);
-            kvl_st16((float *)data + at + 4, b);
-            return;
-        }
-        const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        uint32_t h[4];
+        float x[8];
+        uint32_t w[8];
         KVL_UNROLL
-        for (int i = 0; i < 4; i++) {
-            float low = __uint_as_float(w[2 * i]), high = __uint_as_float(w[2 * i + 1]);
-            h[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(low, high) : kvl_f22bf2(low, high);
+        for (int i = 0; i < 8; i++) x[i] = from[i] * factor;
+        KVL_UNROLL
+        for (int i = 0; i < 8; i++) {
+            w[i] = __float_as_uint(x[i]);
+            if (dtype != KVLI_CU_DTYPE_F32 && i < 4) {
+                w[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(x[2 * i], x[2 * i + 1]) : kvl_f22bf2(x[2 * i], x[2 * i + 1]);
+            }
         }
-        kvl_st16((uint16_t *)data + at, make_uint4(h[0], h[1], h[2], h[3]));
+        uint8_t *to = (uint8_t *)data + at * (dtype == KVLI_CU_DTYPE_F32 ? 4 : 2);
+        kvl_st16(to, make_uint4(w[0], w[1], w[2], w[3]));
+        if (dtype == KVLI_CU_DTYPE_F32) kvl_st16(to + 16, make_uint4(w[4], w[5], w[6], w[7]));
     }
 
-    /* The warp's rows, from its quarter of shared memory (f32) to out or to partial results. */
-    KVL_D void write_rows(const float *from, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+    /* The warp's rows from its quarter to out or to partial results. factor: of row `lane`. */
+    KVL_D void write_rows(uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, float factor) {
         bool partial = rows.item->partial != KVLI_CU_NONE;
         uint32_t first = threadIdx.x / 32 * WARP_ROWS, dtype = partial ? (uint32_t)KVLI_CU_DTYPE_F32 : a.out.dtype;
         uint32_t size = dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
         bool aligned = partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
+        uint64_t data = partial ? (uint64_t)a.partial_o : a.out.data, mine = row_offset(a, a.out, rows, first + threadIdx.x % 32);
+        if (partial) mine = kvl_partial_number(a, *rows.item, first + threadIdx.x % 32) * D;
+        KVL_ROLLED
         for (uint32_t i = threadIdx.x % 32; i < WARP_ROWS * PIECES; i += 32) {
             uint32_t r = i / PIECES, e = i % PIECES * 8;
-            if (first + r >= rows.item->n_rows) break;
-            kvl_row row = kvl_row_of(a, *rows.span, blockIdx.y, rows.item->row + first + r);
-            uint64_t at = partial ? kvl_partial_number(a, *rows.item, first + r) * D
-                                  : row.tensor_row * a.out.row_stride + row.head * a.out.head_stride;
-            store8(partial ? (uint64_t)a.partial_o : a.out.data, at + e, dtype, aligned, from + r * D + e);
+            uint64_t at = __shfl_sync(0xffffffffu, mine, r) + e;
+            float f = __shfl_sync(0xffffffffu, factor, r);
+            if (first + r < rows.item->n_rows) store8(data, at, dtype, aligned, quarter(smem) + i * 8, f);
         }
     }
 
-    KVL_D void finish(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows) {
-        static_assert(Q_BYTES + 4 * TILE_BYTES == KVLI_CU_PREFILL_WARPS * WARP_ROWS * D * 4, "all shared memory");
-        bool partial = rows.item->partial != KVLI_CU_NONE;
-        uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        float *mine = (float *)smem + threadIdx.x / 32 * WARP_ROWS * D;
-        __syncthreads();
+    /* Of row `lane`, what the lanes of fragments have of theirs. */
+    KVL_D float of_row(const float of[TILES][2]) {
+        float x = 0;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
-            uint32_t m = i / 2, h = i % 2, r = i * 8 + g, in_item = threadIdx.x / 32 * WARP_ROWS + r;
-            float sum = s.sum[m][h], factor = 1;
+            float y = __shfl_sync(0xffffffffu, of[i / 2][i % 2], threadIdx.x % 8 * 4);
+            if (threadIdx.x % 32 / 8 == i) x = y;
+        }
+        return x;
+    }
+
+    KVL_D void finish(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows) {
+        KVL_UNROLL
+        for (uint32_t i = 0; i < TILES * 2; i++) {
+            float &sum = s.sum[i / 2][i % 2];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (!partial) {
-                uint32_t head = blockIdx.y * a.gqa + (rows.item->row + in_item) % a.gqa;
-                factor = kvl_output_factor(a, head, s.max[m][h], sum);
-            } else if (t == 0 && in_item < rows.item->n_rows) {
-                float *ml = a.partial_ml + kvl_partial_number(a, *rows.item, in_item) * 2;
-                ml[0] = s.max[m][h];
-                ml[1] = sum;
-            }
-            KVL_UNROLL
-            for (uint32_t j = 0; j < D / 8; j++) {
-                *(float2 *)(mine + r * D + 8 * j + 2 * t) =
-                    make_float2(s.o[m][j][2 * h] * factor, s.o[m][j][2 * h + 1] * factor);
-            }
         }
-        __syncwarp();
-        write_rows(mine, a, rows);
+        float max = of_row(s.max), sum = of_row(s.sum), factor = 1;
+        uint32_t lane = threadIdx.x % 32, r = threadIdx.x / 32 * WARP_ROWS + lane;
+        if (rows.item->partial == KVLI_CU_NONE) {
+            uint32_t head = blockIdx.y * a.gqa + (rows.item->row + r) % a.gqa;
+            factor = kvl_output_factor(a, head, max, sum);
+        } else if (lane < WARP_ROWS && r < rows.item->n_rows) {
+            float *ml = a.partial_ml + kvl_partial_number(a, *rows.item, r) * 2;
+            ml[0] = max;
+            ml[1] = sum;
+        }
+        o_to_quarter(s, smem);
+        write_rows(smem, a, rows, factor);
     }
 
     /* ---- all of it ---- */
@@ -561,35 +580,33 @@ template <class P, uint32_t D> struct kvl_prefill {
         }
     }
 
-    /* The steps of one kind of blocks. False: there were none. */
+    /* All steps over one kind of blocks. False: there were none. */
     KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, kvl_walk_kind kind) {
-        bool packed = P::has_packed && kind == KVL_WALK_PACKED;
-        uint32_t written = rows.span->position + rows.span->n_rows, from = 0;
-        kvl_walk w = kvl_walk_start(rows, kind);
+        const bool packed = P::has_packed && kind == KVL_WALK_PACKED;
+        const uint32_t written = kvl_written(a, rows);
+        uint32_t from = 0; /* buffer of the step that is computed */
+        kvl_walk w = kvl_walk_start(rows);
         kvl_step<UNITS> step, next;
-        kvl_walk_step(w, a, rows, next);
-        bool some = false;
+        step.flags = 0;
+        KVL_ROLLED
         for (;;) {
-            bool more = !kvl_step_is_end(next);
-            if constexpr (P::has_packed) {
-                if (more && packed) issue_packed(buffer(smem, 1), next, a.block_tokens);
-            }
-            if (more && !packed) issue_exact(buffer(smem, from ^ some), next, a.block_tokens, written);
-            kvl_cp_commit();
-            if (some) attend(s, smem, from, step, a, rows, packed);
-            if (!more) return some;
-            from ^= some && !packed;
-            some = true;
-            step = next;
-            kvl_walk_step(w, a, rows, next);
+            kvl_walk_step(w, a, rows, kind, next);
+            bool some = step.flags != 0, more = next.flags != 0;
             kvl_cp_wait<0>();
             __syncthreads();
             if constexpr (P::has_packed) {
-                if (packed) {
+                if (packed && some) {
                     decode(smem);
                     __syncthreads();
                 }
+                if (packed && more) issue_packed(buffer(smem, 1), next, a.block_tokens);
             }
+            if (more && !packed) issue_exact(buffer(smem, from ^ 1), next, a.block_tokens, written);
+            kvl_cp_commit();
+            if (some) attend(s, smem, from, step, a, rows, packed);
+            if (!more) return some;
+            if (!packed) from ^= 1;
+            step = next;
         }
     }
 
@@ -602,12 +619,12 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (uint32_t kind = P::has_packed ? KVL_WALK_PACKED : KVL_WALK_ALL;;) {
             bool packed = kind == KVL_WALK_PACKED;
             float global = P::k == KVLI_CU_NVFP4 && packed ? a.k_global * KVL_NVFP4_FACTOR : 1;
-            if (kind != KVL_WALK_EXACT || P::k_rotated) load_q(s, smem, a, rows, packed, global);
+            if (kind != KVL_WALK_EXACT || P::k_rotated || P::v_rotated) load_q(s, smem, a, rows, packed, global);
             bool some = walk(s, smem, a, rows, (kvl_walk_kind)kind);
-            if (!packed) break;
-            if (some) finish_packed(s, a.v_global);
+            if (!P::has_packed || !packed) break;
+            if (some) finish_packed(s, smem, a.v_global);
             kind = KVL_WALK_EXACT;
-            __syncthreads(); /* the buffers are free again */
+            __syncthreads(); /* all shared memory is free again */
         }
         finish(s, smem, a, rows);
     }

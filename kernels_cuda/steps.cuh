@@ -7,17 +7,21 @@
 #define KVL_STEPS_CUH
 #include "pages.cuh"
 
-/* An item, its span, and the positions of its first and last row. Left in memory, since registers are dear. */
+/* An item, left in memory since registers are dear, and the positions of its first and last row. */
 struct kvl_rows {
     const kvli_cu_item *item;
-    const kvli_cu_span *span;
     uint32_t x_first, x_last;
     kvl_sight sight;
 };
 
+KVL_D const kvli_cu_span &kvl_span_of(const kvli_cu_attend_args &a, const kvl_rows &r) { return a.spans[r.item->span]; }
 /* Of row i of the item. */
 KVL_D uint32_t kvl_position(const kvli_cu_attend_args &a, const kvl_rows &r, uint32_t i) {
-    return r.span->position + (r.item->row + i) / a.gqa;
+    return kvl_span_of(a, r).position + (r.item->row + i) / a.gqa;
+}
+/* How many tokens of the sequence are there. */
+KVL_D uint32_t kvl_written(const kvli_cu_attend_args &a, const kvl_rows &r) {
+    return kvl_span_of(a, r).position + kvl_span_of(a, r).n_rows;
 }
 
 /* False: this block of threads has no item. */
@@ -25,7 +29,6 @@ KVL_D bool kvl_rows_of_block(const kvli_cu_attend_args &a, uint32_t n_items, kvl
     uint32_t i = a.first_item + blockIdx.x;
     if (i >= a.end_item || i >= n_items) return false;
     r.item = a.items + i;
-    r.span = a.spans + r.item->span;
     r.x_first = kvl_position(a, r, 0);
     r.x_last = kvl_position(a, r, r.item->n_rows - 1);
     r.sight = kvl_sight{a.block_tokens, a.window, a.sink_tokens};
@@ -65,74 +68,84 @@ KVL_D kvl_range kvl_seen_by(const kvl_sight &s, bool own, uint32_t token) {
     return r;
 }
 
-/* 16 tokens of a block: the position of the first, a multiple of 16, with a flag. */
-enum { KVL_UNIT_OWN = 1 };
-constexpr uint32_t KVL_NO_UNIT = 0x7ffffff0; /* no query comes that far */
-template <int UNITS> struct kvl_step {
-    uint32_t unit[UNITS];
-    kvl_tiles tiles[UNITS];
+/* UNITS times 16 tokens: of one block, or, where blocks have 16 tokens, of two. */
+constexpr uint32_t KVL_NO_TOKEN = 0x7fffffc0; /* no query comes that far */
+enum { KVL_STEP_OWN = 4 };
+template <uint32_t UNITS> struct kvl_step {
+    KVL_MEMBER bool own() const { return flags & KVL_STEP_OWN; }
+    KVL_MEMBER bool has(uint32_t unit) const { return flags >> unit & 1; }
+
+    uint32_t token; /* position of the first, a multiple of 16 * UNITS */
+    uint32_t flags; /* bit u: unit u is there; KVL_STEP_OWN; 0: there is no step */
+    kvl_tiles tiles[UNITS]; /* of the blocks of units that are there */
 };
-KVL_D uint32_t kvl_unit_token(uint32_t unit) { return unit & ~15u; }
-KVL_D bool kvl_unit_is_own(uint32_t unit) { return unit & KVL_UNIT_OWN; }
-KVL_D bool kvl_unit_any_sees(const kvl_sight &s, uint32_t unit, uint32_t x_first, uint32_t x_last) {
-    uint32_t t = kvl_unit_token(unit);
-    return kvl_any_sees(s, kvl_unit_is_own(unit), x_first, x_last, t, t + KVLI_CU_UNIT - 1);
+
+/* Does a query at one of the positions see some of a step's tokens? Do all see all? */
+template <uint32_t UNITS>
+KVL_D bool kvl_step_any_sees(const kvl_sight &s, const kvl_step<UNITS> &step, uint32_t x_first, uint32_t x_last) {
+    uint32_t size = min(UNITS * KVLI_CU_UNIT, s.block_tokens), token = step.token;
+    bool any = step.has(0) && kvl_any_sees(s, step.own(), x_first, x_last, token, token + size - 1);
+    if (UNITS == 1 || s.block_tokens > KVLI_CU_UNIT) return any;
+    return any || (step.has(1) && kvl_any_sees(s, step.own(), x_first, x_last, token + size, token + 2 * size - 1));
 }
-KVL_D bool kvl_unit_all_see(const kvl_sight &s, uint32_t unit, uint32_t x_first, uint32_t x_last) {
-    uint32_t t = kvl_unit_token(unit);
-    return kvl_all_see(s, kvl_unit_is_own(unit), x_first, x_last, t, t + KVLI_CU_UNIT - 1);
+template <uint32_t UNITS>
+KVL_D bool kvl_step_all_see(const kvl_sight &s, const kvl_step<UNITS> &step, uint32_t x_first, uint32_t x_last) {
+    uint32_t size = min(UNITS * KVLI_CU_UNIT, s.block_tokens), token = step.token;
+    bool all = step.has(0) && kvl_all_see(s, step.own(), x_first, x_last, token, token + size - 1);
+    if (UNITS == 1 || s.block_tokens > KVLI_CU_UNIT) return all;
+    return all && step.has(1) && kvl_all_see(s, step.own(), x_first, x_last, token + size, token + 2 * size - 1);
 }
 
 /* First the blocks of the table, then the own ones; of one class, or all. */
 enum kvl_walk_kind { KVL_WALK_PACKED, KVL_WALK_EXACT, KVL_WALK_ALL };
 struct kvl_walk {
-    kvl_walk_kind kind;
     bool own;
-    uint32_t next, end; /* blocks of the list that are still to be looked up */
-    uint32_t base;      /* lane l knows block base + l */
-    uint32_t bits;      /* of the lanes whose block is to be visited */
-    uint32_t done;      /* tokens of the first such block */
-    uint64_t entry;     /* this lane's */
+    uint32_t next; /* block of the list that is to be looked up; lane l knows block next - 32 + l */
+    uint32_t bits; /* of the lanes whose block is to be visited */
+    uint32_t done; /* tokens of the first such block */
 };
 
 /* From an even block, as two of 16 tokens may be one step. */
-KVL_D kvl_walk kvl_walk_start(const kvl_rows &r, kvl_walk_kind kind) {
-    return kvl_walk{kind, false, r.item->begin & ~1u, r.item->end, 0, 0, 0, 0};
+KVL_D kvl_walk kvl_walk_start(const kvl_rows &r) { return kvl_walk{false, r.item->begin & ~1u, 0, 0}; }
+
+KVL_D uint64_t kvl_walk_entry(const kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, uint32_t block) {
+    const kvli_cu_span &span = kvl_span_of(a, r);
+    return a.entries[w.own ? span.own + block - span.first_own : span.table + block];
 }
 
 /* Looks up the next 32 blocks, a lane each. False: there are no more. */
-KVL_D bool kvl_walk_look(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r) {
-    if (w.next >= w.end && !w.own && w.kind != KVL_WALK_PACKED) {
+KVL_D bool kvl_walk_look(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_walk_kind kind) {
+    if (w.next >= r.item->end && !w.own && kind != KVL_WALK_PACKED) {
         w.own = true;
         w.next = r.item->own_begin & ~1u;
-        w.end = r.item->own_end;
     }
-    if (w.next >= w.end) return false;
+    uint32_t begin = w.own ? r.item->own_begin : r.item->begin, end = w.own ? r.item->own_end : r.item->end;
+    if (w.next >= end) return false;
     uint32_t b = w.next + threadIdx.x % 32, token = b * a.block_tokens;
-    uint32_t at = w.own ? r.span->own + b - r.span->first_own : r.span->table + b;
-    bool here = b < w.end && b >= (w.own ? r.item->own_begin : r.item->begin) &&
+    bool here = b >= begin && b < end &&
                 kvl_any_sees(r.sight, w.own, r.x_first, r.x_last, token, token + a.block_tokens - 1);
-    w.entry = here ? a.entries[at] : 0;
-    bool exact = w.own || kvl_entry_is_exact(w.entry);
-    bool takes = w.entry != 0 && (w.kind == KVL_WALK_ALL || exact == (w.kind == KVL_WALK_EXACT));
+    uint64_t entry = here ? kvl_walk_entry(w, a, r, b) : 0;
+    bool exact = w.own || kvl_entry_is_exact(entry);
+    bool takes = entry != 0 && (kind == KVL_WALK_ALL || exact == (kind == KVL_WALK_EXACT));
     w.bits = __ballot_sync(0xffffffffu, takes);
-    w.base = w.next;
     w.next += 32;
     return true;
 }
 
 /* The step at the walk's place, whoever sees it. */
-template <int UNITS>
-KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, kvl_step<UNITS> &s) {
-    bool pair = UNITS * KVLI_CU_UNIT > a.block_tokens; /* of blocks, either of which may be absent */
+template <uint32_t UNITS>
+KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_step<UNITS> &s) {
+    const bool pair = UNITS * KVLI_CU_UNIT > a.block_tokens; /* of blocks, either of which may be absent */
     uint32_t lane = __ffs(w.bits) - 1;
     if (pair) lane &= ~1u;
+    uint32_t block = w.next - 32 + lane;
+    s.token = block * a.block_tokens + w.done;
+    s.flags = (pair ? w.bits >> lane & 3 : 3) | (w.own ? KVL_STEP_OWN : 0);
     KVL_UNROLL
-    for (int u = 0; u < UNITS; u++) {
-        uint32_t from = pair ? lane + u : lane;
-        uint32_t token = (w.base + from) * a.block_tokens + w.done + (pair ? 0 : u * KVLI_CU_UNIT);
-        s.unit[u] = w.bits >> from & 1 ? token | (w.own ? KVL_UNIT_OWN : 0) : KVL_NO_UNIT;
-        s.tiles[u] = kvl_tiles_of(a.pages, __shfl_sync(0xffffffffu, w.entry, from), blockIdx.y);
+    for (uint32_t u = 0; u < UNITS; u++) {
+        if (u > 0) s.tiles[u] = s.tiles[u - 1];
+        if (u > 0 && !pair) break;
+        if (s.has(u)) s.tiles[u] = kvl_tiles_of(a.pages, kvl_walk_entry(w, a, r, block + u), blockIdx.y);
     }
     w.done += UNITS * KVLI_CU_UNIT;
     if (w.done >= a.block_tokens) {
@@ -141,26 +154,20 @@ KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, kvl_step<UNI
     }
 }
 
-/* The next step of which some row sees something; without units at the end. */
-template <int UNITS>
-KVL_D void kvl_walk_step(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_step<UNITS> &s) {
-    for (bool seen = false; !seen;) {
+/* The next step of which some row sees something; none at the end. */
+template <uint32_t UNITS>
+KVL_D void kvl_walk_step(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_walk_kind kind,
+                         kvl_step<UNITS> &s) {
+    s.flags = 0;
+    do {
         if (w.bits) {
-            kvl_walk_take(w, a, s);
-            for (int u = 0; u < UNITS; u++) seen |= kvl_unit_any_sees(r.sight, s.unit[u], r.x_first, r.x_last);
-        } else if (!kvl_walk_look(w, a, r)) {
-            KVL_UNROLL
-            for (int u = 0; u < UNITS; u++) s.unit[u] = KVL_NO_UNIT;
+            kvl_walk_take(w, a, r, s);
+        } else if (!kvl_walk_look(w, a, r, kind)) {
+            s.token = KVL_NO_TOKEN;
+            s.flags = 0;
             return;
         }
-    }
-}
-
-template <int UNITS> KVL_D bool kvl_step_is_end(const kvl_step<UNITS> &s) {
-    bool end = true;
-    KVL_UNROLL
-    for (int u = 0; u < UNITS; u++) end &= s.unit[u] == KVL_NO_UNIT;
-    return end;
+    } while (!kvl_step_any_sees(r.sight, s, r.x_first, r.x_last));
 }
 
 #endif

@@ -103,7 +103,7 @@ build() {
 kernels() {
   has python3 || { echo "SKIP: python3 is not there, so whether the committed kernels are those of the sources is not known"; return 77; }
   python3 tools/kernels.py check && return
-  [ -n "$nvcc" ] || return 1
+  [ -z "$mock" ] && [ -n "$nvcc" ] || return 1
   echo "the header is not current: nvcc makes it again"
   python3 tools/kernels.py build --nvcc "$nvcc"
 }

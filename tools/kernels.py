@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Compiles kernels_cuda/*.cu into one compressed image and writes it as C into kernels_cuda/kvlite_cuda_kernels.h.
+"""Compiles kernels_cuda/*.cu and writes them, compressed, as C into kernels_cuda/kvlite_cuda_kernels.h.
 
 usage: kernels.py build [--nvcc NVCC] [-j N] [-o HEADER] [--work FOLDER]   compile what changed, write the header
        kernels.py check [HEADER]               is the header the one of these sources? Needs no nvcc
-       kernels.py unpack HEADER FILE           the image that the header holds
-       kernels.py ptx ARCH,... FOLDER          a PTX-only image per architecture (its paths run on newer devices)
-       kernels.py figures [--bin FOLDER] [-o JSON]   what is known without a device: registers, occupancy, instructions
+       kernels.py unpack HEADER FOLDER         the cubins and the PTX that the header holds
+       kernels.py ptx ARCH,... FOLDER          all kernels as one PTX for each architecture (it runs on newer devices)
 
 A kernel that spills registers fails the build. The same sources and the same nvcc give the same bytes.
 """
@@ -14,6 +13,7 @@ import argparse
 import base64
 import concurrent.futures
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -23,9 +23,11 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = "kernels_cuda"
 HEADER = SOURCES + "/kvlite_cuda_kernels.h"
-# Each runs on later minors of its major, 100f and 120f on their whole family; what comes after runs the PTX.
-ARCHS = ["75", "80", "86", "89", "90", "100f", "120f"]
-PTX = "90"
+# (cubin, the PTX that it is made from): the code paths of the kernels are those of 75, 80, 89 and 90. A cubin runs on later
+# minors of its major: 80 on 86 and 87, 100f and 120f on their whole family.
+ARCHS = [("75", "75"), ("80", "80"), ("89", "89"), ("90", "90"), ("100f", "90"), ("120f", "90")]
+PTX = "90"  # for what comes after; only the commonest head dims, since it would be as large as four cubins
+PTX_LEAVES_OUT = re.compile(r"_d(80|96|192|256)(_|$)")
 SINCE = {"100f": (12, 9), "120f": (12, 9)}  # the first nvcc that knows it
 FLAGS = ["-std=c++17", "-O3", "-I" + SOURCES]
 CHUNK = 4000  # characters in a string literal: C99 promises 4095
@@ -60,11 +62,22 @@ def decode(text, size):
     return bytes(out[:size])
 
 
+def lzma_filter(bits):
+    lc, lp, pb = bits
+    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb, "dict_size": 1 << 24}]
+
+
 def unpack(header):
+    """[(arch, is it PTX, its bytes)]"""
     text = read(header)
     begin = text.index("kvli_cu_image[] = {")
-    chunks = re.findall(r'^"([^"]*)",$', text[begin:text.index("};", begin)], re.M)
-    return decode("".join(chunks), int(constant(text, "kvli_cu_image_bytes")))
+    chunks = re.findall(r'^"([^"]*)",$', text[begin:text.index("\n0};", begin)], re.M)
+    begin = text.index("kvli_cu_parts[] = {")
+    for line in re.findall(r"^    \{(.*)\},$", text[begin:text.index("};", begin)], re.M):
+        arch, ptx, chunk, packed, raw, *bits = (int(v) for v in line.split(", "))
+        digits = (packed + 3) // 4 * 5
+        data = decode("".join(chunks[chunk:chunk + (digits + CHUNK - 1) // CHUNK]), packed)
+        yield arch, ptx, lzma.decompress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))[:raw]
 
 
 def constant(text, name):
@@ -78,7 +91,7 @@ def constant(text, name):
 
 def source_files():
     names = os.listdir(SOURCES)
-    return sorted(n for n in names if n.endswith((".cu", ".cuh")) or n == "abi.h")
+    return sorted(n for n in names if n.endswith((".cu", ".cuh")) or n in ("abi.h", "unpack.h"))
 
 
 def source_hash():
@@ -112,7 +125,7 @@ class Toolkit:
         release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", text)
         self.release = int(release.group(1)), int(release.group(2))
         self.version = release.group(3)
-        self.archs = [a for a in ARCHS if self.release >= SINCE.get(a, (0, 0))]
+        self.archs = [(a, f) for a, f in ARCHS if self.release >= SINCE.get(a, (0, 0))]
 
     @staticmethod
     def run(command):
@@ -129,27 +142,38 @@ def object_path(work, name, target):
     return "%s/%s.%s.%s" % (work, name.rsplit(".", 1)[0], target, "ptx" if target.startswith("compute_") else "cubin")
 
 
-def compile_one(kit, name, target, work):
-    """A relocatable cubin for sm_TARGET, or PTX for compute_TARGET; returns ptxas' report."""
-    out = object_path(work, name, target)
-    ptx = target.startswith("compute_")
-    command = [kit.nvcc, *FLAGS, "-arch=" + target, *(["-ptx"] if ptx else ["-cubin", "-rdc=true", "-Xptxas=-v"])]
-    key = hashlib.sha256(" ".join(command[1:] + [kit.version]).encode())
-    for included in sorted(with_includes(name, set())):
-        key.update(read(os.path.join(SOURCES, included)).encode())
-    key = key.hexdigest() + "\n"
+def make(kit, out, key, command, say):
+    """Runs the command that makes `out` unless what `key` says is there already; returns what it printed."""
+    key = hashlib.sha256((" ".join(command[1:]) + kit.version + key).encode()).hexdigest() + "\n"
     if os.path.exists(out + ".log") and os.path.exists(out):
         log = read(out + ".log")
         if log.startswith(key):
             return log[len(key):]
-    print("  NVCC  %s %s" % (name, target), flush=True)
-    report = kit.run(command + ["-o", out, "%s/%s" % (SOURCES, name)])
+    print("  %-5s %s" % (os.path.basename(command[0]).upper(), say), flush=True)
+    report = kit.run(command)
     for line in report.splitlines():
         if "warning" in line:
-            print("%s %s: %s" % (name, target, line))
+            print("%s: %s" % (say, line))
     with open(out + ".log", "w", encoding="utf-8") as f:
         f.write(key + report)
     return report
+
+
+def compile_ptx(kit, name, arch, work):
+    target = "compute_" + arch
+    out = object_path(work, name, target)
+    texts = [read(os.path.join(SOURCES, n)) for n in sorted(with_includes(name, set()))]
+    make(kit, out, "".join(texts),
+         [kit.nvcc, *FLAGS, "-arch=" + target, "-ptx", "-rdc=true", "%s/%s" % (SOURCES, name), "-o", out],
+         "%s %s" % (name, target))
+    return out
+
+
+def assemble(kit, name, arch, ptx, work):
+    """A relocatable cubin; returns ptxas' report."""
+    out = object_path(work, name, "sm_" + arch)
+    return make(kit, out, read(ptx), [kit.tool("ptxas"), "-c", "-v", "-arch=sm_" + arch, ptx, "-o", out],
+                "%s sm_%s" % (name, arch))
 
 
 def ptxas_report(text):
@@ -168,87 +192,87 @@ def ptxas_report(text):
 
 
 def compile_all(kit, work, jobs):
-    """reports[target][file], everything compiled that changed"""
+    """reports[arch][file], everything compiled that changed"""
     os.makedirs(work, exist_ok=True)
     files = [n for n in source_files() if n.endswith(".cu")]
-    targets = ["sm_" + a for a in kit.archs] + ["compute_" + PTX]
+    files.sort(key=lambda n: -os.path.getsize(os.path.join(SOURCES, n)))  # the longest first
+    fronts = sorted({front for _, front in kit.archs} | {PTX}, key=int)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        todo = {(t, f): pool.submit(compile_one, kit, f, t, work)
-                # the longest first
-                for f in sorted(files, key=lambda n: -os.path.getsize(os.path.join(SOURCES, n))) for t in targets}
+        ptx = {(f, front): pool.submit(compile_ptx, kit, f, front, work) for f in files for front in fronts}
+        todo = {(arch, f): pool.submit(lambda f, arch, front: assemble(kit, f, arch, ptx[f, front].result(), work),
+                                       f, arch, front) for f in files for arch, front in kit.archs}
         try:
-            reports = {t: {f: todo[t, f].result() for f in files} for t in targets}
+            reports = {arch: {f: todo[arch, f].result() for f in files} for arch, _ in kit.archs}
         except SystemExit:
             pool.shutdown(cancel_futures=True)
             raise
-    spills = sorted({"%s on %s spills %d bytes" % (name, target, spill)
-                     for target, by_file in reports.items() for text in by_file.values()
+    spills = sorted({"%s on sm_%s spills %d bytes" % (name, arch, spill)
+                     for arch, by_file in reports.items() for text in by_file.values()
                      for name, _, spill, _, _ in ptxas_report(text) if spill})
     if spills:
         fail("registers are spilled:\n  " + "\n  ".join(spills))
     return reports
 
 
-def join_ptx(paths):
-    """One PTX module of several: one head, and what more than one declares (dynamic shared memory) once."""
-    head, body, declared = None, [], set()
+def join_ptx(paths, leave_out=None):
+    """One PTX module of several: one head, what more than one declares (dynamic shared memory) once, and the kernels whose
+    names `leave_out` does not find."""
+    head, body, declared, skipping = None, [], set(), False
     for path in paths:
         text = re.sub(r"^//.*\n", "", read(path), flags=re.M)
         begin = re.search(r"^\.address_size .*\n", text, re.M).end()
         head = head or text[:begin]
         for line in text[begin:].splitlines():
+            entry = re.match(r"\.visible \.entry (\w+)", line)
+            skipping = skipping or bool(entry and leave_out and leave_out.search(entry.group(1)))
+            if skipping:
+                skipping = line != "}"
+                continue
             if line.startswith(".extern"):
                 if line in declared:
                     continue
                 declared.add(line)
             body.append(line)
-    return head + "\n".join(body) + "\n"
+    return head.lstrip() + "\n".join(body) + "\n"
 
 
 def link(kit, work, reports):
-    """One fatbin: for each architecture its cubins as one, and the PTX."""
+    """[(arch, is it PTX, bytes)]: for each architecture its cubins as one, and the PTX."""
     names = [n for n in source_files() if n.endswith(".cu")]
-    images = []
-    for arch in kit.archs:
-        target = "sm_" + arch
-        out = object_path(work, "linked", target)
-        kit.run([kit.tool("nvlink"), "-arch=" + target, *[object_path(work, n, target) for n in names], "-o", out])
+    parts = []
+    for arch, _ in kit.archs:
+        out = object_path(work, "linked", "sm_" + arch)
+        kit.run([kit.tool("nvlink"), "-arch=sm_" + arch, *[object_path(work, n, "sm_" + arch) for n in names],
+                 "-o", out])
         with open(out, "rb") as f:
             code = f.read()
-        for kernel in (k for text in reports[target].values() for k, *_ in ptxas_report(text)):
+        for kernel in (k for text in reports[arch].values() for k, *_ in ptxas_report(text)):
             if b".text.%s\0" % kernel.encode() not in code:
-                fail("%s is not in what nvlink made for %s" % (kernel, target))
-        images.append("--image3=kind=elf,sm=%s,file=%s" % (arch, out))
-    out = object_path(work, "joined", "compute_" + PTX)
-    with open(out, "w", encoding="utf-8") as f:
-        f.write(join_ptx([object_path(work, n, "compute_" + PTX) for n in names]))
-    kit.run([kit.tool("ptxas"), "-O0", "-arch=sm_" + PTX, out, "-o", work + "/ptx_check"])
-    images.append("--image3=kind=ptx,sm=%s,file=%s" % (PTX, out))
-    fatbin = work + "/kernels.fatbin"
-    mode = ["--compress-mode=size"] if kit.release >= (12, 4) else ["--compress-all"]
-    kit.run([kit.tool("fatbinary"), "-64", *mode, "--create=" + fatbin, *images])
-    with open(fatbin, "rb") as f:
-        return f.read()
+                fail("%s is not in what nvlink made for sm_%s" % (kernel, arch))
+        parts.append((int(arch.rstrip("f")), 0, code))
+    ptx = join_ptx([object_path(work, n, "compute_" + PTX) for n in names], PTX_LEAVES_OUT)
+    with open(object_path(work, "joined", "compute_" + PTX), "w", encoding="utf-8") as f:
+        f.write(ptx)
+    return parts + [(int(PTX), 1, ptx.encode() + b"\0")]
 
 
 # ---- the header ----
 
 TEXT = """\
-/* Generated by tools/kernels.py (make kernels) from kernels_cuda/: not to be edited. What kernels_cuda/abi.h says, then
-   a fatbin of CUDA %(version)s with code for %(archs)s and PTX for compute_%(ptx)s,
-   as cuModuleLoadData takes it, in text:
-     A digit is a character c of value c - 35, less 1 if c > '?', less 1 if c > '\\\\': 0..84. Five digits, the first the
-   most significant, are a number in base 85: four bytes, the first the most significant. The strings follow one another;
-   kvli_cu_image_bytes bytes count, what is beyond them in the last group is 0.
-   SHA-256 of the fatbin: %(sum)s */
+/* Generated by tools/kernels.py (make kernels) from kernels_cuda/: not to be edited. What kernels_cuda/abi.h and unpack.h say,
+   then the kernels by nvcc %(version)s: code for %(archs)s, PTX for compute_%(ptx)s.
+   SHA-256 of what is packed: %(sum)s */
 %(abi)s
+%(unpack)s
 #ifndef KVLI_CUDA_KERNELS_H
 #define KVLI_CUDA_KERNELS_H
 
-/* SHA-256 of the sources; the least cuDriverGetVersion that loads the image. */
+/* SHA-256 of the sources; the least cuDriverGetVersion that loads the kernels. */
 static const char kvli_cu_image_hash[] = "%(hash)s";
 static const int kvli_cu_image_min_driver = %(driver)d;
-static const uint32_t kvli_cu_image_bytes = %(size)du;
+static const kvli_cu_part kvli_cu_parts[] = {
+%(parts)s
+};
 static const char *const kvli_cu_image[] = {
 %(chunks)s
 0};
@@ -257,27 +281,44 @@ static const char *const kvli_cu_image[] = {
 """
 
 
-def header_text(kit, image):
-    text = encode(image)
-    chunks = "\n".join('"%s",' % text[i:i + CHUNK] for i in range(0, len(text), CHUNK))
-    archs = ", ".join("sm_" + a for a in kit.archs)
-    return TEXT % {"version": kit.version, "archs": archs, "ptx": PTX, "abi": read(SOURCES + "/abi.h"),
-                   "hash": source_hash(), "sum": hashlib.sha256(image).hexdigest(), "driver": kit.release[0] * 1000, "size": len(image), "chunks": chunks}
+def pack(part):
+    """How it is compressed, and the bytes: instructions stand at multiples of 16."""
+    _, ptx, data = part
+    bits = (3, 0, 0) if ptx else (0, 4, 4)
+    return bits, lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))
+
+
+def sum_of(parts):
+    return hashlib.sha256(b"".join(data for _, _, data in parts)).hexdigest()
+
+
+def header_text(kit, parts, jobs):
+    chunks, table = [], []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for (arch, ptx, data), (bits, packed) in zip(parts, pool.map(pack, parts)):
+            table.append("    {%d, %d, %d, %d, %d, %d, %d, %d}," % (arch, ptx, len(chunks), len(packed), len(data), *bits))
+            text = encode(packed)
+            chunks += ['"%s",' % text[i:i + CHUNK] for i in range(0, len(text), CHUNK)]
+    return TEXT % {"version": kit.version, "archs": ", ".join("sm_" + a for a, _ in kit.archs), "ptx": PTX,
+                   "abi": read(SOURCES + "/abi.h"), "unpack": read(SOURCES + "/unpack.h"), "hash": source_hash(),
+                   "sum": sum_of(parts), "driver": kit.release[0] * 1000, "parts": "\n".join(table),
+                   "chunks": "\n".join(chunks)}
 
 
 def build(args):
     kit = Toolkit(args.nvcc)
-    for arch in set(ARCHS) - set(kit.archs):
-        print("kernels.py: nvcc %s does not know sm_%s: left out" % (kit.version, arch))
+    for arch, _ in ARCHS:
+        if arch not in dict(kit.archs):
+            print("kernels.py: nvcc %s does not know sm_%s: left out" % (kit.version, arch))
     reports = compile_all(kit, args.work, args.jobs)
-    image = link(kit, args.work, reports)
-    text = header_text(kit, image)
+    parts = link(kit, args.work, reports)
+    text = header_text(kit, parts, args.jobs)
     if not os.path.exists(args.output) or read(args.output) != text:
         with open(args.output, "w", encoding="utf-8", newline="\n") as f:
             f.write(text)
-    if unpack(args.output) != image:
-        fail("what was written does not decode to the image")
-    print("%s: image %d bytes, text %d bytes" % (args.output, len(image), len(text)))
+    if list(unpack(args.output)) != parts:
+        fail("what was written does not give the kernels back")
+    print("%s: %d bytes" % (args.output, len(text)))
 
 
 def check(args):
@@ -287,22 +328,30 @@ def check(args):
     if constant(text, "kvli_cu_image_hash") != source_hash():
         fail("%s was made from other sources than those in %s/: run `make kernels` (needs nvcc) and commit it" %
              (args.header, SOURCES))
-    if read(SOURCES + "/abi.h") not in text:
-        fail("%s does not hold the text of abi.h: run `make kernels`" % args.header)
-    image = unpack(args.header)
-    if "SHA-256 of the fatbin: %s " % hashlib.sha256(image).hexdigest() not in text:
-        fail("%s: its image is damaged: run `make kernels`" % args.header)
-    print("%s is current: image %d bytes, text %d bytes" % (args.header, len(image), len(text)))
+    if read(SOURCES + "/abi.h") not in text or read(SOURCES + "/unpack.h") not in text:
+        fail("%s does not hold the text of abi.h and unpack.h: run `make kernels`" % args.header)
+    try:
+        parts = list(unpack(args.header))
+    except (lzma.LZMAError, OverflowError):
+        parts = []
+    if "SHA-256 of what is packed: %s " % sum_of(parts) not in text:
+        fail("%s: its kernels are damaged: run `make kernels`" % args.header)
+    print("%s is current: %d bytes" % (args.header, len(text)))
+
+
+def write_parts(args):
+    os.makedirs(args.folder, exist_ok=True)
+    for arch, ptx, data in unpack(args.header):
+        with open("%s/kernels_%d.%s" % (args.folder, arch, "ptx" if ptx else "cubin"), "wb") as f:
+            f.write(data)
 
 
 def write_ptx(args):
     kit = Toolkit(args.nvcc)
+    os.makedirs(args.work, exist_ok=True)
     os.makedirs(args.folder, exist_ok=True)
     for arch in args.archs.split(","):
-        paths = []
-        for name in (n for n in source_files() if n.endswith(".cu")):
-            compile_one(kit, name, "compute_" + arch, args.work)
-            paths.append(object_path(args.work, name, "compute_" + arch))
+        paths = [compile_ptx(kit, name, arch, args.work) for name in source_files() if name.endswith(".cu")]
         with open("%s/kernels_%s.ptx" % (args.folder, arch), "w", encoding="utf-8") as f:
             f.write(join_ptx(paths))
 
@@ -322,9 +371,9 @@ def main():
 
     command("build", build).add_argument("-o", "--output", default=HEADER)
     command("check", check).add_argument("header", nargs="?", default=HEADER)
-    p = command("unpack", lambda args: open(args.file, "wb").write(unpack(args.header)))
+    p = command("unpack", write_parts)
     p.add_argument("header")
-    p.add_argument("file")
+    p.add_argument("folder")
     p = command("ptx", write_ptx)
     p.add_argument("archs")
     p.add_argument("folder")

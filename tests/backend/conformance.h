@@ -898,6 +898,7 @@ static kvl_cache_desc conf_cache_desc(const conf_backend *b, const ref_geometry 
     d.max_seq_tokens = long_tokens ? CONF_MAX_TOKENS : 1024;
     d.device_bytes =
         (16u << 20) + token_bytes * (long_tokens + 2048); /* little, for it is all filled with NaN */
+    if (b->gpu) d.device_bytes += 64u << 20;              /* its workspace */
     d.poison = true;
     if (b->describe) b->describe(&d);
     return d;
@@ -921,8 +922,8 @@ static bool conf_run_case(const conf_backend *b, const conf_case *c, double *wor
     r->ref = ref_geometry_make(&r->g.geo);
     d = conf_cache_desc(b, &r->ref, c->long_tokens);
     d.geometry = r->g.geo;
-    d.context_desc.error = why;
-    d.context_desc.error_size = sizeof why;
+    d.error = why;
+    d.error_size = sizeof why;
     ok = kvl_cache_create(&d, &r->cache) == KVL_OK;
     if (!ok) conf_fail(r, "create: %s", why);
     ok = ok && conf_streams_run(r);

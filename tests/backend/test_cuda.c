@@ -3,6 +3,7 @@
    ones that stand for them (where a test is about the host side), when queued work runs, tensors in host or device
    memory. `test_cuda full` runs the cross product of formats and shapes too (hours). */
 #define KVL_IMPLEMENTATION
+#define KVL_CUDA_KERNELS "tests/mock_cuda/image.h"
 #include "../../kvlite.h"
 
 #include "../common/cuda_model.h"
@@ -398,16 +399,8 @@ static void test_two_caches(void **state) {
 enum { REQUESTS = 6, NEW = 40, R_PROMPT = 60 };
 typedef float request_out[R_PROMPT + NEW][CM_Q_HEADS][CM_DIM]; /* of the last layer */
 
-static uint64_t sched_run(kvl_backend_kind kind, uint64_t bytes, request_out *out) {
+static kvl_cache_desc sched_desc(kvl_backend_kind kind, uint64_t bytes) {
     kvl_cache_desc d;
-    kvl_cache *cache = NULL;
-    kvl_sched *sched = NULL;
-    const kvl_step *step;
-    kvl_stats stats;
-    cm_buffers *b = (cm_buffers *)calloc(1, sizeof *b);
-    int32_t tokens[R_PROMPT], next[CM_ROWS];
-    uint32_t i, l, steps = 0;
-    char why[256] = "";
     memset(&d, 0, sizeof d);
     d.geometry = cm_geometry("int8", NULL);
     d.context_desc.backend = kind;
@@ -416,6 +409,28 @@ static uint64_t sched_run(kvl_backend_kind kind, uint64_t bytes, request_out *ou
     d.max_sequences = 8;
     d.max_seq_tokens = 128;
     d.max_step_tokens = 64;
+    return d;
+}
+
+/* Does the budget hold a request and a half? */
+static bool sched_fits(uint64_t bytes) {
+    kvl_cache_desc d = sched_desc(KVL_BACKEND_CUDA, bytes);
+    kvl_cache *cache = NULL;
+    bool fits = kvl_cache_create(&d, &cache) == KVL_OK && kvl_can_fit(cache, 1, 120, NULL) == KVL_OK;
+    kvl_cache_destroy(cache);
+    return fits;
+}
+
+static uint64_t sched_run(kvl_backend_kind kind, uint64_t bytes, request_out *out) {
+    kvl_cache_desc d = sched_desc(kind, bytes);
+    kvl_cache *cache = NULL;
+    kvl_sched *sched = NULL;
+    const kvl_step *step;
+    kvl_stats stats;
+    cm_buffers *b = (cm_buffers *)calloc(1, sizeof *b);
+    int32_t tokens[R_PROMPT], next[CM_ROWS];
+    uint32_t i, l, steps = 0;
+    char why[256] = "";
     d.error = why;
     d.error_size = sizeof why;
     if (kvl_cache_create(&d, &cache) != KVL_OK) fail_msg("%s", why);
@@ -452,29 +467,13 @@ static uint64_t sched_run(kvl_backend_kind kind, uint64_t bytes, request_out *ou
 
 static void test_preemption(void **state) {
     static request_out cpu[REQUESTS], cuda[REQUESTS];
-    uint64_t preemptions = 0, bytes, n;
+    uint64_t preemptions = 0, bytes;
     uint32_t i, p, h, e;
     (void)state;
     sched_run(KVL_BACKEND_CPU, 32u << 20, cpu);
     for (bytes = 256u << 10; !preemptions && bytes < 8u << 20;
-         bytes += 64u << 10) { /* the least that is taken */
-        kvl_cache_desc d;
-        kvl_cache *probe = NULL;
-        memset(&d, 0, sizeof d);
-        d.geometry = cm_geometry("int8", NULL);
-        d.context_desc.backend = KVL_BACKEND_CUDA;
-        describe(&d);
-        d.device_bytes = bytes;
-        d.max_sequences = 8;
-        d.max_seq_tokens = 128;
-        d.max_step_tokens = 64;
-        if (kvl_cache_create(&d, &probe) != KVL_OK) continue;
-        n = 1;
-        if (kvl_can_fit(probe, 2, R_PROMPT + NEW, NULL) != KVL_OK) n = 0;
-        kvl_cache_destroy(probe);
-        if (!n) continue;
-        preemptions = sched_run(KVL_BACKEND_CUDA, bytes, cuda);
-        break;
+         bytes += 32u << 10) { /* the first that preempts */
+        if (sched_fits(bytes)) preemptions = sched_run(KVL_BACKEND_CUDA, bytes, cuda);
     }
     assert_true(preemptions > 0);
     for (i = 0; i < REQUESTS; i++) {
@@ -550,8 +549,11 @@ static void test_graph_replay(void **state) {
             cm_upload(&d, &b);
         }
         if (!exec || key != step->graph_key) {
-            if (exec) NEED(cuGraphExecDestroy(exec) ? 0 : 0);
+            void *before = exec;
             exec = capture(r, step);
+            NEED(cuCtxPushCurrent_v2(context));
+            if (before) NEED(cuGraphExecDestroy(before));
+            NEED(cuCtxPopCurrent_v2(NULL));
             key = step->graph_key;
             captures++;
         } else {
@@ -652,10 +654,12 @@ int main(int argc, char **argv) {
     host.b.f16_rounding = host.b.bf16_rounding = 0;
     host_device = host;
     host_device.b.name = "host side, tensors in device memory";
+    host_device.b.every = 3;
     host_device.b.attend = device_attend;
     host_device.device = true;
     host_lent = host_device;
     host_lent.b.name = "host side, lent stream";
+    host_lent.b.first = 1;
     host_lent.lend = true;
     no_vmm = host;
     no_vmm.b.name = "host side, no virtual memory";

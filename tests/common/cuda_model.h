@@ -127,7 +127,7 @@ static kvl_result cm_attend(kvl_cache *cache, const kvl_step *step, uint32_t lay
 }
 
 /* The next token, from what the last layer gave for a row: the same where numbers differ by a rounding. */
-static int32_t cm_next(const cm_buffers *b, uint32_t row) {
+static inline int32_t cm_next(const cm_buffers *b, uint32_t row) {
     uint32_t e, hash = 17;
     for (e = 0; e < 8; e++) hash = hash * 31 + (uint32_t)(int32_t)floorf(b->out[row][e % CM_Q_HEADS][e] * 8);
     return (int32_t)(hash % 1000);

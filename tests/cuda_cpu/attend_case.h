@@ -44,7 +44,7 @@ struct Case {
     uint32_t window = 0, sink_tokens = 0;
     float softcap = 0;
     bool sink_logits = false, scratch = false;
-    bool aligned = false; // q and out, to 16 bytes
+    bool aligned = false;      // q and out, to 16 bytes
     uint32_t item_rows = 8;    // packed rows of an item
     uint32_t split_blocks = 0; // blocks of an item; 0: not split
     uint32_t stages = 2;
@@ -54,10 +54,11 @@ struct Case {
     std::string text() const {
         char s[400];
         snprintf(s, sizeof s,
-                 "%s dim %u gqa %u block %u position %u rows %u window %u sinks %u softcap %g logits %d scratch %d items of %u rows, %u "
+                 "%s dim %u gqa %u block %u position %u rows %u window %u sinks %u softcap %g logits %d "
+                 "scratch %d items of %u rows, %u "
                  "blocks, stages %u, q %u out %u",
-                 preset->name, dim, gqa, block_tokens, position, rows, window, sink_tokens, softcap, sink_logits, scratch, item_rows,
-                 split_blocks, stages, q_dtype, out_dtype);
+                 preset->name, dim, gqa, block_tokens, position, rows, window, sink_tokens, softcap,
+                 sink_logits, scratch, item_rows, split_blocks, stages, q_dtype, out_dtype);
         return s;
     }
 };
@@ -179,7 +180,8 @@ static void fill_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint
         return;
     }
     if (f == KVLI_CU_F16 || f == KVLI_CU_BF16) {
-        for (uint32_t i = 0; i < rows; i += 2) put16(tile + i, f == KVLI_CU_F16 ? f16_bits(normal(r)) : bf16_bits(normal(r)));
+        for (uint32_t i = 0; i < rows; i += 2)
+            put16(tile + i, f == KVLI_CU_F16 ? f16_bits(normal(r)) : bf16_bits(normal(r)));
         return;
     }
     for (uint32_t i = 0; i < rows; i++) {
@@ -190,15 +192,22 @@ static void fill_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint
     for (uint32_t i = rows; i < bytes; i += f == KVLI_CU_NVFP4 ? 1 : 2) {
         uint32_t n = (i - rows) / 2;
         bool zero = f == KVLI_CU_INT4 ? n % 2 : f != KVLI_CU_INT8 && f != KVLI_CU_FP8_E4M3 && n >= dim;
-        double step = f == KVLI_CU_INT8 || f == KVLI_CU_INT8_CHANNEL ? 1 / 70.0 : f == KVLI_CU_FP8_E4M3 ? 1 / 100.0 : 1 / 4.5;
-        if (f == KVLI_CU_NVFP4) tile[i] = (uint8_t)(0x38 + r() % 14); // 1..3.5, with a global of 1/8
-        else if (zero) put16(tile + i, f16_bits(-1.7 * around(r)));
-        else put16(tile + i, f16_bits(step * around(r)));
+        double step = f == KVLI_CU_INT8 || f == KVLI_CU_INT8_CHANNEL ? 1 / 70.0
+                      : f == KVLI_CU_FP8_E4M3                        ? 1 / 100.0
+                                                                     : 1 / 4.5;
+        if (f == KVLI_CU_NVFP4)
+            tile[i] = (uint8_t)(0x38 + r() % 14); // 1..3.5, with a global of 1/8
+        else if (zero)
+            put16(tile + i, f16_bits(-1.7 * around(r)));
+        else
+            put16(tile + i, f16_bits(step * around(r)));
     }
 }
 
-static double tile_number(const Side &s, uint32_t dim, uint32_t tokens, const uint8_t *tile, uint32_t token, uint32_t e) {
-    const uint8_t *row = tile + token * row_bytes(s.format, dim), *scales = tile + tokens * row_bytes(s.format, dim);
+static double tile_number(const Side &s, uint32_t dim, uint32_t tokens, const uint8_t *tile, uint32_t token,
+                          uint32_t e) {
+    const uint8_t *row = tile + token * row_bytes(s.format, dim),
+                  *scales = tile + tokens * row_bytes(s.format, dim);
     unsigned nibble = row[e / 2] >> (4 * (e & 1)) & 15;
     switch (s.format) {
     case KVLI_CU_F32: return dtype_value(KVLI_CU_DTYPE_F32, row + 4 * e);
@@ -206,9 +215,12 @@ static double tile_number(const Side &s, uint32_t dim, uint32_t tokens, const ui
     case KVLI_CU_BF16: return bf16_value(get16(row + 2 * e));
     case KVLI_CU_INT8: return (int8_t)row[e] * f16_value(get16(scales + 2 * token));
     case KVLI_CU_FP8_E4M3: return e4m3_value(row[e]) * f16_value(get16(scales + 2 * token));
-    case KVLI_CU_INT8_CHANNEL: return row[e] * f16_value(get16(scales + 2 * e)) + f16_value(get16(scales + 2 * dim + 2 * e));
-    case KVLI_CU_INT4_CHANNEL: return nibble * f16_value(get16(scales + 2 * e)) + f16_value(get16(scales + 2 * dim + 2 * e));
-    case KVLI_CU_NVFP4: return e2m1_value(nibble) * e4m3_value(scales[token * (dim / 16) + e / 16]) * s.global;
+    case KVLI_CU_INT8_CHANNEL:
+        return row[e] * f16_value(get16(scales + 2 * e)) + f16_value(get16(scales + 2 * dim + 2 * e));
+    case KVLI_CU_INT4_CHANNEL:
+        return nibble * f16_value(get16(scales + 2 * e)) + f16_value(get16(scales + 2 * dim + 2 * e));
+    case KVLI_CU_NVFP4:
+        return e2m1_value(nibble) * e4m3_value(scales[token * (dim / 16) + e / 16]) * s.global;
     default: {
         const uint8_t *group = scales + (token * ((dim + 63) / 64) + e / 64) * 4;
         return nibble * f16_value(get16(group)) + f16_value(get16(group + 2));
@@ -311,8 +323,8 @@ struct Tensor { // strided, each element at an address that is a multiple of its
     }
 };
 
-static std::vector<double> reference(const Case &c, const Sequence &s, Tensor &q, uint32_t first_row, const float *logits,
-                                     double *widest) {
+static std::vector<double> reference(const Case &c, const Sequence &s, Tensor &q, uint32_t first_row,
+                                     const float *logits, double *widest) {
     uint32_t heads = c.gqa * c.kv_heads;
     std::vector<double> out((size_t)c.rows * heads * c.dim), row(c.dim), weight(s.tokens);
     *widest = 0;
@@ -330,7 +342,8 @@ static std::vector<double> reference(const Case &c, const Sequence &s, Tensor &q
                 if (pass == 0) {
                     read_row(c, l.k, k, at, row.data());
                     double dot = 0;
-                    for (uint32_t e = 0; e < c.dim; e++) dot += row[e] * dtype_value(q.t.dtype, q.at(first_row + i / heads, head, e));
+                    for (uint32_t e = 0; e < c.dim; e++)
+                        dot += row[e] * dtype_value(q.t.dtype, q.at(first_row + i / heads, head, e));
                     weight[t] = dot / std::sqrt((double)c.dim) / c.q_size;
                     if (c.softcap > 0) weight[t] = c.softcap * std::tanh(weight[t] / c.softcap);
                     top = std::max(top, weight[t]);
@@ -338,7 +351,8 @@ static std::vector<double> reference(const Case &c, const Sequence &s, Tensor &q
                     read_row(c, l.v, k + l.v_offset, at, row.data());
                     double w = std::exp(weight[t] - top);
                     total += w;
-                    for (uint32_t e = 0; e < c.dim; e++) sum[e] += w * row[e], mass[e] += w * std::fabs(row[e]);
+                    for (uint32_t e = 0; e < c.dim; e++)
+                        sum[e] += w * row[e], mass[e] += w * std::fabs(row[e]);
                 }
             }
             if (pass == 0) total = logits ? std::exp(logits[head] - top) : 0;
@@ -375,9 +389,11 @@ static Plan make_plan(const Case &c) {
         uint32_t n = std::min(c.item_rows, packed_rows - row);
         uint32_t x_first = c.position + row / c.gqa, x_last = c.position + (row + n - 1) / c.gqa;
         uint32_t begin = 0, own = x_first / c.block_tokens, end = x_last / c.block_tokens;
-        if (c.window && c.sink_tokens == 0 && x_first >= c.window) begin = (x_first - c.window + 1) / c.block_tokens;
+        if (c.window && c.sink_tokens == 0 && x_first >= c.window)
+            begin = (x_first - c.window + 1) / c.block_tokens;
         begin = std::min(begin, end);
-        uint32_t step = c.split_blocks ? c.split_blocks : end - begin + 1, first_partial = p.partials, parts = 0;
+        uint32_t step = c.split_blocks ? c.split_blocks : end - begin + 1, first_partial = p.partials,
+                 parts = 0;
         for (uint32_t b = begin; b < end || parts == 0; b += step) {
             uint32_t stop = std::min(b + step, end);
             bool last = stop == end;
@@ -399,19 +415,23 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     Random r(c.seed);
     Sequence s(c, r);
     const uint32_t first_row = 2, heads = c.gqa * c.kv_heads;
-    Tensor q(c.q_dtype, first_row + c.rows, heads, c.dim, c.aligned), out(c.out_dtype, first_row + c.rows, heads, c.dim, c.aligned);
+    Tensor q(c.q_dtype, first_row + c.rows, heads, c.dim, c.aligned),
+        out(c.out_dtype, first_row + c.rows, heads, c.dim, c.aligned);
     for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {
         uint8_t *p = q.at(first_row + i / (heads * c.dim), i / c.dim % heads, i % c.dim);
         float x = (float)(c.q_size * normal(r));
-        if (c.q_dtype == KVLI_CU_DTYPE_F32) memcpy(p, &x, 4);
-        else put16(p, c.q_dtype == KVLI_CU_DTYPE_F16 ? f16_bits(x) : bf16_bits(x));
+        if (c.q_dtype == KVLI_CU_DTYPE_F32)
+            memcpy(p, &x, 4);
+        else
+            put16(p, c.q_dtype == KVLI_CU_DTYPE_F16 ? f16_bits(x) : bf16_bits(x));
     }
     std::vector<float> logits(heads);
     for (float &x : logits) x = (float)normal(r);
 
     // The table starts at the first block that anyone sees, the own blocks after it; around them are addresses of nothing.
     uint32_t first_block = 0, first_own = c.position / c.block_tokens;
-    if (c.window && c.sink_tokens == 0 && c.position >= c.window) first_block = (c.position - c.window + 1) / c.block_tokens;
+    if (c.window && c.sink_tokens == 0 && c.position >= c.window)
+        first_block = (c.position - c.window + 1) / c.block_tokens;
     std::vector<uint64_t> entries(3, 0x5a5a5a5a5a00);
     kvli_cu_span spans[2] = {{}, {first_row, c.rows, c.position, 3 - first_block, first_own, 0}};
     for (uint32_t b = first_block; b < s.blocks; b++) {
@@ -428,8 +448,11 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     for (uint32_t b = first_own; b < s.blocks; b++) entries.push_back(s.own_entry(c, b));
 
     Plan plan = make_plan(c);
-    std::vector<float> partial_o((size_t)plan.partials * c.kv_heads * c.dim, NAN), partial_ml((size_t)plan.partials * c.kv_heads * 2, NAN);
-    kvli_cu_counts counts = {0, 0, (uint32_t)plan.items.size(), (uint32_t)plan.items.size(), (uint32_t)plan.merges.size(), {0, 0, 0}};
+    std::vector<float> partial_o((size_t)plan.partials * c.kv_heads * c.dim, NAN),
+        partial_ml((size_t)plan.partials * c.kv_heads * 2, NAN);
+    kvli_cu_counts counts = {
+        0,        0, (uint32_t)plan.items.size(), (uint32_t)plan.items.size(), (uint32_t)plan.merges.size(),
+        {0, 0, 0}};
     kvli_cu_attend_args a = {};
     a.counts = &counts;
     a.spans = spans;
@@ -441,7 +464,9 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     a.partial_ml = partial_ml.data();
     a.q = q.t;
     a.out = out.t;
-    a.pages = {{s.packed.offset, s.exact.offset}, {s.packed.head_stride, s.exact.head_stride}, {s.packed.v_offset, s.exact.v_offset}};
+    a.pages = {{s.packed.offset, s.exact.offset},
+               {s.packed.head_stride, s.exact.head_stride},
+               {s.packed.v_offset, s.exact.v_offset}};
     a.end_item = 1000;
     a.block_tokens = c.block_tokens;
     a.n_q_heads = heads;
@@ -458,17 +483,22 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     // The grids are padded by one, as for a graph that is replayed.
     Result result;
     std::string kernel = name(c);
-    bool ok = cuda_cpu::launch(kernel.c_str(), dim3((unsigned)plan.items.size() + 1, c.kv_heads), threads, memory(c), &a);
+    bool ok = cuda_cpu::launch(kernel.c_str(), dim3((unsigned)plan.items.size() + 1, c.kv_heads), threads,
+                               memory(c), &a);
     if (ok && !plan.merges.empty()) {
-        ok = cuda_cpu::launch("kvl_merge", dim3((unsigned)plan.merges.size() + 1, c.kv_heads), KVLI_CU_MERGE_THREADS, 0, &a);
+        ok = cuda_cpu::launch("kvl_merge", dim3((unsigned)plan.merges.size() + 1, c.kv_heads),
+                              KVLI_CU_MERGE_THREADS, 0, &a);
     }
     double widest;
     std::vector<double> expected = reference(c, s, q, first_row, a.sink_logits, &widest);
-    double rounding = c.out_dtype == KVLI_CU_DTYPE_F32 ? 0 : c.out_dtype == KVLI_CU_DTYPE_F16 ? 0x1p-11 : 0x1p-8;
+    double rounding = c.out_dtype == KVLI_CU_DTYPE_F32   ? 0
+                      : c.out_dtype == KVLI_CU_DTYPE_F16 ? 0x1p-11
+                                                         : 0x1p-8;
     Tensor untouched(c.out_dtype, first_row + c.rows, heads, c.dim, c.aligned);
     for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {
         uint32_t row = first_row + i / (heads * c.dim), head = i / c.dim % heads, e = i % c.dim;
-        double got = dtype_value(c.out_dtype, out.at(row, head, e)), limit = (c.preset->tolerance + rounding) * widest;
+        double got = dtype_value(c.out_dtype, out.at(row, head, e)),
+               limit = (c.preset->tolerance + rounding) * widest;
         double error = std::fabs(got - expected[i]) / limit;
         result.error = error <= result.error ? result.error : std::isnan(error) ? INFINITY : error;
         memcpy(untouched.at(row, head, e), out.at(row, head, e), dtype_size(c.out_dtype));

@@ -22,6 +22,7 @@
 #define KVL_D static inline
 #define KVL_MEMBER inline
 #define KVL_UNROLL
+#define KVL_ROLLED
 #define KVL_INLINE static inline __attribute__((always_inline))
 
 struct alignas(8) uint2 {
@@ -319,14 +320,43 @@ static inline uint16_t kvl_f2bf(float f) {
 }
 static inline float kvl_bf2f(uint16_t b) { return __uint_as_float((unsigned)b << 16); }
 
-static inline uint32_t kvl_f22h2(float low, float high) {
-    return kvl_f2h(low) | (uint32_t)kvl_f2h(high) << 16;
-}
 static inline uint32_t kvl_f22bf2(float low, float high) {
     return kvl_f2bf(low) | (uint32_t)kvl_f2bf(high) << 16;
 }
 
-// A product of halves is exact in float; a sum rounded to float and then to half is as if rounded once (24 >= 2·11 + 2).
+// Pairs. A product of halves is exact in float; a sum rounded to float and then to half is as if rounded once
+// (24 >= 2·11 + 2). a·b + c is not: on its way through float it is rounded to odd, which keeps what was cut off visible.
+#if defined(__F16C__)
+KVL_INLINE __m128 cuda_cpu_floats(uint32_t pair) { return _mm_cvtph_ps(_mm_cvtsi32_si128((int)pair)); }
+KVL_INLINE uint32_t cuda_cpu_pair(__m128 f) {
+    __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(f, f));
+    nan = _mm_packs_epi32(nan, nan);
+    return (uint32_t)_mm_cvtsi128_si32(
+        _mm_or_si128(_mm_andnot_si128(nan, _mm_cvtps_ph(f, 0)), _mm_srli_epi16(nan, 1)));
+}
+static inline uint32_t kvl_f22h2(float low, float high) { return cuda_cpu_pair(_mm_set_ps(0, 0, high, low)); }
+static inline uint32_t kvl_hmul2(uint32_t a, uint32_t b) {
+    return cuda_cpu_pair(_mm_mul_ps(cuda_cpu_floats(a), cuda_cpu_floats(b)));
+}
+static inline uint32_t kvl_hadd2(uint32_t a, uint32_t b) {
+    return cuda_cpu_pair(_mm_add_ps(cuda_cpu_floats(a), cuda_cpu_floats(b)));
+}
+static inline uint32_t kvl_hfma2(uint32_t a, uint32_t b, uint32_t c) {
+    __m128 product = _mm_mul_ps(cuda_cpu_floats(a), cuda_cpu_floats(b)), addend = cuda_cpu_floats(c);
+    __m128 sum = _mm_add_ps(product, addend), of_addend = _mm_sub_ps(sum, product);
+    __m128 rest = _mm_add_ps(_mm_sub_ps(product, _mm_sub_ps(sum, of_addend)), _mm_sub_ps(addend, of_addend));
+    __m128i bits = _mm_castps_si128(sum), one = _mm_set1_epi32(1);
+    __m128i even = _mm_cmpeq_epi32(_mm_and_si128(bits, one), _mm_setzero_si128());
+    __m128i inexact = _mm_castps_si128(_mm_cmp_ps(rest, _mm_setzero_ps(), _CMP_NEQ_OQ));
+    __m128i outwards =
+        _mm_or_si128(_mm_srai_epi32(_mm_castps_si128(_mm_xor_ps(sum, rest)), 31), one); // 1 or -1
+    bits = _mm_add_epi32(bits, _mm_and_si128(outwards, _mm_and_si128(even, inexact)));
+    return cuda_cpu_pair(_mm_castsi128_ps(bits));
+}
+#else
+static inline uint32_t kvl_f22h2(float low, float high) {
+    return kvl_f2h(low) | (uint32_t)kvl_f2h(high) << 16;
+}
 static inline uint32_t kvl_hmul2(uint32_t a, uint32_t b) {
     return kvl_f22h2(kvl_h2f((uint16_t)a) * kvl_h2f((uint16_t)b),
                      kvl_h2f((uint16_t)(a >> 16)) * kvl_h2f((uint16_t)(b >> 16)));
@@ -335,16 +365,12 @@ static inline uint32_t kvl_hadd2(uint32_t a, uint32_t b) {
     return kvl_f22h2(kvl_h2f((uint16_t)a) + kvl_h2f((uint16_t)b),
                      kvl_h2f((uint16_t)(a >> 16)) + kvl_h2f((uint16_t)(b >> 16)));
 }
-static inline uint32_t kvl_hsub2(uint32_t a, uint32_t b) { return kvl_hadd2(a, b ^ 0x80008000u); }
-
-// a·b + c rounded once: the double is exact wherever that can decide a tie; on its way through float, odd rounding
-// keeps what was cut off visible.
 static inline uint16_t cuda_cpu_hfma(uint16_t a, uint16_t b, uint16_t c) {
-    double exact = (double)(kvl_h2f(a) * kvl_h2f(b)) + kvl_h2f(c);
-    float f = (float)exact;
-    if ((double)f != exact && f == f) {
+    double sum = (double)(kvl_h2f(a) * kvl_h2f(b)) + kvl_h2f(c); // exact wherever that can decide a tie
+    float f = (float)sum;
+    if ((double)f != sum && f == f) {
         unsigned u = __float_as_uint(f);
-        if (std::fabs((double)f) > std::fabs(exact)) u--;
+        if (std::fabs((double)f) > std::fabs(sum)) u--;
         f = __uint_as_float(u | 1);
     }
     return kvl_f2h(f);
@@ -353,12 +379,17 @@ static inline uint32_t kvl_hfma2(uint32_t a, uint32_t b, uint32_t c) {
     return cuda_cpu_hfma((uint16_t)a, (uint16_t)b, (uint16_t)c) |
            (uint32_t)cuda_cpu_hfma((uint16_t)(a >> 16), (uint16_t)(b >> 16), (uint16_t)(c >> 16)) << 16;
 }
+#endif
+static inline uint32_t kvl_hsub2(uint32_t a, uint32_t b) { return kvl_hadd2(a, b ^ 0x80008000u); }
 
 static inline float kvl_exp2(float x) {
     float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
 }
+static inline uint32_t kvl_opaque(uint32_t x) { return x; }
 static inline float kvl_rcp(float x) { return 1 / x; }
+static inline uint32_t kvl_and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+static inline float kvl_divide(float x, float y) { return x / y; }
 static inline float kvl_tanh(float x) { return std::tanh(x); }
 
 // cvt.rn.f16x2.e4m3x2 of sm_89 and later; port.cuh has the bit trick for the others

@@ -3,7 +3,7 @@
 
 usage: test_cuda_image.py [-k WORD] [BUILD_FOLDER]      -k: only the cases with WORD in their name
 
-Needs no nvcc. Oracle of the text: a decoder in C, by what the header says of itself.
+Needs no nvcc. Python's lzma packs, the header's own C unpacks.
 """
 import os
 import random
@@ -27,20 +27,30 @@ SCRATCH = tempfile.TemporaryDirectory()
 MAX_BYTES = 4 << 20
 MAX_SECONDS = 1.5  # of processor time
 
-DECODER = """
+UNPACKER = """
 #include "kvlite_cuda_kernels.h"
 #include <stdio.h>
-int main(void) {
-    uint32_t left = kvli_cu_image_bytes;
-    for (int chunk = 0; kvli_cu_image[chunk]; chunk++) {
-        for (const char *p = kvli_cu_image[chunk]; *p; p += 5) {
-            uint32_t v = 0;
-            for (int i = 0; i < 5; i++) v = v * 85 + (uint32_t)(p[i] - 35 - (p[i] > '?') - (p[i] > '\\\\'));
-            for (int shift = 24; shift >= 0 && left; shift -= 8, left--) putchar((int)(v >> shift & 255));
+#include <stdlib.h>
+int main(int argc, char *argv[]) {
+    (void)argv;
+    const uint32_t n = sizeof kvli_cu_parts / sizeof kvli_cu_parts[0];
+    if (argc > 1) { /* what devices get */
+        for (uint32_t arch = 70; arch < 140; arch++) {
+            const kvli_cu_part *part = kvli_cu_find_part(kvli_cu_parts, n, arch);
+            printf("%d ", part ? (int)(part->arch * 10 + part->ptx) : 0);
         }
+        return 0;
     }
+    uint16_t *probs = (uint16_t *)malloc(KVLI_CU_UNPACK_PROBS * sizeof *probs);
+    for (uint32_t i = 0; i < n; i++) {
+        uint8_t *out = (uint8_t *)malloc(kvli_cu_parts[i].raw_bytes);
+        if (!kvli_cu_unpack_part(kvli_cu_image, &kvli_cu_parts[i], out, probs)) return 1;
+        fwrite(out, 1, kvli_cu_parts[i].raw_bytes, stdout);
+        free(out);
+    }
+    free(probs);
     fprintf(stderr, "%s %d\\n", kvli_cu_image_hash, kvli_cu_image_min_driver);
-    return left != 0;
+    return 0;
 }
 """
 
@@ -79,7 +89,7 @@ def test_changes_are_found():
         "a kernel": (lambda d: edit(os.path.join(d, "store.cu"), ";", "; "), "from other sources"),
         "what it includes": (lambda d: edit(os.path.join(d, "abi.h"), ";", "; "), "from other sources"),
         "a new file": (lambda d: open(os.path.join(d, "new.cu"), "w", encoding="utf-8").close(), "other sources"),
-        "a digit": (lambda d: edit(os.path.join(d, "kvlite_cuda_kernels.h"), r"(?<=#)[$-/](?=#)", "0"), "damaged"),
+        "a digit": (lambda d: edit(os.path.join(d, "kvlite_cuda_kernels.h"), r'(?<=\n"[^"\n]{900})\w', "#"), "damaged"),
         "none": (lambda d: os.remove(os.path.join(d, "kvlite_cuda_kernels.h")), "not there"),
     }
     for name, (change, message) in cases.items():
@@ -125,18 +135,77 @@ def test_compilers_take_it():
         raise Skip("there is no compiler")
 
 
-def test_decoder_in_c():
-    source, program = os.path.join(SCRATCH.name, "decode.c"), os.path.join(SCRATCH.name, "decode")
+def test_unpacking_in_c():
+    source, program = os.path.join(SCRATCH.name, "unpack.c"), os.path.join(SCRATCH.name, "unpack")
     with open(source, "w", encoding="utf-8") as f:
-        f.write(DECODER)
+        f.write(UNPACKER)
+    parts = list(kernels.unpack(HEADER))
     for command in compilers():
         subprocess.run([*command, "-I", os.path.dirname(HEADER), source, "-o", program], check=True, timeout=60)
         done = subprocess.run([program], capture_output=True, check=True, timeout=60)
-        assert done.stdout == kernels.unpack(HEADER)
-        assert done.stdout[:4] == bytes.fromhex("50ed55ba"), "that is no fatbin"
+        assert done.stdout == b"".join(data for _, _, data in parts)
         source_hash, driver = done.stderr.decode().split()
         os.chdir(ROOT)
         assert source_hash == kernels.source_hash() and int(driver) >= 12000
+    for _, ptx, data in parts:
+        assert b".version" in data[:20] and data.endswith(b"\0") if ptx else data.startswith(b"\x7fELF")
+    found = dict(zip(range(70, 140), subprocess.run([program, "find"], capture_output=True, check=True,
+                                                    timeout=60).stdout.split()))
+    want = {70: 0, 75: 750, 80: 800, 86: 800, 87: 800, 89: 890, 90: 900, 100: 1000, 103: 1000, 110: 901, 120: 1200, 121: 1200,
+            130: 901}
+    assert all(int(found[arch]) == part for arch, part in want.items()), found
+
+
+# Every byte of the kernels' text changed in turn would take long: some of them, and texts that end early. What comes out is
+# wrong or refused, and nothing outside of the memory is touched.
+DAMAGED = """
+#include "unpack.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+static char text[%d];
+int main(void) {
+    const char *image[] = {text, 0};
+    static uint16_t probs[KVLI_CU_UNPACK_PROBS];
+    kvli_cu_part part = {90, 0, 0, %d, %d, 0, 4, 4};
+    uint8_t *out = (uint8_t *)malloc(part.raw_bytes);
+    static const char whole[] = "%s";
+    uint32_t length = sizeof whole - 1, refused = 0, x = 1;
+    for (uint32_t i = 0; i < 3000; i++) {
+        memcpy(text, whole, sizeof whole);
+        x = x * 1664525 + 1013904223;
+        text[(x >> 8) %% length] = (char)(35 + (x >> 3) %% 27);
+        if (i %% 3 == 0) text[(x >> 5) %% length] = 0;
+        refused += !kvli_cu_unpack_part(image, &part, out, probs);
+    }
+    memcpy(text, whole, sizeof whole);
+    if (!kvli_cu_unpack_part(image, &part, out, probs)) return 1;
+    fwrite(out, 1, part.raw_bytes, stdout);
+    fprintf(stderr, "%%u", refused);
+    free(out);
+    return 0;
+}
+"""
+
+
+def test_damaged_text():
+    random.seed(3)
+    data = b"".join(random.choice([b"abcdefgh", b"instruction", random.randbytes(16)]) for _ in range(600))
+    packed = kernels.lzma.compress(data, kernels.lzma.FORMAT_RAW, filters=kernels.lzma_filter((0, 4, 4)))
+    text = kernels.encode(packed)
+    source, program = os.path.join(SCRATCH.name, "damaged.c"), os.path.join(SCRATCH.name, "damaged")
+    with open(source, "w", encoding="utf-8") as f:
+        f.write(DAMAGED % (len(text) + 1, len(packed), len(data), '"\n"'.join(text[i:i + 100] for i in range(0, len(text), 100))))
+    command = next(compilers(), None)
+    if not command:
+        raise Skip("there is no compiler")
+    command = [c for c in command if c != "-Wpedantic"]  # the whole text is one literal here
+    subprocess.run([*command, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-I", os.path.dirname(HEADER),
+                    source, "-o", program], check=True, timeout=60)
+    done = subprocess.run([program], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == data
+    print(f"{done.stderr.decode()} of 3000 refused")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def test_backends():
     last = refused("complete", *prompt, "--backend", "cuda", code=1, words=["cuda", "libcuda"], libraries=no_driver())
     assert len(last) > 30, last
     for program in "complete", "chat":
-        refused(program, "-p", "x", "--backend", "gpu", code=2, words=["--backend", "'gpu'", "auto", "cuda", "cpu"])
+        refused(program, "--backend", "gpu", code=2, words=["--backend", "'gpu'", "auto", "cuda", "cpu"])
     _, err = run("chat", "--backend", "cpu", stdin=b"/quit\n")
     assert re.search(r"backend cpu \(\w+\)$", err, re.M), err
     refused("chat", "--backend", "cuda", code=1, words=["libcuda"], libraries=no_driver())

@@ -77,6 +77,8 @@ int main(int argc, char **argv) {
                          .kind = KVL_BACKEND_CUDA,
                          .presets_only = true,
                          .gpu = true,
+                         .spoils_step = true,
+                         .tolerance = 2e-6,
                          .f16_rounding = 0x1p-11,
                          .bf16_rounding = 0x1p-8,
                          .first = few ? 3 : 0,

@@ -29,8 +29,14 @@ Call::Call(const char *name, int flags) : held(S.lock), context(current_context(
         S.failures++;
         S.failed = name;
         S.lost = S.fail_lost;
-        refused = S.fail_result;
-        return;
+        for (Context *c : S.contexts) {
+            if (S.lost) c->lost = S.fail_result;
+        }
+        if (!(flags & FREES) || (S.lost && !(flags & EVEN_LOST))) {
+            refused = S.fail_result;
+            return;
+        }
+        after = S.fail_result;
     }
     if (S.lost && !(flags & EVEN_LOST)) {
         S.failures += !S.own;
@@ -284,7 +290,7 @@ static void end_primary() {
     S.primary = nullptr;
 }
 CU_API cuDevicePrimaryCtxRelease_v2(CUdevice d) {
-    CALL(EVEN_LOST);
+    CALL(EVEN_LOST | FREES);
     if (!is_device(d)) return CUDA_INVALID_DEVICE;
     if (!S.primary_held) {
         misuse("the primary context was released more often than retained");
@@ -294,20 +300,20 @@ CU_API cuDevicePrimaryCtxRelease_v2(CUdevice d) {
         end_primary();
         S.lost = false;
     }
-    return CUDA_SUCCESS;
+    return call.after;
 }
 /* Destroys what is in the primary context, whoever made it; holds of it stay. */
 CU_API cuDevicePrimaryCtxReset_v2(CUdevice d) {
-    CALL(EVEN_LOST);
+    CALL(EVEN_LOST | FREES);
     if (!is_device(d)) return CUDA_INVALID_DEVICE;
     if (S.primary) {
-        if (!S.lost && !S.primary->lost) misuse("a primary context that works was reset");
+        if (!S.lost && !S.primary->lost && !S.failures) misuse("a primary context that works was reset");
         S.lost = true;
         end_primary();
         if (S.primary_held) S.primary = new_context(true);
     }
     S.lost = false;
-    return CUDA_SUCCESS;
+    return call.after;
 }
 CU_API cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active) {
     CALL(ANY);
@@ -326,13 +332,13 @@ CU_API cuCtxCreate_v2(CUcontext *out, unsigned flags, CUdevice d) {
     return CUDA_SUCCESS;
 }
 CU_API cuCtxDestroy_v2(CUcontext c) {
-    CALL(EVEN_LOST);
+    CALL(EVEN_LOST | FREES);
     if (!S.contexts.count(c) || c->primary) return CUDA_INVALID_CONTEXT;
     if (!context_stack.empty() && context_stack.back() == c) context_stack.pop_back();
     orphan_memory(c);
     destroy_context(c);
     S.lost = false;
-    return CUDA_SUCCESS;
+    return call.after;
 }
 CU_API cuCtxPushCurrent_v2(CUcontext c) {
     CALL(ANY);
@@ -342,11 +348,11 @@ CU_API cuCtxPushCurrent_v2(CUcontext c) {
 }
 /* Works on a lost device too: the stack is the thread's own. */
 CU_API cuCtxPopCurrent_v2(CUcontext *out) {
-    CALL(EVEN_LOST);
+    CALL(EVEN_LOST | FREES);
     if (context_stack.empty()) return CUDA_INVALID_CONTEXT;
     if (out) *out = context_stack.back();
     context_stack.pop_back();
-    return CUDA_SUCCESS;
+    return call.after;
 }
 CU_API cuCtxSetCurrent(CUcontext c) {
     CALL(ANY);
@@ -410,7 +416,7 @@ CU_API cuModuleLoadDataEx(CUmodule *out, const void *image, unsigned n, int *opt
     return load(out, image, call.context);
 }
 CU_API cuModuleUnload(CUmodule m) {
-    CALL(CONTEXT | UNSAFE);
+    CALL(CONTEXT | UNSAFE | FREES);
     if (!S.modules.count(m)) {
         misuse("cuModuleUnload of no module");
         return CUDA_INVALID_HANDLE;
@@ -419,7 +425,7 @@ CU_API cuModuleUnload(CUmodule m) {
     run_all(call.context);
     S.modules.erase(m);
     delete m;
-    return CUDA_SUCCESS;
+    return call.after;
 }
 CU_API cuModuleGetFunction(CUfunction *out, CUmodule m, const char *name) {
     CALL(CONTEXT);

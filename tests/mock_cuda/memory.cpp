@@ -65,9 +65,10 @@ static CUresult free_from(std::map<uint64_t, Allocation> *table, uint64_t at, co
     return CUDA_SUCCESS;
 }
 CU_API cuMemFree_v2(CUdeviceptr at) {
-    CALL(CONTEXT | UNSAFE);
+    CALL(CONTEXT | UNSAFE | FREES);
     if (!at) return CUDA_SUCCESS;
-    return free_from(&S.device, at, "cuMemFree");
+    CUresult r = free_from(&S.device, at, "cuMemFree");
+    return r ? r : call.after;
 }
 CU_API cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
     CALL(CONTEXT | UNSAFE);
@@ -78,8 +79,9 @@ CU_API cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
     return r;
 }
 CU_API cuMemFreeHost(void *p) {
-    CALL(CONTEXT | UNSAFE);
-    return free_from(&S.pinned, (uint64_t)p, "cuMemFreeHost");
+    CALL(CONTEXT | UNSAFE | FREES);
+    CUresult r = free_from(&S.pinned, (uint64_t)p, "cuMemFreeHost");
+    return r ? r : call.after;
 }
 CU_API cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
     CALL(CONTEXT);
@@ -122,7 +124,7 @@ CU_API cuMemAddressReserve(CUdeviceptr *out, size_t bytes, size_t alignment, CUd
 }
 
 CU_API cuMemAddressFree(CUdeviceptr at, size_t bytes) {
-    CALL(ANY);
+    CALL(FREES);
     auto i = S.reservations.find(at);
     if (i == S.reservations.end() || i->second.bytes != bytes) {
         misuse("cuMemAddressFree of what is not reserved");
@@ -135,7 +137,7 @@ CU_API cuMemAddressFree(CUdeviceptr at, size_t bytes) {
     }
     munmap((void *)at, bytes);
     S.reservations.erase(i);
-    return CUDA_SUCCESS;
+    return call.after;
 }
 
 CU_API cuMemCreate(CUmemHandle *out, size_t bytes, const CUmemAllocationProp *prop,
@@ -169,7 +171,7 @@ static void drop_backing(std::map<CUmemHandle, Backing>::iterator i) {
 }
 
 CU_API cuMemRelease(CUmemHandle handle) {
-    CALL(ANY);
+    CALL(FREES);
     auto i = S.backings.find(handle);
     if (i == S.backings.end() || i->second.released) {
         misuse("cuMemRelease of no handle");
@@ -177,7 +179,7 @@ CU_API cuMemRelease(CUmemHandle handle) {
     }
     i->second.released = true;
     drop_backing(i);
-    return CUDA_SUCCESS;
+    return call.after;
 }
 
 static bool reserved(uint64_t at, uint64_t bytes) {
@@ -231,7 +233,7 @@ static bool whole_mappings(uint64_t at, uint64_t bytes) {
 }
 
 CU_API cuMemUnmap(CUdeviceptr at, size_t bytes) {
-    CALL(ANY);
+    CALL(FREES);
     if (!whole_mappings(at, bytes)) {
         misuse("cuMemUnmap of what is not mapped, or of a part");
         return CUDA_INVALID_VALUE;
@@ -242,7 +244,7 @@ CU_API cuMemUnmap(CUdeviceptr at, size_t bytes) {
         next += m->second.bytes;
         unmap(m);
     }
-    return CUDA_SUCCESS;
+    return call.after;
 }
 
 CU_API cuMemSetAccess(CUdeviceptr at, size_t bytes, const CUmemAccessDesc *access, size_t n) {

@@ -142,11 +142,18 @@ struct State {
 extern State S;
 
 /* What each call does first: counts, fails if it is its turn, and checks the context. */
-enum { ANY = 0, CONTEXT = 1, UNSAFE = 2 /* not during a capture */, EVEN_LOST = 4, BEFORE_INIT = 8 };
+enum {
+    ANY = 0,
+    CONTEXT = 1,
+    UNSAFE = 2, /* not during a capture */
+    EVEN_LOST = 4,
+    BEFORE_INIT = 8,
+    FREES = 16 /* does its work even where it is made to fail: drivers report earlier errors here */
+};
 struct Call {
     std::lock_guard<std::recursive_mutex> held;
     Context *context;
-    CUresult refused;
+    CUresult refused, after = CUDA_SUCCESS; /* what the call gives in the end */
     Call(const char *name, int flags);
 };
 #define CALL(flags)             \

@@ -213,7 +213,7 @@ CU_API cuStreamCreate(CUstream *out, unsigned flags) {
     return CUDA_SUCCESS;
 }
 CU_API cuStreamDestroy_v2(CUstream s) {
-    CALL(CONTEXT);
+    CALL(CONTEXT | FREES);
     if (!S.streams.count(s)) {
         misuse("cuStreamDestroy of no stream");
         return CUDA_INVALID_HANDLE;
@@ -221,7 +221,7 @@ CU_API cuStreamDestroy_v2(CUstream s) {
     run_stream(s);
     S.streams.erase(s);
     delete s;
-    return call.context->lost;
+    return call.context->lost ? call.context->lost : call.after;
 }
 static CUresult wait_stream(Stream *s, Context *c) {
     if (!s) {
@@ -297,14 +297,14 @@ CU_API cuEventCreate(CUevent *out, unsigned flags) {
     return CUDA_SUCCESS;
 }
 CU_API cuEventDestroy_v2(CUevent e) {
-    CALL(CONTEXT);
+    CALL(CONTEXT | FREES);
     if (!S.events.count(e)) {
         misuse("cuEventDestroy of no event");
         return CUDA_INVALID_HANDLE;
     }
     S.events.erase(e);
     delete e;
-    return CUDA_SUCCESS;
+    return call.after;
 }
 CU_API cuEventRecord(CUevent e, CUstream handle) {
     CALL(CONTEXT);
@@ -532,6 +532,12 @@ CU_API cuGraphExecDestroy(CUgraphExec g) {
     CALL(CONTEXT);
     if (!S.execs.erase(g)) return CUDA_INVALID_HANDLE;
     delete g;
+    return CUDA_SUCCESS;
+}
+CU_API cuGraphGetNodes(CUgraph g, void **nodes, size_t *n) {
+    CALL(ANY);
+    if (!S.graphs.count(g) || nodes || !n) return CUDA_INVALID_VALUE; /* it counts them, no more */
+    *n = g->nodes.size();
     return CUDA_SUCCESS;
 }
 CU_API cuGraphDestroy(CUgraph g) {

@@ -139,20 +139,16 @@ static void shape_name(const char *what, const case_shape *c, char *name, size_t
 
 /* ---- the ceiling, and kernels by themselves ---- */
 
-/* The image as kvlite_cuda_kernels.h says that it stands in text. */
 static void *load_image(const bench *b) {
-    uint8_t *image = malloc(kvli_cu_image_bytes + 4);
-    uint32_t n_bytes = 0, n_digits = 0, word = 0;
+    uint32_t arch = (uint32_t)(10 * gpu_attribute(&b->g, GPU_MAJOR) + gpu_attribute(&b->g, GPU_MINOR));
+    const kvli_cu_part *part =
+        kvli_cu_find_part(kvli_cu_parts, sizeof kvli_cu_parts / sizeof kvli_cu_parts[0], arch);
+    uint8_t *image = malloc(part ? part->raw_bytes : 1);
+    uint16_t *probs = malloc(KVLI_CU_UNPACK_PROBS * sizeof *probs);
     void *module = NULL;
-    for (const char *const *chunk = kvli_cu_image; image && *chunk; chunk++)
-        for (const char *c = *chunk; *c; c++) {
-            word = word * 85 + (uint32_t)(*c - 35 - (*c > '?') - (*c > '\\'));
-            if (++n_digits % 5) continue;
-            for (int shift = 24; shift >= 0 && n_bytes < kvli_cu_image_bytes; shift -= 8)
-                image[n_bytes++] = (uint8_t)(word >> shift);
-            word = 0;
-        }
-    GPU(&b->g, ModuleLoadData, &module, image);
+    if (part && image && probs && kvli_cu_unpack_part(kvli_cu_image, part, image, probs))
+        GPU(&b->g, ModuleLoadData, &module, image);
+    free(probs);
     free(image);
     return module;
 }

@@ -1,4 +1,5 @@
-"""The GPU part of BENCHMARKS.md, from results/gpu_check.json (tools/gpu_check.sh) and results/cuda_static.json (make kernels)."""
+"""The GPU part of BENCHMARKS.md, from results/gpu_check.json (tools/gpu_check.sh) and results/cuda-static.json
+(tools/kernel_figures.py)."""
 
 from statistics import median
 
@@ -129,9 +130,25 @@ def parts_table(page, table, check):
 
 
 def static_table(page, table, static):
-    """What is known of each kernel without a device; rows of {kernel, arch, registers, ...} as the build wrote them."""
-    page.add("### Each kernel, without a device\n", static.get("note", "") + "\n" if static.get("note") else "",
-             table(static["head"], static["rows"]))
+    """What is known of each kernel without a device, of those for D 128 (the file has all)."""
+    rows = []
+    for k in static["kernels"]:
+        device = static["devices"].get(k["arch"].removeprefix("sm_"))
+        if not device or "blocks_per_sm" not in k or ("_d" in k["kernel"] and "_d128" not in k["kernel"]):
+            continue
+        by_issue = k.get("gbs_by_issue")
+        bound = max(1 / device["gbs"], 1 / by_issue) * 1e3 if by_issue else None
+        rows.append([f"`{k['kernel']}`", device["name"], k["registers"], f"{k['shared'] / 1024:.1f}", k["blocks_per_sm"],
+                     f"{100 * k['blocks_per_sm'] * k['threads'] / device['threads']:.0f}%", k.get("instructions", ""), k.get("loop", ""),
+                     f"{k['instructions_per_kv_byte']:.3f}" if by_issue else "", f"{by_issue:,}" if by_issue else "",
+                     f"{bound:.2f} ({'issue' if by_issue < device['gbs'] else 'memory'})" if by_issue else ""])
+    devices = "; ".join(f"{d['name']}: {d['sms']} multiprocessors at {d['ghz']} GHz, {d['gbs']:,} GB/s" for d in static["devices"].values())
+    page.add("### Each kernel, without a device\n",
+             "From what the compiler wrote (`tools/kernel_figures.py`), for D 128. A decode kernel's loop is the fewest instructions that a warp "
+             "issues for 16 tokens; with what a multiprocessor can issue that bounds the rate, and so does the memory; the time for 1 GB "
+             f"of KV is by the tighter of the two. {devices}.\n",
+             table(["kernel", "device", "registers", "shared, KiB", "blocks a multiprocessor", "occupancy", "instructions", "loop",
+                    "a KV byte", "GB/s by issue", "ms for 1 GB (bound by)"], rows))
 
 
 def section(page, table, result, static):
@@ -158,5 +175,5 @@ def section(page, table, result, static):
         if left:
             page.add("Left out: " + "; ".join(f"{r['case']}: {r['why']}" for r in left) + ".")
     if static:
-        static_table(page, table, static)
+        static_table(page, table, static["result"])
     return [(f"{what} ({check.device['name']})", figures[name][0], target, figures[name][1]) for name, what, target in targets() if name in figures]

@@ -369,7 +369,7 @@ def load(name):
 def build(out):
     r = Results()
     page, after = Page(r, out), Page(r, out)
-    on_gpu = gpu.section(after, table, load("gpu_check.json"), load("cuda_static.json"))
+    on_gpu = gpu.section(after, table, load("gpu_check.json"), load("cuda-static.json"))
     page.add("# Benchmarks\n",
              "Written by `make report` from the files in tools/report/results, one for each measurement; each section begins with the command "
              "that measured it; DATA is the folder of traces and texts. Machine: " + "; ".join(r.machines()) + ". Where programs are compared, they "
