@@ -8457,12 +8457,9 @@ static void kvli_cu_pass_end(kvli_cu_builder *b) {
     b->pass++;
 }
 
-static void kvli_cu_put(kvli_cu_builder *b, uint32_t sort,
-                        const void *item) { /* items and merges are of one size */
-    uint32_t i = b->n[sort]++;
-    if (b->to)
-        memcpy(b->to + b->cc->passes[b->pass].at[sort] + i * sizeof(kvli_cu_item), item,
-               sizeof(kvli_cu_item));
+/* (Items and merges are of one size.) */
+static void *kvli_cu_slot(kvli_cu_builder *b, uint32_t sort) {
+    return b->to + b->cc->passes[b->pass].at[sort] + b->n[sort]++ * sizeof(kvli_cu_item);
 }
 
 /* Blocks that rows at positions first..last see: one range, or two with a gap between sinks and window. */
@@ -8502,21 +8499,27 @@ static void kvli_cu_tile(kvli_cu_builder *b, uint32_t s, uint32_t row, uint32_t 
     uint32_t step = parts > 1 ? kvli_min_u32(KVLI_CU_PART_TOKENS, c->geo.segment_tokens) / T : 1u << 30, n;
     for (n = kvli_cu_pieces(&r, step); n > parts && step < 1u << 30; n = kvli_cu_pieces(&r, step)) step *= 2;
     if (n > 1 && b->partials + n * n_rows > b->cc->max_partials) kvli_cu_pass_end(b);
-    for (uint32_t i = 0, piece = 0; i < r.n; i++)
-        for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, piece++) {
-            kvli_cu_item item = {s, row, n_rows, 0, 0, 0, 0, KVLI_CU_NONE};
+    uint32_t partial = b->partials;
+    if (n > 1) b->partials += n * n_rows;
+    if (!b->to) {
+        b->n[sort] += n;
+        b->n[KVLI_CU_MERGE] += n > 1;
+        return;
+    }
+    if (n > 1) {
+        kvli_cu_merge merge = {s, row, n_rows, partial, n, {0, 0, 0}};
+        *(kvli_cu_merge *)kvli_cu_slot(b, KVLI_CU_MERGE) = merge;
+    }
+    for (uint32_t i = 0; i < r.n; i++)
+        for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, partial += n_rows) {
             end = kvli_min_u32((at / step + 1) * step, r.end[i]);
-            item.end = kvli_min_u32(end, last / T);
-            item.begin = kvli_min_u32(at, item.end);
-            item.own_end = end;
-            item.own_begin = kvli_min_u32(kvli_max_u32(at, first / T), end);
-            if (n > 1) item.partial = b->partials + piece * n_rows;
-            kvli_cu_put(b, sort, &item);
+            uint32_t table_end = kvli_min_u32(end, last / T), own = kvli_max_u32(at, first / T);
+            kvli_cu_item item = {s,         row,
+                                 n_rows,    kvli_min_u32(at, table_end),
+                                 table_end, kvli_min_u32(own, end),
+                                 end,       n > 1 ? partial : KVLI_CU_NONE};
+            *(kvli_cu_item *)kvli_cu_slot(b, sort) = item;
         }
-    if (n < 2) return;
-    kvli_cu_merge merge = {s, row, n_rows, b->partials, n, {0, 0, 0}};
-    kvli_cu_put(b, KVLI_CU_MERGE, &merge);
-    b->partials += n * n_rows;
 }
 
 static void kvli_cu_items(kvli_cu_builder *b) { /* of all spans, for one group */
@@ -8528,7 +8531,6 @@ static void kvli_cu_items(kvli_cu_builder *b) { /* of all spans, for one group *
         uint32_t sort = plain || packed <= 8 ? KVLI_CU_DECODE8 : few ? KVLI_CU_DECODE16 : KVLI_CU_PREFILL;
         uint32_t most = plain ? (uint32_t)KVLI_CU_PLAIN_ROWS : few ? packed : b->cc->prefill_rows;
         uint32_t parts = few || packed <= most ? kvli_min_u32(KVLI_CU_PARTS, KVLI_CU_PART_ROWS / packed) : 1;
-        if (!few && sort != KVLI_CU_PREFILL && !plain) sort = KVLI_CU_PREFILL;
         for (uint32_t row = 0; row < packed; row += most)
             kvli_cu_tile(b, s, row, kvli_min_u32(most, packed - row), sort, parts);
     }
