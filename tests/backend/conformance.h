@@ -26,6 +26,8 @@ typedef struct conf_backend {
     /* For a GPU. It takes k_dim == v_dim of some sizes and blocks of 16 tokens or more, and formats of layers that are
        exact in the same format. */
     bool gpu;
+    bool
+        spoils_step; /* a number that is not finite spoils all rows of its sequence in that step: 0 * NaN in an MMA */
     double f16_rounding, bf16_rounding; /* `tensor` of ref_allowed where the exact format is that */
     uint32_t first, every;              /* only some of the table's cases; 0 = all */
     double work; /* of a case, in pairs of numbers; 0 = 6e7. Long contexts shrink with it */
@@ -706,7 +708,7 @@ static bool conf_check_row(conf_run *r, uint32_t layer, const conf_stream *s, ui
 /* Is this row worth the reference's time? The edges of chunks and blocks, and some of the rest. */
 static bool conf_sampled(const conf_run *r, const conf_stream *s, uint32_t pos, uint32_t last) {
     uint32_t T = r->ref.block_tokens;
-    if (pos >= s->nan_at) return false;
+    if (pos >= s->nan_at || (r->backend->spoils_step && last >= s->nan_at)) return false;
     if (r->c->long_tokens) return pos == last || conf_mix64(s->row_seed[pos]) % 97 == 0;
     return pos == last || pos % T == 0 || pos % T == T - 1 || conf_mix64(s->row_seed[pos]) % 6 == 0;
 }
