@@ -8231,7 +8231,7 @@ static kvl_result kvli_cu_kernels_get(kvl_cache *c, const kvl_preset *p, kvli_cu
         return kvli_cu_function(c, "kvl_plain", out->decode_shared[0], &out->decode[0]);
     }
     out->stages = kvli_cu_stages(c->ctx->cu, k, v, dim, 16);
-    for (uint32_t i = 0; i < 2 && r == KVL_OK; i++) {
+    for (uint32_t i = 0; 8u << i <= kvli_cu_decode_rows(dim) && r == KVL_OK; i++) {
         out->decode_shared[i] = kvli_cu_decode_smem(k, v, dim, out->stages, 8 << i);
         snprintf(name, sizeof name, "kvl_decode_%s_d%u_n%u", sort, dim, 8u << i);
         r = kvli_cu_function(c, name, out->decode_shared[i], &out->decode[i]);
@@ -8529,7 +8529,7 @@ static void kvli_cu_items(kvli_cu_builder *b) { /* of all spans, for one group *
     bool plain = kvli_cu_is_plain(c);
     for (uint32_t s = 0; s < c->step.n_spans; s++) {
         uint32_t n = c->step.spans[s].n_rows, packed = n * c->geo.gqa;
-        bool few = packed <= KVLI_CU_DECODE_ROWS && n <= KVLI_CU_DRAFT_ROWS;
+        bool few = packed <= kvli_cu_decode_rows(c->geo.k_dim) && n <= KVLI_CU_DRAFT_ROWS;
         uint32_t sort = plain || packed <= 8 ? KVLI_CU_DECODE8 : few ? KVLI_CU_DECODE16 : KVLI_CU_PREFILL;
         uint32_t most = plain ? (uint32_t)KVLI_CU_PLAIN_ROWS : few ? packed : b->cc->prefill_rows;
         uint32_t parts = few || packed <= most ? kvli_min_u32(KVLI_CU_PARTS, KVLI_CU_PART_ROWS / packed) : 1;

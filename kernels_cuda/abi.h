@@ -210,6 +210,9 @@ KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, ui
            (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (13 * n + 4) * 4;
 }
 
+/* The most packed rows of a decode item: the commonest head dims have kernels for 16, too (all would be too much text). */
+KVLI_CU_FN uint32_t kvli_cu_decode_rows(uint32_t dim) { return dim == 64 || dim == 128 ? 16 : 8; }
+
 /* Prefill: the most packed rows of an item, the tokens it takes at once, and its shared memory: q, and two buffers of K
    and V, all as 16-bit numbers (of packed blocks' bytes and what they are decoded to, one each). At most 64 KB. */
 KVLI_CU_FN uint32_t kvli_cu_prefill_rows(uint32_t dim) { return dim <= 128 ? 128 : 64; }

@@ -946,11 +946,15 @@ KVLI_CU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) {
         if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::k != KVLI_CU_BF16)                      \
             kvl_decode<kvl_preset_##preset, D, N>(a, memory);                                         \
     }
-#define KVL_DECODE_D(preset, D) KVL_DECODE_N(preset, D, 8) KVL_DECODE_N(preset, D, 16)
-#define KVL_DECODE(preset)   \
-    KVL_DECODE_D(preset, 64) \
-    KVL_DECODE_D(preset, 80) \
-    KVL_DECODE_D(preset, 96) KVL_DECODE_D(preset, 128) KVL_DECODE_D(preset, 192) KVL_DECODE_D(preset, 256)
+#define KVL_DECODE(preset) /* as kvli_cu_decode_rows says */ \
+    KVL_DECODE_N(preset, 64, 8)                              \
+    KVL_DECODE_N(preset, 64, 16)                             \
+    KVL_DECODE_N(preset, 80, 8)                              \
+    KVL_DECODE_N(preset, 96, 8)                              \
+    KVL_DECODE_N(preset, 128, 8)                             \
+    KVL_DECODE_N(preset, 128, 16)                            \
+    KVL_DECODE_N(preset, 192, 8)                             \
+    KVL_DECODE_N(preset, 256, 8)
 KVL_DECODE(f16)
 KVL_DECODE(bf16)
 KVL_DECODE(int8)

@@ -57,7 +57,7 @@ static void test_presets(void **) {
                     c.kv_heads = 1 + turn % 2;
                     c.position = 60 + turn * 7 % 200;
                     c.rows = turn % 5 == 0 ? 1 + turn % 8 : 1; // draft tokens
-                    c.item_rows = gqa > 8 || turn % 4 == 0 ? 16 : 8;
+                    c.item_rows = gqa > 8 || turn % 4 == 0 ? kvli_cu_decode_rows(c.dim) : 8;
                     c.stages = 1 + turn % 4;
                     c.scratch = turn % 3 == 0;
                     c.split_blocks = feature == 3 || turn % 3 == 1 ? 1 + turn % 3 : 0;
