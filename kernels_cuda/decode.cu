@@ -200,17 +200,17 @@ struct kvl_unit {
 
 /* Goes through a warp's units in order, 32 of them at a time, a lane each. With two passes, the first takes packed ones. */
 struct kvl_unit_walk {
-    uint32_t next;    /* unit that lane 0 looks at next */
+    uint32_t next;    /* unit that lane 0 looks at next, and the flag: exact ones were seen */
     uint32_t waiting; /* lanes that have a unit to be taken */
     uint32_t token;   /* of this lane's unit; bit 0: it is an own one, bit 1: exact */
     uint64_t k;       /* address of this lane's K tile */
-    bool exact_seen;
+    static constexpr uint32_t exact_flag = 0x80000000;
 
     KVL_MEMBER void start() {
         next = threadIdx.x / 32;
         waiting = 0;
-        exact_seen = false;
     }
+    KVL_MEMBER bool exact_seen() { return next & exact_flag; }
 
     /* Looks at up to 32 more units. False: there are none. */
     template <class P>
@@ -218,8 +218,9 @@ struct kvl_unit_walk {
         const kvli_cu_item &item = *rows.item;
         uint32_t block_units = a.block_tokens / KVL_UNIT, table_units = (item.end - item.begin) * block_units;
         uint32_t units = table_units + (item.own_end - item.own_begin) * block_units;
-        if (next >= units) return false;
-        uint32_t unit = next + threadIdx.x % 32 * KVL_WARPS;
+        uint32_t at = next & ~exact_flag;
+        if (at >= units) return false;
+        uint32_t unit = at + threadIdx.x % 32 * KVL_WARPS;
         bool own = unit >= table_units;
         uint32_t first = own ? item.own_begin * a.block_tokens + (unit - table_units) * KVL_UNIT
                              : item.begin * a.block_tokens + unit * KVL_UNIT;
@@ -235,7 +236,7 @@ struct kvl_unit_walk {
         token = first | (own ? 1 : 0) | (exact ? 2 : 0);
         bool wanted = entry != 0;
         if constexpr (P::two_passes) {
-            exact_seen |= __any_sync(KVL_ALL_LANES, exact) != 0;
+            if (__any_sync(KVL_ALL_LANES, exact)) next |= exact_flag;
             wanted = wanted && exact == (pass == 1);
         }
         waiting = __ballot_sync(KVL_ALL_LANES, wanted);
@@ -288,14 +289,14 @@ template <class P, uint32_t D> struct kvl_ring {
     static constexpr uint32_t v_scales_at = v_at + v_bytes;
 
     uint8_t *slots;
-    uint32_t stages, under_way, in, out, parity; /* under_way: units from slot `out` to before `in` */
+    uint32_t stages, under_way, out, parity; /* under_way: units from slot `out` on, around the ring */
 
     KVL_MEMBER kvl_slot *slot(uint32_t i) { return (kvl_slot *)(slots + i * slot_bytes); }
 
     KVL_MEMBER void start(uint8_t *ring, uint32_t n) {
         slots = ring + threadIdx.x / 32 * n * slot_bytes;
         stages = n;
-        under_way = in = out = parity = 0;
+        under_way = out = parity = 0;
         if constexpr (KVL_ARCH >= 900) {
             if (threadIdx.x % 32 == 0) {
                 KVL_ROLLED for (uint32_t i = 0; i < n; i++) kvl_mbar_init(&slot(i)->barrier, 1);
@@ -331,7 +332,8 @@ template <class P, uint32_t D> struct kvl_ring {
                          uint32_t pass) {
         kvl_unit unit;
         KVL_ROLLED while (under_way < stages && walk.template take<P, D>(a, rows, pass, &unit)) {
-            kvl_slot *to = slot(in);
+            uint32_t in = out + under_way;
+            kvl_slot *to = slot(in < stages ? in : in - stages);
             if (threadIdx.x % 32 == 0) {
                 to->token = unit.token, to->flags = (unit.own ? 1 : 0) | (unit.exact ? 2 : 0);
                 to->k = unit.k, to->v = unit.v;
@@ -345,7 +347,6 @@ template <class P, uint32_t D> struct kvl_ring {
                 if (!unit.exact) copy_unit(to, unit);
                 kvl_cp_commit();
             }
-            in = in + 1 == stages ? 0 : in + 1;
             under_way++;
         }
     }
@@ -485,6 +486,11 @@ KVL_D void kvl_scale_k(const kvl_k_scales<K, D, BYTES> &scales, uint32_t a[2][2]
     }
 }
 
+/* Keeps loads from being moved ahead of the pieces before them where the sums leave few registers. */
+template <uint32_t D, uint32_t N> KVL_D void kvl_in_order() {
+    if constexpr (D * N > 192 * 16) __syncwarp();
+}
+
 /* With one tile of rows, products go into two sums that are added up later, so that they need not wait for each other. */
 KVLI_CU_FN uint32_t kvl_chains(uint32_t n) { return n == 8 ? 2 : 1; }
 
@@ -497,6 +503,7 @@ KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> 
     kvl_static_for<cut::pieces>([&](auto i) {
         constexpr kvl_piece piece = kvl_piece_at(cut::row, 4, i.value);
         constexpr uint32_t numbers = kvl_numbers_in(K, piece.bytes), first = cut::numbers_before(i.value);
+        kvl_in_order<D, N>();
         const uint8_t *p = unit.k + g * cut::row + piece.offset + t * piece.bytes;
         kvl_words<piece.bytes> low = kvl_load_piece<piece.bytes>(p),
                                high = kvl_load_piece<piece.bytes>(p + 8 * cut::row);
@@ -532,6 +539,7 @@ KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &
                            numbers = kvl_numbers_in(K, bytes);
         constexpr uint32_t at_once = numbers < 8 ? numbers : 8;
         KVL_UNROLL for (uint32_t n = 0; n < numbers; n += at_once) {
+            kvl_in_order<D, N>();
             uint32_t dim = 4 * cut::numbers_before(i.value) + t * numbers + n;
             const uint8_t *p = unit.k + 2 * (g * D + dim);
             kvl_words<2 *at_once> low = kvl_load_piece<2 * at_once>(p),
@@ -612,6 +620,7 @@ KVL_D void kvl_add_packed(const kvl_unit &unit, const uint32_t p[N / 8][2], uint
     kvl_static_for<cut::pieces>([&](auto i) {
         constexpr kvl_piece piece = kvl_piece_at(cut::row, 8, i.value);
         constexpr uint32_t numbers = kvl_numbers_in(V, piece.bytes), first = cut::numbers_before(i.value);
+        kvl_in_order<D, N>();
         kvl_words<piece.bytes> x[4];
         kvl_v_scales<V> scales[2];
         KVL_UNROLL for (uint32_t j = 0; j < 4; j++) {
@@ -649,6 +658,7 @@ KVL_D void kvl_add_exact(const kvl_unit &unit, const uint32_t p[N / 8][2], uint3
                            numbers = kvl_numbers_in(V, bytes);
         constexpr uint32_t first = cut::numbers_before(i.value), at_once = numbers < 8 ? numbers : 8;
         KVL_UNROLL for (uint32_t n = 0; n < numbers; n += at_once) {
+            kvl_in_order<D, N>();
             kvl_words<2 * at_once> x[4];
             KVL_UNROLL for (uint32_t j = 0; j < 4; j++) {
                 uint32_t token = 2 * t + j % 2 + j / 2 * 8;
@@ -923,7 +933,7 @@ KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
         walk.start();
         kvl_clear(sums);
         kvl_pass(a, rows, shared, pass, walk, ring, q, sums);
-        if (P::two_passes && threadIdx.x % 32 == 0) shared.exact_seen[threadIdx.x / 32] = walk.exact_seen;
+        if (P::two_passes && threadIdx.x % 32 == 0) shared.exact_seen[threadIdx.x / 32] = walk.exact_seen();
         kvl_fold(shared, sums, P::v == KVLI_CU_NVFP4 && pass == 0 ? KVL_NVFP4_FACTOR * a.v_global : 1);
         if constexpr (!P::two_passes) break;
         if (pass == 0 && P::v_rotated) kvl_rotate_sums(shared);
