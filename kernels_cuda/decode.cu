@@ -65,6 +65,7 @@ template <class P, uint32_t D, uint32_t N> struct kvl_shared {
     float *factor;            /* [2][N] from q·k to a score, packed and exact */
     uint32_t *position;       /* [N] of rows; past the end that of the last */
     uint32_t *exact_seen;     /* [WARPS] */
+    uint32_t *item;           /* which it is: found there again at the end, not kept in a register */
     uint8_t *ring;            /* [WARPS][stages] slots */
 
     /* At constant offsets but for the ring's length, so that no register holds where things are. */
@@ -78,7 +79,8 @@ template <class P, uint32_t D, uint32_t N> struct kvl_shared {
         factor = total_l + N;
         position = (uint32_t *)(factor + 2 * N);
         exact_seen = position + N;
-        ring = (uint8_t *)(exact_seen + KVL_WARPS);
+        item = exact_seen + KVL_WARPS;
+        ring = (uint8_t *)(item + 4);
     }
 };
 
@@ -194,6 +196,7 @@ KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &
         s.factor[r] = power * packed_factor;
         s.factor[N + r] = (P::k_rotated ? exact_power : power) * to_score;
         s.position[r] = row.position;
+        *s.item = (uint32_t)(rows.item - a.items);
         s.total_m[r] = KVL_NOTHING, s.total_l[r] = 0;
     }
 }
@@ -883,12 +886,11 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_rotate_sums(const kvl_
 /* The item's result: a partial one, or the output. */
 template <class P, uint32_t D, uint32_t N>
 KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared) {
-    const kvl_rows rows = kvl_its_rows(a);
-    const kvli_cu_item &item = *rows.item;
+    const kvli_cu_item &item = a.items[*shared.item];
     bool whole = item.partial == KVLI_CU_NONE;
     KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < item.n_rows; r += KVL_WARPS) {
         uint32_t lane = threadIdx.x % 32;
-        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, item.row + r);
+        kvl_row row = kvl_row_of(a, a.spans[item.span], blockIdx.y, item.row + r);
         uint64_t partial = kvl_partial_number(a, item, r);
         float m = shared.total_m[r], l = shared.total_l[r],
               factor = whole ? kvl_output_factor(a, row.head, m, l) : 1;
