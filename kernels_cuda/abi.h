@@ -195,9 +195,9 @@ enum {
     KVLI_CU_COPY_THREADS = 256
 };
 
-/* kvl_decode_*: dynamic shared memory. A slot of a warp's ring holds a unit: 32 bytes about it, K rows, K scales, V rows, V
-   scales. After WARPS * stages of them come n x dim sums (f32), query rows (f16, padded by 4; with NVFP4 keys twice: rotated,
-   then plain) and 13 n + 4 numbers about rows and warps. */
+/* kvl_decode_*: dynamic shared memory. First n x dim sums (f32), query rows (f16, padded by 4; with NVFP4 keys twice: rotated,
+   then plain) and 13 n + 8 numbers about rows and warps; then WARPS * stages slots. A slot of a warp's ring holds a unit: 32
+   bytes about it, K rows, K scales, V rows, V scales. */
 KVLI_CU_FN uint32_t kvli_cu_decode_slot(uint32_t k_format, uint32_t v_format, uint32_t dim) {
     return 32 + KVLI_CU_UNIT * (kvli_cu_row_bytes(k_format, dim) + kvli_cu_row_bytes(v_format, dim)) +
            KVLI_CU_UNIT *
@@ -207,7 +207,7 @@ KVLI_CU_FN uint32_t kvli_cu_decode_slot(uint32_t k_format, uint32_t v_format, ui
 KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, uint32_t dim, uint32_t stages,
                                         uint32_t n) {
     return KVLI_CU_DECODE_WARPS * stages * kvli_cu_decode_slot(k_format, v_format, dim) + n * dim * 4 +
-           (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (13 * n + 4) * 4;
+           (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (13 * n + 8) * 4;
 }
 
 /* The most packed rows of a decode item: the commonest head dims have kernels for 16, too (all would be too much text). */

@@ -58,7 +58,6 @@ template <uint32_t F> KVL_D void kvl_mma(float c[4], const uint32_t a[4], const 
 /* ---- shared memory, as kvli_cu_decode_smem counts it ---- */
 template <class P, uint32_t D, uint32_t N> struct kvl_shared {
     static constexpr uint32_t q_stride = D + 4;
-    uint8_t *ring;
     float *sum;               /* [N x D] at kvl_sum_index */
     uint16_t *q;              /* [1 or 2][N][q_stride]: for packed keys, for exact keys if they differ */
     float *warp_m, *warp_l;   /* [WARPS][N] */
@@ -66,10 +65,12 @@ template <class P, uint32_t D, uint32_t N> struct kvl_shared {
     float *factor;            /* [2][N] from q·k to a score, packed and exact */
     uint32_t *position;       /* [N] of rows; past the end that of the last */
     uint32_t *exact_seen;     /* [WARPS] */
+    uint32_t *item;           /* which it is: found there again at the end, not kept in a register */
+    uint8_t *ring;            /* [WARPS][stages] slots */
 
-    KVL_MEMBER kvl_shared(uint8_t *memory, uint32_t stages) {
-        ring = memory;
-        sum = (float *)(memory + KVL_WARPS * stages * kvli_cu_decode_slot(P::k, P::v, D));
+    /* At constant offsets but for the ring's length, so that no register holds where things are. */
+    KVL_MEMBER kvl_shared(uint8_t *memory) {
+        sum = (float *)memory;
         q = (uint16_t *)(sum + N * D);
         warp_m = (float *)(q + (P::k_rotated ? 2 : 1) * N * q_stride);
         warp_l = warp_m + KVL_WARPS * N;
@@ -78,6 +79,8 @@ template <class P, uint32_t D, uint32_t N> struct kvl_shared {
         factor = total_l + N;
         position = (uint32_t *)(factor + 2 * N);
         exact_seen = position + N;
+        item = exact_seen + KVL_WARPS;
+        ring = (uint8_t *)(item + 4);
     }
 };
 
@@ -159,9 +162,17 @@ KVL_D float kvl_store_query(uint16_t *to, const kvl_spread<D> &row, uint32_t lan
     return power;
 }
 
+/* The block's item and its rows, found again where they are needed: registers are dear in the loop over units. */
+KVL_D kvl_rows kvl_its_rows(const kvli_cu_attend_args &a) {
+    kvl_rows rows;
+    kvl_rows_of_block(a, KVLI_CU_NONE, rows);
+    return rows;
+}
+
 /* All query rows of the item into shared memory, and the factors of their scores; sums to nothing. */
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &s) {
+KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &s) {
+    const kvl_rows rows = kvl_its_rows(a);
     uint32_t lane = threadIdx.x % 32, n_rows = rows.item->n_rows;
     float to_score = a.softcap != 0 ? 2 * KVL_LOG2E * a.scale / a.softcap : a.scale * KVL_LOG2E;
     float packed_factor = P::k == KVLI_CU_NVFP4 ? to_score * KVL_NVFP4_FACTOR * a.k_global : to_score;
@@ -185,6 +196,7 @@ KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_rows &rows, const
         s.factor[r] = power * packed_factor;
         s.factor[N + r] = (P::k_rotated ? exact_power : power) * to_score;
         s.position[r] = row.position;
+        *s.item = (uint32_t)(rows.item - a.items);
         s.total_m[r] = KVL_NOTHING, s.total_l[r] = 0;
     }
 }
@@ -200,26 +212,28 @@ struct kvl_unit {
 
 /* Goes through a warp's units in order, 32 of them at a time, a lane each. With two passes, the first takes packed ones. */
 struct kvl_unit_walk {
-    uint32_t next;    /* unit that lane 0 looks at next */
+    uint32_t next;    /* unit that lane 0 looks at next, and the flag: exact ones were seen */
     uint32_t waiting; /* lanes that have a unit to be taken */
     uint32_t token;   /* of this lane's unit; bit 0: it is an own one, bit 1: exact */
     uint64_t k;       /* address of this lane's K tile */
-    bool exact_seen;
+    static constexpr uint32_t exact_flag = 0x80000000;
 
     KVL_MEMBER void start() {
         next = threadIdx.x / 32;
         waiting = 0;
-        exact_seen = false;
     }
+    KVL_MEMBER bool exact_seen() { return next & exact_flag; }
 
     /* Looks at up to 32 more units. False: there are none. */
     template <class P>
-    KVL_MEMBER bool look(const kvli_cu_attend_args &a, const kvl_rows &rows, uint32_t pass) {
+    KVL_MEMBER bool look(const kvli_cu_attend_args &a, uint32_t pass) {
+        kvl_rows rows = kvl_its_rows(a);
         const kvli_cu_item &item = *rows.item;
         uint32_t block_units = a.block_tokens / KVL_UNIT, table_units = (item.end - item.begin) * block_units;
         uint32_t units = table_units + (item.own_end - item.own_begin) * block_units;
-        if (next >= units) return false;
-        uint32_t unit = next + threadIdx.x % 32 * KVL_WARPS;
+        uint32_t at = next & ~exact_flag;
+        if (at >= units) return false;
+        uint32_t unit = at + threadIdx.x % 32 * KVL_WARPS;
         bool own = unit >= table_units;
         uint32_t first = own ? item.own_begin * a.block_tokens + (unit - table_units) * KVL_UNIT
                              : item.begin * a.block_tokens + unit * KVL_UNIT;
@@ -235,7 +249,7 @@ struct kvl_unit_walk {
         token = first | (own ? 1 : 0) | (exact ? 2 : 0);
         bool wanted = entry != 0;
         if constexpr (P::two_passes) {
-            exact_seen |= __any_sync(KVL_ALL_LANES, exact) != 0;
+            if (__any_sync(KVL_ALL_LANES, exact)) next |= exact_flag;
             wanted = wanted && exact == (pass == 1);
         }
         waiting = __ballot_sync(KVL_ALL_LANES, wanted);
@@ -245,9 +259,9 @@ struct kvl_unit_walk {
 
     /* The next unit, in device memory. False: that was all. */
     template <class P, uint32_t D>
-    KVL_MEMBER bool take(const kvli_cu_attend_args &a, const kvl_rows &rows, uint32_t pass, kvl_unit *unit) {
+    KVL_MEMBER bool take(const kvli_cu_attend_args &a, uint32_t pass, kvl_unit *unit) {
         while (waiting == 0) {
-            if (!look<P>(a, rows, pass)) return false;
+            if (!look<P>(a, pass)) return false;
         }
         uint32_t from = __ffs((int)waiting) - 1;
         waiting &= waiting - 1;
@@ -276,6 +290,13 @@ struct kvl_slot {
 };
 static_assert(sizeof(kvl_slot) == 32, "as kvli_cu_decode_slot has it");
 
+/* Where an exact unit's rows are: its slot says it, so that what reads slots need not ask which memory it reads. */
+KVL_D kvl_tiles kvl_exact_rows(const kvl_unit &unit) {
+    if constexpr (KVL_ARCH < 800) return kvl_tiles{unit.k, unit.v};
+    const kvl_slot *slot = (const kvl_slot *)(unit.k - sizeof(kvl_slot));
+    return kvl_tiles{slot->k, slot->v};
+}
+
 template <class P, uint32_t D> struct kvl_ring {
     static constexpr uint32_t k_bytes = KVL_UNIT * kvli_cu_row_bytes(P::k, D),
                               v_bytes = KVL_UNIT * kvli_cu_row_bytes(P::v, D);
@@ -288,14 +309,14 @@ template <class P, uint32_t D> struct kvl_ring {
     static constexpr uint32_t v_scales_at = v_at + v_bytes;
 
     uint8_t *slots;
-    uint32_t stages, under_way, in, out, parity; /* under_way: units from slot `out` to before `in` */
+    uint32_t stages, under_way, out, parity; /* under_way: units from slot `out` on, around the ring */
 
     KVL_MEMBER kvl_slot *slot(uint32_t i) { return (kvl_slot *)(slots + i * slot_bytes); }
 
     KVL_MEMBER void start(uint8_t *ring, uint32_t n) {
         slots = ring + threadIdx.x / 32 * n * slot_bytes;
         stages = n;
-        under_way = in = out = parity = 0;
+        under_way = out = parity = 0;
         if constexpr (KVL_ARCH >= 900) {
             if (threadIdx.x % 32 == 0) {
                 KVL_ROLLED for (uint32_t i = 0; i < n; i++) kvl_mbar_init(&slot(i)->barrier, 1);
@@ -327,11 +348,11 @@ template <class P, uint32_t D> struct kvl_ring {
     }
 
     /* Starts the copies of further units until every slot is in use. */
-    KVL_MEMBER void fill(kvl_unit_walk &walk, const kvli_cu_attend_args &a, const kvl_rows &rows,
-                         uint32_t pass) {
+    KVL_MEMBER void fill(kvl_unit_walk &walk, const kvli_cu_attend_args &a, uint32_t pass) {
         kvl_unit unit;
-        KVL_ROLLED while (under_way < stages && walk.template take<P, D>(a, rows, pass, &unit)) {
-            kvl_slot *to = slot(in);
+        KVL_ROLLED while (under_way < stages && walk.template take<P, D>(a, pass, &unit)) {
+            uint32_t in = out + under_way;
+            kvl_slot *to = slot(in < stages ? in : in - stages);
             if (threadIdx.x % 32 == 0) {
                 to->token = unit.token, to->flags = (unit.own ? 1 : 0) | (unit.exact ? 2 : 0);
                 to->k = unit.k, to->v = unit.v;
@@ -345,7 +366,6 @@ template <class P, uint32_t D> struct kvl_ring {
                 if (!unit.exact) copy_unit(to, unit);
                 kvl_cp_commit();
             }
-            in = in + 1 == stages ? 0 : in + 1;
             under_way++;
         }
     }
@@ -485,6 +505,11 @@ KVL_D void kvl_scale_k(const kvl_k_scales<K, D, BYTES> &scales, uint32_t a[2][2]
     }
 }
 
+/* Keeps loads from being moved ahead of the pieces before them where the sums leave few registers. */
+template <uint32_t D, uint32_t N> KVL_D void kvl_in_order() {
+    if constexpr (D * N > 192 * 16) __syncwarp();
+}
+
 /* With one tile of rows, products go into two sums that are added up later, so that they need not wait for each other. */
 KVLI_CU_FN uint32_t kvl_chains(uint32_t n) { return n == 8 ? 2 : 1; }
 
@@ -497,6 +522,7 @@ KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> 
     kvl_static_for<cut::pieces>([&](auto i) {
         constexpr kvl_piece piece = kvl_piece_at(cut::row, 4, i.value);
         constexpr uint32_t numbers = kvl_numbers_in(K, piece.bytes), first = cut::numbers_before(i.value);
+        kvl_in_order<D, N>();
         const uint8_t *p = unit.k + g * cut::row + piece.offset + t * piece.bytes;
         kvl_words<piece.bytes> low = kvl_load_piece<piece.bytes>(p),
                                high = kvl_load_piece<piece.bytes>(p + 8 * cut::row);
@@ -525,6 +551,7 @@ KVL_D void kvl_multiply_packed(const kvl_unit &unit, const kvl_queries<K, D, N> 
 template <uint32_t K, uint32_t D, uint32_t N>
 KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &q,
                               float s[kvl_chains(N)][N / 8][4]) {
+    const uint8_t *rows = kvl_exact_rows(unit).k;
     typedef kvl_cut<K, D, 4> cut;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     kvl_static_for<cut::pieces>([&](auto i) {
@@ -532,8 +559,9 @@ KVL_D void kvl_multiply_exact(const kvl_unit &unit, const kvl_queries<K, D, N> &
                            numbers = kvl_numbers_in(K, bytes);
         constexpr uint32_t at_once = numbers < 8 ? numbers : 8;
         KVL_UNROLL for (uint32_t n = 0; n < numbers; n += at_once) {
+            kvl_in_order<D, N>();
             uint32_t dim = 4 * cut::numbers_before(i.value) + t * numbers + n;
-            const uint8_t *p = unit.k + 2 * (g * D + dim);
+            const uint8_t *p = rows + 2 * (g * D + dim);
             kvl_words<2 *at_once> low = kvl_load_piece<2 * at_once>(p),
                                   high = kvl_load_piece<2 * at_once>(p + 16 * D);
             KVL_UNROLL for (uint32_t step = 0; step < at_once / 4; step++) {
@@ -612,6 +640,7 @@ KVL_D void kvl_add_packed(const kvl_unit &unit, const uint32_t p[N / 8][2], uint
     kvl_static_for<cut::pieces>([&](auto i) {
         constexpr kvl_piece piece = kvl_piece_at(cut::row, 8, i.value);
         constexpr uint32_t numbers = kvl_numbers_in(V, piece.bytes), first = cut::numbers_before(i.value);
+        kvl_in_order<D, N>();
         kvl_words<piece.bytes> x[4];
         kvl_v_scales<V> scales[2];
         KVL_UNROLL for (uint32_t j = 0; j < 4; j++) {
@@ -642,6 +671,7 @@ KVL_D void kvl_add_packed(const kvl_unit &unit, const uint32_t p[N / 8][2], uint
 template <uint32_t V, uint32_t D, uint32_t N>
 KVL_D void kvl_add_exact(const kvl_unit &unit, const uint32_t p[N / 8][2], uint32_t seen,
                          kvl_sums<D, N> &sums) {
+    const uint8_t *rows = kvl_exact_rows(unit).v;
     typedef kvl_cut<V, D, 8> cut;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     kvl_static_for<cut::pieces>([&](auto i) {
@@ -649,10 +679,11 @@ KVL_D void kvl_add_exact(const kvl_unit &unit, const uint32_t p[N / 8][2], uint3
                            numbers = kvl_numbers_in(V, bytes);
         constexpr uint32_t first = cut::numbers_before(i.value), at_once = numbers < 8 ? numbers : 8;
         KVL_UNROLL for (uint32_t n = 0; n < numbers; n += at_once) {
+            kvl_in_order<D, N>();
             kvl_words<2 * at_once> x[4];
             KVL_UNROLL for (uint32_t j = 0; j < 4; j++) {
                 uint32_t token = 2 * t + j % 2 + j / 2 * 8;
-                x[j] = kvl_load_piece<2 * at_once>(unit.v + 2 * (token * D + 8 * first + g * numbers + n),
+                x[j] = kvl_load_piece<2 * at_once>(rows + 2 * (token * D + 8 * first + g * numbers + n),
                                                    seen >> token & 1);
             }
             KVL_UNROLL for (uint32_t step = 0; step < at_once / 2; step++) {
@@ -698,18 +729,20 @@ KVL_D void kvl_add_values(const kvl_unit &unit, const uint32_t p[N / 8][2], uint
 
 /* Removes from s what rows do not see. Returns which tokens any row sees. */
 template <uint32_t N>
-KVL_D uint32_t kvl_mask(const kvl_rows &rows, const uint32_t *position, const kvl_unit &unit,
+KVL_D uint32_t kvl_mask(const kvli_cu_attend_args &a, const uint32_t *position, const kvl_unit &unit,
                         float s[N / 8][4]) {
+    const kvl_sight sight = {a.block_tokens, a.window, a.sink_tokens};
+    const uint32_t x_first = position[0], x_last = position[N - 1];
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    if (kvl_all_see(rows.sight, unit.own, rows.x_first, rows.x_last, unit.token, unit.token + KVL_UNIT - 1))
+    if (kvl_all_see(sight, unit.own, x_first, x_last, unit.token, unit.token + KVL_UNIT - 1))
         return 0xffff;
     KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) {
         uint32_t x = position[i / 4 * 8 + 2 * t + i % 2];
-        if (!kvl_sees(rows.sight, unit.own, x, unit.token + g + i % 4 / 2 * 8)) s[i / 4][i % 4] = -INFINITY;
+        if (!kvl_sees(sight, unit.own, x, unit.token + g + i % 4 / 2 * 8)) s[i / 4][i % 4] = -INFINITY;
     }
     uint32_t token = unit.token + lane % 16;
     return __ballot_sync(KVL_ALL_LANES,
-                         kvl_any_sees(rows.sight, unit.own, rows.x_first, rows.x_last, token, token)) &
+                         kvl_any_sees(sight, unit.own, x_first, x_last, token, token)) &
            0xffff;
 }
 
@@ -754,8 +787,7 @@ KVL_D void kvl_weights(const float s[N / 8][4], kvl_sums<D, N> &sums, uint32_t p
 }
 
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_attend_unit(const kvli_cu_attend_args &a, const kvl_rows &rows,
-                           const kvl_shared<P, D, N> &shared, const kvl_unit &unit,
+KVL_D void kvl_attend_unit(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared, const kvl_unit &unit,
                            const kvl_queries<P::k, D, N> &q, kvl_sums<D, N> &sums) {
     float s[N / 8][4];
     uint32_t p[N / 8][2];
@@ -764,7 +796,7 @@ KVL_D void kvl_attend_unit(const kvli_cu_attend_args &a, const kvl_rows &rows,
         KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) s[i / 4][i % 4] =
             kvl_capped(s[i / 4][i % 4], a.softcap);
     }
-    uint32_t seen = kvl_mask<N>(rows, shared.position, unit, s);
+    uint32_t seen = kvl_mask<N>(a, shared.position, unit, s);
     kvl_weights<P::v>(s, sums, p);
     kvl_add_values<P>(unit, p, seen, sums);
 }
@@ -853,12 +885,12 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_rotate_sums(const kvl_
 
 /* The item's result: a partial one, or the output. */
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &shared) {
-    const kvli_cu_item &item = *rows.item;
+KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared) {
+    const kvli_cu_item &item = a.items[*shared.item];
     bool whole = item.partial == KVLI_CU_NONE;
     KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < item.n_rows; r += KVL_WARPS) {
         uint32_t lane = threadIdx.x % 32;
-        kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, item.row + r);
+        kvl_row row = kvl_row_of(a, a.spans[item.span], blockIdx.y, item.row + r);
         uint64_t partial = kvl_partial_number(a, item, r);
         float m = shared.total_m[r], l = shared.total_l[r],
               factor = whole ? kvl_output_factor(a, row.head, m, l) : 1;
@@ -877,7 +909,7 @@ KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_rows &rows, const k
 
 /* A warp's units of a pass. The queries are prepared in the first one, while the first copies are under way. */
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_pass(const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_shared<P, D, N> &shared,
+KVL_D void kvl_pass(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared,
                     uint32_t pass, kvl_unit_walk &walk, kvl_ring<P, D> &ring, kvl_queries<P::k, D, N> &q,
                     kvl_sums<D, N> &sums) {
     bool prepared = pass > 0;
@@ -885,35 +917,29 @@ KVL_D void kvl_pass(const kvli_cu_attend_args &a, const kvl_rows &rows, const kv
         kvl_unit unit = {};
         bool there;
         if constexpr (KVL_ARCH >= 800) {
-            ring.fill(walk, a, rows, pass);
+            ring.fill(walk, a, pass);
             there = ring.under_way > 0;
         } else {
-            there = walk.template take<P, D>(a, rows, pass, &unit);
+            there = walk.template take<P, D>(a, pass, &unit);
         }
         if (!prepared) {
-            kvl_prepare(a, rows, shared);
+            kvl_prepare(a, shared);
             __syncthreads();
             kvl_load_queries(q, shared);
             prepared = true;
         }
         if (!there) break;
-        if constexpr (KVL_ARCH >= 800) {
-            unit = ring.wait();
-            if (unit.exact) {
-                const kvl_slot *slot = ring.slot(ring.out);
-                unit.k = slot->k, unit.v = slot->v;
-            }
-        }
-        kvl_attend_unit<P>(a, rows, shared, unit, q, sums);
+        if constexpr (KVL_ARCH >= 800) unit = ring.wait();
+        kvl_attend_unit<P>(a, shared, unit, q, sums);
         if constexpr (KVL_ARCH >= 800) ring.release();
     }
 }
 
 template <class P, uint32_t D, uint32_t N>
 KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
-    kvl_rows rows;
-    if (!kvl_rows_of_block(a, a.counts->decodes, rows)) return;
-    kvl_shared<P, D, N> shared(memory, a.stages);
+    uint32_t index = a.first_item + blockIdx.x;
+    if (index >= a.end_item || index >= a.counts->decodes) return;
+    kvl_shared<P, D, N> shared(memory);
     kvl_unit_walk walk;
     kvl_ring<P, D> ring;
     kvl_queries<P::k, D, N> q;
@@ -922,8 +948,8 @@ KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
     KVL_ROLLED for (uint32_t pass = 0;; pass++) {
         walk.start();
         kvl_clear(sums);
-        kvl_pass(a, rows, shared, pass, walk, ring, q, sums);
-        if (P::two_passes && threadIdx.x % 32 == 0) shared.exact_seen[threadIdx.x / 32] = walk.exact_seen;
+        kvl_pass(a, shared, pass, walk, ring, q, sums);
+        if (P::two_passes && threadIdx.x % 32 == 0) shared.exact_seen[threadIdx.x / 32] = walk.exact_seen();
         kvl_fold(shared, sums, P::v == KVLI_CU_NVFP4 && pass == 0 ? KVL_NVFP4_FACTOR * a.v_global : 1);
         if constexpr (!P::two_passes) break;
         if (pass == 0 && P::v_rotated) kvl_rotate_sums(shared);
@@ -931,7 +957,7 @@ KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
         KVL_UNROLL for (uint32_t w = 0; w < KVL_WARPS; w++) exact |= shared.exact_seen[w] != 0;
         if (pass == 1 || !exact) break;
     }
-    kvl_write(a, rows, shared);
+    kvl_write(a, shared);
 }
 
 /* At least so many blocks of threads on a multiprocessor, as far as registers go: 128, 168 or 255 of them. */
