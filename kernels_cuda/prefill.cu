@@ -198,7 +198,7 @@ template <class P, uint32_t D> struct kvl_prefill {
             return kvl_f22h2(low, high);
     }
 
-    /* The warp's rows of q to shared memory, and their factors. global: what K's numbers lack. */
+    /* The warp's rows of q to shared memory, to be read after a barrier, and their factors. global: what K's numbers lack. */
     KVL_D void load_q(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows,
                       bool rotated, float global) {
         constexpr uint32_t AT_ONCE = P::k_rotated ? 2 : 4; /* rows whose reads are under way together */
@@ -244,7 +244,6 @@ template <class P, uint32_t D> struct kvl_prefill {
             float p = __shfl_sync(0xffffffffu, power, i * 8 + lane / 4);
             s.factor[i / 2][i % 2] = fmaxf(p * (fabsf(a.scale) * KVL_LOG2E * global), 0x1p-96f);
         }
-        __syncwarp();
     }
 
     /* ---- K and V to shared memory ---- */

@@ -150,7 +150,7 @@ KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_ro
     s.flags = (pair ? w.bits >> lane & 3 : 3) | (w.own ? KVL_STEP_OWN : 0);
     KVL_UNROLL
     for (uint32_t u = 0; u < UNITS; u++) {
-        if (u > 0) s.tiles[u] = s.tiles[u - 1];
+        s.tiles[u] = u > 0 ? s.tiles[u - 1] : kvl_tiles{nullptr, nullptr};
         if (u > 0 && !pair) break;
         if (s.has(u)) s.tiles[u] = kvl_tiles_of(a.pages, kvl_walk_entry(w, a, r, block + u), blockIdx.y);
     }
@@ -165,6 +165,7 @@ KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_ro
 template <uint32_t UNITS>
 KVL_D void kvl_walk_step(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_walk_kind kind,
                          kvl_step<UNITS> &s) {
+    s.token = KVL_NO_TOKEN;
     s.flags = 0;
     do {
         if (w.bits) {
