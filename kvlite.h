@@ -296,7 +296,8 @@ KVL_API const char *kvl_context_report(const kvl_context *ctx);
 /* What the driver said when it last failed: its number (a CUresult), 0 = it never did, and *text (may be null)
    its name and meaning, which later failures overwrite. Not while another thread is inside a call. */
 KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
-/* After DEVICE_LOST, with a lent CUcontext: another one, and a CUstream of it or null, for kvl_cache_recover.
+/* After DEVICE_LOST, with a lent CUcontext that is dead: another one of the same device, and a CUstream of it or null,
+   for kvl_cache_recover; the dead one is the app's to destroy, with all that was in it.
    INVALID_ARG (not CUDA, nothing was lent), BUSY (the device is not lost). No other thread may be inside a call. */
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream);
 
@@ -344,7 +345,8 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uin
 /* After DEVICE_LOST: starts the device again (an own CUcontext is reset; of a lent one, kvl_context_lend gives
    another if it is dead) and forgets all KV: requests of the scheduler wait with their tokens and are computed
    again, the caller's sequences stay open with length 0, pins are gone. Each cache of the context recovers for
-   itself. A cache whose device is well forgets its KV all the same. Errors: BUSY (abort the step first),
+   itself. Not while another thread is inside a call on one of
+   them. A cache whose device is well forgets its KV all the same. Errors: BUSY (abort the step first),
    DEVICE_LOST (it did not start: try later), OUT_OF_DEVICE_MEMORY (fewer slabs than before). Owner thread. */
 KVL_API kvl_result kvl_cache_recover(kvl_cache *cache);
 
