@@ -7789,8 +7789,8 @@ struct kvli_cu {
     void *context, *stream;                             /* stream: lent, or null */
     bool lent, renewed, retained, lost, virtual_memory; /* renewed: another context was lent */
     void *module;
-    uint8_t *image;
-    size_t image_bytes;
+    uint8_t *image; /* from module_at on, the module */
+    size_t image_bytes, module_at;
     uint32_t generation; /* grows when the device is started again: what was on it is gone */
     int major, minor, block_shared, sm_shared;
     size_t granularity;
@@ -7998,7 +7998,7 @@ static kvl_result kvli_cu_start_device(kvl_context *ctx, kvli_text why) {
     if (cu->virtual_memory)
         KVLI_CU_OPEN(granularity, "cuMemGetAllocationGranularity", (&cu->granularity, &memory, 0));
     KVLI_CU_OPEN(context_push, "cuCtxPushCurrent", (cu->context));
-    int e = cu->fn.module_load(&cu->module, cu->image);
+    int e = cu->fn.module_load(&cu->module, cu->image + cu->module_at);
     kvli_cu_leave(ctx);
     if (e) cu->module = NULL;
     if (e) return kvli_cu_refuse(ctx, why, e, "cuModuleLoadData");
@@ -8031,8 +8031,9 @@ static kvl_result kvli_cu_take_image(kvl_context *ctx, kvli_text why) {
                          cu->major, cu->minor);
     size_t scratch = KVLI_CU_UNPACK_PROBS * sizeof(uint16_t);
     uint16_t *probs = (uint16_t *)kvli_alloc(ctx, scratch);
-    cu->image = (uint8_t *)kvli_alloc(ctx, part->raw_bytes);
-    cu->image_bytes = part->raw_bytes;
+    cu->image_bytes = (size_t)part->before + part->raw_bytes;
+    cu->image = (uint8_t *)kvli_alloc(ctx, cu->image_bytes);
+    cu->module_at = part->before;
     bool fits = probs && cu->image,
          whole = fits && kvli_cu_unpack_part(kvli_cu_image, part, cu->image, probs);
     kvli_free(ctx, probs, scratch);

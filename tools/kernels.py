@@ -24,8 +24,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = "kernels_cuda"
 HEADER = SOURCES + "/kvlite_cuda_kernels.h"
 # (cubin, the PTX that it is made from): the code paths of the kernels are those of 75, 80, 89 and 90. A cubin runs on later
-# minors of its major: 80 on 86 and 87, 100f and 120f on their whole family.
-ARCHS = [("75", "75"), ("80", "80"), ("89", "89"), ("90", "90"), ("100f", "90"), ("120f", "90")]
+# minors of its major: 80 on 86 and 87, 100f and 120f on their whole family. They are one compressed stream, of which a device
+# unpacks what comes before its own: the likeliest stand first.
+ARCHS = [("89", "89"), ("80", "80"), ("120f", "90"), ("90", "90"), ("75", "75"), ("100f", "90")]
 PTX = "90"  # for what comes after; only the commonest head dims, since it would be as large as four cubins
 PTX_LEAVES_OUT = re.compile(r"_d(80|96|192|256)(_|$)")
 SINCE = {"100f": (12, 9), "120f": (12, 9)}  # the first nvcc that knows it
@@ -64,7 +65,7 @@ def decode(text, size):
 
 def lzma_filter(bits):
     lc, lp, pb = bits
-    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb, "dict_size": 1 << 24}]
+    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb, "dict_size": 1 << 26}]
 
 
 def unpack(header):
@@ -73,11 +74,14 @@ def unpack(header):
     begin = text.index("kvli_cu_image[] = {")
     chunks = re.findall(r'^"([^"]*)",$', text[begin:text.index("\n0};", begin)], re.M)
     begin = text.index("kvli_cu_parts[] = {")
+    streams = {}
     for line in re.findall(r"^    \{(.*)\},$", text[begin:text.index("};", begin)], re.M):
-        arch, ptx, chunk, packed, raw, *bits = (int(v) for v in line.split(", "))
-        digits = (packed + 3) // 4 * 5
-        data = decode("".join(chunks[chunk:chunk + (digits + CHUNK - 1) // CHUNK]), packed)
-        yield arch, ptx, lzma.decompress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))[:raw]
+        arch, ptx, chunk, packed, before, raw, *bits = (int(v) for v in line.split(", "))
+        if chunk not in streams:
+            digits = (packed + 3) // 4 * 5
+            data = decode("".join(chunks[chunk:chunk + (digits + CHUNK - 1) // CHUNK]), packed)
+            streams[chunk] = lzma.decompress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))
+        yield arch, ptx, streams[chunk][before:before + raw]
 
 
 def constant(text, name):
@@ -280,11 +284,14 @@ static const char *const kvli_cu_image[] = {
 """
 
 
-def pack(part):
-    """How it is compressed, and the bytes: instructions stand at multiples of 16."""
-    _, ptx, data = part
-    bits = (3, 0, 0) if ptx else (0, 4, 4)
-    return bits, lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))
+def streams_of(parts):
+    """Code, then PTX: with the (lc, lp, pb) of LZMA that suit it; instructions stand at multiples of 16."""
+    return [((0, 4, 4), [p for p in parts if not p[1]]), ((3, 0, 0), [p for p in parts if p[1]])]
+
+
+def pack(stream):
+    bits, parts = stream
+    return lzma.compress(b"".join(data for _, _, data in parts), lzma.FORMAT_RAW, filters=lzma_filter(bits))
 
 
 def sum_of(parts):
@@ -292,10 +299,14 @@ def sum_of(parts):
 
 
 def header_text(kit, parts, jobs):
-    chunks, table = [], []
+    chunks, table, streams = [], [], streams_of(parts)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for (arch, ptx, data), (bits, packed) in zip(parts, pool.map(pack, parts)):
-            table.append("    {%d, %d, %d, %d, %d, %d, %d, %d}," % (arch, ptx, len(chunks), len(packed), len(data), *bits))
+        for (bits, members), packed in zip(streams, pool.map(pack, streams)):
+            before = 0
+            for arch, ptx, data in members:
+                numbers = arch, ptx, len(chunks), len(packed), before, len(data), *bits
+                table.append("    {%s}," % ", ".join(str(n) for n in numbers))
+                before += len(data)
             text = encode(packed)
             chunks += ['"%s",' % text[i:i + CHUNK] for i in range(0, len(text), CHUNK)]
     return TEXT % {"version": kit.version, "archs": ", ".join("sm_" + a for a, _ in kit.archs), "ptx": PTX,

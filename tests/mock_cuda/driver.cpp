@@ -390,12 +390,18 @@ struct FatbinHeader {
     uint16_t version, header_bytes;
     uint64_t bytes;
 };
-static CUresult load(CUmodule *out, const void *image, Context *c) {
+/* A fatbin, a cubin for CUDA (machine 190), or PTX. */
+static bool is_image(const unsigned char *p) {
     FatbinHeader h;
+    if (!memcmp(p, "\177ELF\2", 5)) return p[18] == 190 && p[19] == 0;
+    if (!memcmp(p, "//", 2) || !memcmp(p, ".version", 8))
+        return strstr((const char *)p, ".version ") != nullptr;
+    memcpy(&h, p, sizeof h);
+    return h.magic == 0xba55ed50u && h.version == 1 && h.header_bytes == 16;
+}
+static CUresult load(CUmodule *out, const void *image, Context *c) {
     if (!out || !image) return CUDA_INVALID_VALUE;
-    if ((uintptr_t)image % 8) misuse("a fatbin at an address that is not a multiple of 8");
-    memcpy(&h, image, sizeof h);
-    if (h.magic != 0xba55ed50u || h.version != 1 || h.header_bytes != 16) return CUDA_INVALID_IMAGE;
+    if (!is_image((const unsigned char *)image)) return CUDA_INVALID_IMAGE;
     if (S.settings.load_result) return S.settings.load_result;
     Module *m = new Module();
     m->context = c;

@@ -143,11 +143,11 @@ static void *load_image(const bench *b) {
     uint32_t arch = (uint32_t)(10 * gpu_attribute(&b->g, GPU_MAJOR) + gpu_attribute(&b->g, GPU_MINOR));
     const kvli_cu_part *part =
         kvli_cu_find_part(kvli_cu_parts, sizeof kvli_cu_parts / sizeof kvli_cu_parts[0], arch);
-    uint8_t *image = malloc(part ? part->raw_bytes : 1);
+    uint8_t *image = malloc(part ? (size_t)part->before + part->raw_bytes : 1);
     uint16_t *probs = malloc(KVLI_CU_UNPACK_PROBS * sizeof *probs);
     void *module = NULL;
     if (part && image && probs && kvli_cu_unpack_part(kvli_cu_image, part, image, probs))
-        GPU(&b->g, ModuleLoadData, &module, image);
+        GPU(&b->g, ModuleLoadData, &module, image + part->before);
     free(probs);
     free(image);
     return module;
