@@ -65,7 +65,7 @@ part() {
   log=$logs/${name//:/-}.log
   note=$(grep -E '^(SKIP|NOT THE SAME)' "$log" | head -1)
   case $status in
-    0) say PASS "$name" $((SECONDS - start)) "$(tail -1 "$log")" ;;
+    0) if [ -n "$note" ]; then say SKIP "$name" $((SECONDS - start)) "in part: $note"; else say PASS "$name" $((SECONDS - start)) "$(tail -1 "$log")"; fi ;;
     77) say SKIP "$name" $((SECONDS - start)) "${note:-$(tail -1 "$log")}" ;;
     124 | 137) say FAIL "$name" $((SECONDS - start)) "stopped after $limit s; $log" ;;
     *) say FAIL "$name" $((SECONDS - start)) "status $status; $log: ${note:-$(tail -1 "$log")}" ;;
