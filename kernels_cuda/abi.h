@@ -38,10 +38,10 @@ enum { KVLI_CU_DTYPE_F32 = 0, KVLI_CU_DTYPE_F16, KVLI_CU_DTYPE_BF16 };
 /* A tile: block_tokens rows of row_bytes, then what scales them: for each token, or for each channel f16 scales, then f16
    zeros; padded to a multiple of 128. */
 KVLI_CU_FN uint32_t kvli_cu_row_bytes(uint32_t format, uint32_t dim) {
-    return format == KVLI_CU_F32                                 ? 4 * dim
-           : format == KVLI_CU_F16 || format == KVLI_CU_BF16     ? 2 * dim
+    return format == KVLI_CU_F32                                                                    ? 4 * dim
+           : format == KVLI_CU_F16 || format == KVLI_CU_BF16                                        ? 2 * dim
            : format == KVLI_CU_INT8 || format == KVLI_CU_INT8_CHANNEL || format == KVLI_CU_FP8_E4M3 ? dim
-                                                                 : dim / 2;
+                                                                                                    : dim / 2;
 }
 KVLI_CU_FN uint32_t kvli_cu_token_scale_bytes(uint32_t format, uint32_t dim) {
     return format == KVLI_CU_INT8 || format == KVLI_CU_FP8_E4M3 ? 2
@@ -127,7 +127,8 @@ typedef struct kvli_cu_merge {
 
 /* Kernels decode, prefill, plain: grid (items, n_kv_heads). merge: grid (merges, n_kv_heads).
    A score is scale * q·k, softcap * tanh(score / softcap) where softcap is not 0. Partial results are in base 2: m is the
-   largest score times log2(e), l the sum of 2^(score * log2(e) - m), o the sum of such weights times v, rotation undone.
+   largest score times log2(e) or up to 8 less, l the sum of 2^(score * log2(e) - m), o the sum of such weights times v,
+   rotation undone.
    A part of which a row sees nothing has l = 0 and any finite m below -1e30. */
 typedef struct kvli_cu_attend_args {
     const kvli_cu_counts *counts;
@@ -199,10 +200,12 @@ enum {
    then plain) and 13 n + 4 numbers about rows and warps. */
 KVLI_CU_FN uint32_t kvli_cu_decode_slot(uint32_t k_format, uint32_t v_format, uint32_t dim) {
     return 32 + KVLI_CU_UNIT * (kvli_cu_row_bytes(k_format, dim) + kvli_cu_row_bytes(v_format, dim)) +
-           KVLI_CU_UNIT * (kvli_cu_token_scale_bytes(k_format, dim) + kvli_cu_token_scale_bytes(v_format, dim)) +
+           KVLI_CU_UNIT *
+               (kvli_cu_token_scale_bytes(k_format, dim) + kvli_cu_token_scale_bytes(v_format, dim)) +
            kvli_cu_channel_scale_bytes(k_format, dim);
 }
-KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, uint32_t dim, uint32_t stages, uint32_t n) {
+KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, uint32_t dim, uint32_t stages,
+                                        uint32_t n) {
     return KVLI_CU_DECODE_WARPS * stages * kvli_cu_decode_slot(k_format, v_format, dim) + n * dim * 4 +
            (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (13 * n + 4) * 4;
 }

@@ -164,16 +164,25 @@ def compile_ptx(kit, name, arch, work):
     out = object_path(work, name, target)
     texts = [read(os.path.join(SOURCES, n)) for n in sorted(with_includes(name, set()))]
     make(kit, out, "".join(texts),
-         [kit.nvcc, *FLAGS, "-arch=" + target, "-ptx", "-rdc=true", "%s/%s" % (SOURCES, name), "-o", out],
+         [kit.nvcc, *FLAGS, "-arch=" + target, "-ptx", "%s/%s" % (SOURCES, name), "-o", out],
          "%s %s" % (name, target))
     return out
 
 
-def assemble(kit, name, arch, ptx, work):
-    """A relocatable cubin; returns ptxas' report."""
-    out = object_path(work, name, "sm_" + arch)
-    return make(kit, out, read(ptx), [kit.tool("ptxas"), "-c", "-v", "-arch=sm_" + arch, ptx, "-o", out],
-                "%s sm_%s" % (name, arch))
+def join(front, work):
+    """All files' PTX as one, which makes one cubin. (Linked from relocatable ones, kernels would spill registers.)"""
+    out = object_path(work, "kernels", "compute_" + front)
+    text = join_ptx([object_path(work, n, "compute_" + front) for n in source_files() if n.endswith(".cu")])
+    if not os.path.exists(out) or read(out) != text:
+        with open(out, "w", encoding="utf-8") as f:
+            f.write(text)
+    return out
+
+
+def assemble(kit, arch, ptx, work):
+    """Returns ptxas' report."""
+    out = object_path(work, "kernels", "sm_" + arch)
+    return make(kit, out, read(ptx), [kit.tool("ptxas"), "-v", "-arch=sm_" + arch, ptx, "-o", out], "sm_" + arch)
 
 
 def ptxas_report(text):
@@ -192,22 +201,22 @@ def ptxas_report(text):
 
 
 def compile_all(kit, work, jobs):
-    """reports[arch][file], everything compiled that changed"""
+    """{arch: ptxas' report}, everything compiled that changed"""
     os.makedirs(work, exist_ok=True)
     files = [n for n in source_files() if n.endswith(".cu")]
     files.sort(key=lambda n: -os.path.getsize(os.path.join(SOURCES, n)))  # the longest first
     fronts = sorted({front for _, front in kit.archs} | {PTX}, key=int)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        ptx = {(f, front): pool.submit(compile_ptx, kit, f, front, work) for f in files for front in fronts}
-        todo = {(arch, f): pool.submit(lambda f, arch, front: assemble(kit, f, arch, ptx[f, front].result(), work),
-                                       f, arch, front) for f in files for arch, front in kit.archs}
         try:
-            reports = {arch: {f: todo[arch, f].result() for f in files} for arch, _ in kit.archs}
+            for done in [pool.submit(compile_ptx, kit, f, front, work) for f in files for front in fronts]:
+                done.result()
+            ptx = {front: join(front, work) for front in fronts}
+            todo = {arch: pool.submit(assemble, kit, arch, ptx[front], work) for arch, front in kit.archs}
+            reports = {arch: todo[arch].result() for arch in todo}
         except SystemExit:
             pool.shutdown(cancel_futures=True)
             raise
-    spills = sorted({"%s on sm_%s spills %d bytes" % (name, arch, spill)
-                     for arch, by_file in reports.items() for text in by_file.values()
+    spills = sorted({"%s on sm_%s spills %d bytes" % (name, arch, spill) for arch, text in reports.items()
                      for name, _, spill, _, _ in ptxas_report(text) if spill})
     if spills:
         fail("registers are spilled:\n  " + "\n  ".join(spills))
@@ -236,23 +245,13 @@ def join_ptx(paths, leave_out=None):
     return head.lstrip() + "\n".join(body) + "\n"
 
 
-def link(kit, work, reports):
-    """[(arch, is it PTX, bytes)]: for each architecture its cubins as one, and the PTX."""
-    names = [n for n in source_files() if n.endswith(".cu")]
+def parts_of(kit, work):
+    """[(arch, is it PTX, bytes)]"""
     parts = []
     for arch, _ in kit.archs:
-        out = object_path(work, "linked", "sm_" + arch)
-        kit.run([kit.tool("nvlink"), "-arch=sm_" + arch, *[object_path(work, n, "sm_" + arch) for n in names],
-                 "-o", out])
-        with open(out, "rb") as f:
-            code = f.read()
-        for kernel in (k for text in reports[arch].values() for k, *_ in ptxas_report(text)):
-            if b".text.%s\0" % kernel.encode() not in code:
-                fail("%s is not in what nvlink made for sm_%s" % (kernel, arch))
-        parts.append((int(arch.rstrip("f")), 0, code))
-    ptx = join_ptx([object_path(work, n, "compute_" + PTX) for n in names], PTX_LEAVES_OUT)
-    with open(object_path(work, "joined", "compute_" + PTX), "w", encoding="utf-8") as f:
-        f.write(ptx)
+        with open(object_path(work, "kernels", "sm_" + arch), "rb") as f:
+            parts.append((int(arch.rstrip("f")), 0, f.read()))
+    ptx = join_ptx([object_path(work, n, "compute_" + PTX) for n in source_files() if n.endswith(".cu")], PTX_LEAVES_OUT)
     return parts + [(int(PTX), 1, ptx.encode() + b"\0")]
 
 
@@ -310,8 +309,8 @@ def build(args):
     for arch, _ in ARCHS:
         if arch not in dict(kit.archs):
             print("kernels.py: nvcc %s does not know sm_%s: left out" % (kit.version, arch))
-    reports = compile_all(kit, args.work, args.jobs)
-    parts = link(kit, args.work, reports)
+    compile_all(kit, args.work, args.jobs)
+    parts = parts_of(kit, args.work)
     text = header_text(kit, parts, args.jobs)
     if not os.path.exists(args.output) or read(args.output) != text:
         with open(args.output, "w", encoding="utf-8", newline="\n") as f:
