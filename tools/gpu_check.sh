@@ -211,7 +211,7 @@ if [ -n "$flashinfer" ] && [ -n "$nvcc" ] && wanted flashinfer; then # it compil
   flashinfer_build=$!
   background+=("$flashinfer_build")
 fi
-part build 240 bash -c build || { write_results; exit 1; }
+part build 180 bash -c build || { write_results; exit 1; }
 if [ -n "$mock" ]; then part conformance 90 $TEST few; else part conformance 120 $TEST; fi
 for tool in memcheck racecheck synccheck; do
   if [ -n "$mock" ]; then
@@ -219,7 +219,7 @@ for tool in memcheck racecheck synccheck; do
   elif [ -z "$sanitizer" ]; then
     wanted sanitizer && say SKIP "sanitizer:$tool" 0 "compute-sanitizer is not there (it comes with the CUDA toolkit)"
   else
-    part "sanitizer:$tool" 60 bash -c "sanitize $tool"
+    part "sanitizer:$tool" 45 bash -c "sanitize $tool"
   fi
 done
 part same 60 bash -c same
