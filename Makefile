@@ -190,9 +190,11 @@ cppcheck:
 
 VERSION = $(shell sed -nE 's/^\#define KVL_VERSION_(MAJOR|MINOR|PATCH) +([0-9]+).*/\2/p' kvlite.h | paste -sd.)
 DATADIR = $(DESTDIR)$(PREFIX)/share
-install: ## install kvlite.h, its documents and kvlite.pc (PREFIX=/usr/local, DESTDIR)
+install: ## install kvlite.h, its CUDA kernels, documents and kvlite.pc (PREFIX=/usr/local, DESTDIR)
 	install -d $(DESTDIR)$(PREFIX)/include $(DATADIR)/doc/kvlite $(DATADIR)/pkgconfig
 	install -m 644 kvlite.h $(DESTDIR)$(PREFIX)/include/
+	install -d $(DESTDIR)$(PREFIX)/include/kernels_cuda
+	install -m 644 kernels_cuda/kvlite_cuda_kernels.h $(DESTDIR)$(PREFIX)/include/kernels_cuda/
 	install -m 644 README.md CHANGELOG.md LICENSE $(DATADIR)/doc/kvlite/
 	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: kvlite' \
 	  'Description: KV-cache runtime for language models in one header' 'Version: $(VERSION)' \
