@@ -190,9 +190,11 @@ cppcheck:
 
 VERSION = $(shell sed -nE 's/^\#define KVL_VERSION_(MAJOR|MINOR|PATCH) +([0-9]+).*/\2/p' kvlite.h | paste -sd.)
 DATADIR = $(DESTDIR)$(PREFIX)/share
-install: ## install kvlite.h, its documents and kvlite.pc (PREFIX=/usr/local, DESTDIR)
+install: ## install kvlite.h, its CUDA kernels, documents and kvlite.pc (PREFIX=/usr/local, DESTDIR)
 	install -d $(DESTDIR)$(PREFIX)/include $(DATADIR)/doc/kvlite $(DATADIR)/pkgconfig
 	install -m 644 kvlite.h $(DESTDIR)$(PREFIX)/include/
+	install -d $(DESTDIR)$(PREFIX)/include/kernels_cuda
+	install -m 644 kernels_cuda/kvlite_cuda_kernels.h $(DESTDIR)$(PREFIX)/include/kernels_cuda/
 	install -m 644 README.md CHANGELOG.md LICENSE $(DATADIR)/doc/kvlite/
 	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: kvlite' \
 	  'Description: KV-cache runtime for language models in one header' 'Version: $(VERSION)' \
@@ -243,8 +245,8 @@ $(TEST_PROGRAMS) $(TEST_HELPERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libkvlit
 # knows nothing of fibers and stays out. These objects run on this machine only, hence -march=native.
 CUDA_CPU_CXXFLAGS = -std=c++17 $(if $(filter tsan,$(CONFIG)),-O1 -g,$(FLAGS_$(CONFIG))) -march=native -ffp-contract=off -fPIC \
   -ftls-model=initial-exec $(WARNINGS) -I. -Itests -Itests/cuda_cpu -Ikernels_cuda -MMD -MP
-# Hundreds of kernels take longer to optimise than they run.
-KERNEL_CXXFLAGS := $(if $(filter release,$(CONFIG)),-O1 -g1)
+# Hundreds of kernels take longer to optimise than they run. (At -O1, gcc does not see what is initialised.)
+KERNEL_CXXFLAGS := $(if $(filter release,$(CONFIG)),-O1) -g1 $(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized)
 define cuda_cpu_arch
 $(B)/obj/cuda_cpu/$(1)/%.o: kernels_cuda/%.cu
 	@mkdir -p $$(@D)

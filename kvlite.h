@@ -296,13 +296,15 @@ KVL_API const char *kvl_context_report(const kvl_context *ctx);
 /* What the driver said when it last failed: its number (a CUresult), 0 = it never did, and *text (may be null)
    its name and meaning, which later failures overwrite. Not while another thread is inside a call. */
 KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
-/* After DEVICE_LOST, with a lent CUcontext: another one, and a CUstream of it or null, for kvl_cache_recover.
+/* After DEVICE_LOST, with a lent CUcontext that is dead: another one of the same device, and a CUstream of it or null,
+   for kvl_cache_recover; the dead one is the app's to destroy, with all that was in it.
    INVALID_ARG (not CUDA, nothing was lent), BUSY (the device is not lost). No other thread may be inside a call. */
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream);
 
 /* ==== cache ============================================================ */
 typedef struct kvl_cache_desc {
-    kvl_context *context; /* null = a private one made from context_desc */
+    kvl_context *context; /* null = a private one made from context_desc; under AUTO of the first backend that
+                             takes this geometry too (kvl_context_report says why others do not) */
     kvl_context_desc context_desc;
     kvl_geometry geometry;
     uint64_t device_bytes;     /* required: the cap on KV blocks and attention scratch */
@@ -343,7 +345,8 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uin
 /* After DEVICE_LOST: starts the device again (an own CUcontext is reset; of a lent one, kvl_context_lend gives
    another if it is dead) and forgets all KV: requests of the scheduler wait with their tokens and are computed
    again, the caller's sequences stay open with length 0, pins are gone. Each cache of the context recovers for
-   itself. A cache whose device is well forgets its KV all the same. Errors: BUSY (abort the step first),
+   itself. Not while another thread is inside a call on one of
+   them. A cache whose device is well forgets its KV all the same. Errors: BUSY (abort the step first),
    DEVICE_LOST (it did not start: try later), OUT_OF_DEVICE_MEMORY (fewer slabs than before). Owner thread. */
 KVL_API kvl_result kvl_cache_recover(kvl_cache *cache);
 
@@ -1170,6 +1173,7 @@ static void kvli_pool_run(kvli_pool *p, uint32_t n, void (*fn)(void *arg, uint32
 }
 
 /* ==== >>log: errors as text ==== */
+enum { KVLI_REPORT_BYTES = 768 };
 struct kvli_backend;
 
 struct kvl_context {
@@ -1181,7 +1185,7 @@ struct kvl_context {
     kvl_simd simd;
     kvli_pool *pool;
     uint32_t null_pages; /* atomic: pages of 4 KB that the null backend has given out */
-    char name[96], report[768];
+    char name[96], report[KVLI_REPORT_BYTES];
 };
 
 typedef struct kvli_text {
@@ -7785,8 +7789,8 @@ struct kvli_cu {
     void *context, *stream;                             /* stream: lent, or null */
     bool lent, renewed, retained, lost, virtual_memory; /* renewed: another context was lent */
     void *module;
-    uint8_t *image;
-    size_t image_bytes;
+    uint8_t *image; /* from module_at on, the module */
+    size_t image_bytes, module_at;
     uint32_t generation; /* grows when the device is started again: what was on it is gone */
     int major, minor, block_shared, sm_shared;
     size_t granularity;
@@ -7994,7 +7998,7 @@ static kvl_result kvli_cu_start_device(kvl_context *ctx, kvli_text why) {
     if (cu->virtual_memory)
         KVLI_CU_OPEN(granularity, "cuMemGetAllocationGranularity", (&cu->granularity, &memory, 0));
     KVLI_CU_OPEN(context_push, "cuCtxPushCurrent", (cu->context));
-    int e = cu->fn.module_load(&cu->module, cu->image);
+    int e = cu->fn.module_load(&cu->module, cu->image + cu->module_at);
     kvli_cu_leave(ctx);
     if (e) cu->module = NULL;
     if (e) return kvli_cu_refuse(ctx, why, e, "cuModuleLoadData");
@@ -8027,8 +8031,9 @@ static kvl_result kvli_cu_take_image(kvl_context *ctx, kvli_text why) {
                          cu->major, cu->minor);
     size_t scratch = KVLI_CU_UNPACK_PROBS * sizeof(uint16_t);
     uint16_t *probs = (uint16_t *)kvli_alloc(ctx, scratch);
-    cu->image = (uint8_t *)kvli_alloc(ctx, part->raw_bytes);
-    cu->image_bytes = part->raw_bytes;
+    cu->image_bytes = (size_t)part->before + part->raw_bytes;
+    cu->image = (uint8_t *)kvli_alloc(ctx, cu->image_bytes);
+    cu->module_at = part->before;
     bool fits = probs && cu->image,
          whole = fits && kvli_cu_unpack_part(kvli_cu_image, part, cu->image, probs);
     kvli_free(ctx, probs, scratch);
@@ -8229,7 +8234,7 @@ static kvl_result kvli_cu_kernels_get(kvl_cache *c, const kvl_preset *p, kvli_cu
         return kvli_cu_function(c, "kvl_plain", out->decode_shared[0], &out->decode[0]);
     }
     out->stages = kvli_cu_stages(c->ctx->cu, k, v, dim, 16);
-    for (uint32_t i = 0; i < 2 && r == KVL_OK; i++) {
+    for (uint32_t i = 0; 8u << i <= kvli_cu_decode_rows(dim) && r == KVL_OK; i++) {
         out->decode_shared[i] = kvli_cu_decode_smem(k, v, dim, out->stages, 8 << i);
         snprintf(name, sizeof name, "kvl_decode_%s_d%u_n%u", sort, dim, 8u << i);
         r = kvli_cu_function(c, name, out->decode_shared[i], &out->decode[i]);
@@ -8457,12 +8462,9 @@ static void kvli_cu_pass_end(kvli_cu_builder *b) {
     b->pass++;
 }
 
-static void kvli_cu_put(kvli_cu_builder *b, uint32_t sort,
-                        const void *item) { /* items and merges are of one size */
-    uint32_t i = b->n[sort]++;
-    if (b->to)
-        memcpy(b->to + b->cc->passes[b->pass].at[sort] + i * sizeof(kvli_cu_item), item,
-               sizeof(kvli_cu_item));
+/* (Items and merges are of one size.) */
+static void *kvli_cu_slot(kvli_cu_builder *b, uint32_t sort) {
+    return b->to + b->cc->passes[b->pass].at[sort] + b->n[sort]++ * sizeof(kvli_cu_item);
 }
 
 /* Blocks that rows at positions first..last see: one range, or two with a gap between sinks and window. */
@@ -8502,21 +8504,27 @@ static void kvli_cu_tile(kvli_cu_builder *b, uint32_t s, uint32_t row, uint32_t 
     uint32_t step = parts > 1 ? kvli_min_u32(KVLI_CU_PART_TOKENS, c->geo.segment_tokens) / T : 1u << 30, n;
     for (n = kvli_cu_pieces(&r, step); n > parts && step < 1u << 30; n = kvli_cu_pieces(&r, step)) step *= 2;
     if (n > 1 && b->partials + n * n_rows > b->cc->max_partials) kvli_cu_pass_end(b);
-    for (uint32_t i = 0, piece = 0; i < r.n; i++)
-        for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, piece++) {
-            kvli_cu_item item = {s, row, n_rows, 0, 0, 0, 0, KVLI_CU_NONE};
+    uint32_t partial = b->partials;
+    if (n > 1) b->partials += n * n_rows;
+    if (!b->to) {
+        b->n[sort] += n;
+        b->n[KVLI_CU_MERGE] += n > 1;
+        return;
+    }
+    if (n > 1) {
+        kvli_cu_merge merge = {s, row, n_rows, partial, n, {0, 0, 0}};
+        *(kvli_cu_merge *)kvli_cu_slot(b, KVLI_CU_MERGE) = merge;
+    }
+    for (uint32_t i = 0; i < r.n; i++)
+        for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, partial += n_rows) {
             end = kvli_min_u32((at / step + 1) * step, r.end[i]);
-            item.end = kvli_min_u32(end, last / T);
-            item.begin = kvli_min_u32(at, item.end);
-            item.own_end = end;
-            item.own_begin = kvli_min_u32(kvli_max_u32(at, first / T), end);
-            if (n > 1) item.partial = b->partials + piece * n_rows;
-            kvli_cu_put(b, sort, &item);
+            uint32_t table_end = kvli_min_u32(end, last / T), own = kvli_max_u32(at, first / T);
+            kvli_cu_item item = {s,         row,
+                                 n_rows,    kvli_min_u32(at, table_end),
+                                 table_end, kvli_min_u32(own, end),
+                                 end,       n > 1 ? partial : KVLI_CU_NONE};
+            *(kvli_cu_item *)kvli_cu_slot(b, sort) = item;
         }
-    if (n < 2) return;
-    kvli_cu_merge merge = {s, row, n_rows, b->partials, n, {0, 0, 0}};
-    kvli_cu_put(b, KVLI_CU_MERGE, &merge);
-    b->partials += n * n_rows;
 }
 
 static void kvli_cu_items(kvli_cu_builder *b) { /* of all spans, for one group */
@@ -8524,11 +8532,10 @@ static void kvli_cu_items(kvli_cu_builder *b) { /* of all spans, for one group *
     bool plain = kvli_cu_is_plain(c);
     for (uint32_t s = 0; s < c->step.n_spans; s++) {
         uint32_t n = c->step.spans[s].n_rows, packed = n * c->geo.gqa;
-        bool few = packed <= KVLI_CU_DECODE_ROWS && n <= KVLI_CU_DRAFT_ROWS;
+        bool few = packed <= kvli_cu_decode_rows(c->geo.k_dim) && n <= KVLI_CU_DRAFT_ROWS;
         uint32_t sort = plain || packed <= 8 ? KVLI_CU_DECODE8 : few ? KVLI_CU_DECODE16 : KVLI_CU_PREFILL;
         uint32_t most = plain ? (uint32_t)KVLI_CU_PLAIN_ROWS : few ? packed : b->cc->prefill_rows;
         uint32_t parts = few || packed <= most ? kvli_min_u32(KVLI_CU_PARTS, KVLI_CU_PART_ROWS / packed) : 1;
-        if (!few && sort != KVLI_CU_PREFILL && !plain) sort = KVLI_CU_PREFILL;
         for (uint32_t row = 0; row < packed; row += most)
             kvli_cu_tile(b, s, row, kvli_min_u32(most, packed - row), sort, parts);
     }
@@ -9008,11 +9015,16 @@ static bool kvli_pool_create(kvl_context *ctx) {
     return false;
 }
 
-/* Opens the first backend that works, of those asked for, and writes the report. */
-static kvl_result kvli_backend_choose(kvl_context *ctx, kvli_text err) {
+static void kvli_report_skipped(char report[KVLI_REPORT_BYTES], const kvli_backend *b, const char *why) {
+    size_t used = strlen(report);
+    snprintf(report + used, KVLI_REPORT_BYTES - used, "%s: skipped: %s\n", b->name, why);
+}
+
+/* Opens the first backend from `first` on that works, of those asked for, and adds to the report. */
+static kvl_result kvli_backend_choose(kvl_context *ctx, size_t first, kvli_text err) {
     bool automatic = ctx->desc.backend == KVL_BACKEND_AUTO;
     char why[256] = "is not known";
-    for (size_t i = 0; i < sizeof kvli_backends / sizeof *kvli_backends; i++) {
+    for (size_t i = first; i < sizeof kvli_backends / sizeof *kvli_backends; i++) {
         const kvli_backend *b = &kvli_backends[i];
         size_t used = strlen(ctx->report);
         if (automatic ? !b->automatic : ctx->desc.backend != b->kind) continue;
@@ -9024,17 +9036,20 @@ static kvl_result kvli_backend_choose(kvl_context *ctx, kvli_text err) {
                      automatic ? "chosen: the first that works" : "as asked", why[0] ? "; " : "", why);
             return KVL_OK;
         }
-        snprintf(ctx->report + used, sizeof ctx->report - used, "%s: skipped: %s\n", b->name, why);
+        kvli_report_skipped(ctx->report, b, why);
         b->close(ctx);
         if (!automatic) return kvli_fail(ctx, err, r, "backend: %s: %s", b->name, why);
     }
     return kvli_fail(ctx, err, KVL_NO_BACKEND, "backend: %d %s", (int)ctx->desc.backend, why);
 }
 
-KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context **out) {
+/* With backends from `first` on, after what the report says of those before. */
+static kvl_result kvli_context_new(const kvl_context_desc *desc, size_t first, const char *report,
+                                   kvl_context **out) {
     kvl_context local, *ctx;
     if (out) *out = NULL;
     memset(&local, 0, sizeof local);
+    snprintf(local.report, sizeof local.report, "%s", report);
     if (desc) local.desc = *desc;
     if (!local.desc.alloc) local.desc.alloc = kvli_default_alloc;
     if (!local.desc.clock) local.desc.clock = kvli_default_clock;
@@ -9049,7 +9064,7 @@ KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context 
     if (local.simd > kvli_simd_best())
         return kvli_fail(&local, err, KVL_UNSUPPORTED, "simd: this CPU or build has no %s",
                          kvli_simd_names[local.simd]);
-    kvl_result r = kvli_backend_choose(&local, err);
+    kvl_result r = kvli_backend_choose(&local, first, err);
     if (r != KVL_OK) return r;
     ctx = (kvl_context *)kvli_alloc(&local, sizeof *ctx);
     if (!ctx) {
@@ -9067,6 +9082,10 @@ KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context 
     }
     *out = ctx;
     return KVL_OK;
+}
+
+KVL_API kvl_result kvl_context_create(const kvl_context_desc *desc, kvl_context **out) {
+    return kvli_context_new(desc, 0, "", out);
 }
 
 KVL_API void kvl_context_destroy(kvl_context *ctx) {
@@ -9610,44 +9629,61 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     return KVL_OK;
 }
 
-/* Makes the object and its context; *plan_only: only what create would decide. */
-static kvl_result kvli_cache_new(const kvl_cache_desc *desc, bool plan_only, kvl_cache **out) {
-    kvl_context *ctx = desc->context;
-    kvl_result r = KVL_OK;
-    kvli_text err = kvli_text_at(desc->error, desc->error_size);
-    if (!ctx) {
-        kvl_context_desc d = desc->context_desc;
-        if (!d.error) {
-            d.error = desc->error;
-            d.error_size = desc->error_size;
-        }
-        r = kvl_context_create(&d, &ctx);
-        if (r != KVL_OK) return r;
-    }
+/* Makes the object in a context; plan_only: only what create would decide. *why, where it fails. */
+static kvl_result kvli_cache_in(kvl_context *ctx, const kvl_cache_desc *desc, bool plan_only, kvli_text why,
+                                kvl_cache **out) {
     kvl_cache *c = (kvl_cache *)kvli_alloc(ctx, sizeof *c);
     bool locked = false;
     if (c) {
         memset(c, 0, sizeof *c);
         c->ctx = ctx;
-        c->own_ctx = !desc->context;
         c->desc = *desc;
         c->desc.error = NULL;
         locked = kvli_mutex_init(&c->lock);
     }
     if (!locked) {
         if (c) kvli_free(ctx, c, sizeof *c);
-        r = kvli_fail(ctx, err, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null");
-        if (!desc->context) kvl_context_destroy(ctx);
+        return kvli_fail(ctx, why, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null");
+    }
+    kvl_result r = plan_only ? kvli_cache_plan(c) : kvli_cache_build(c);
+    if (r == KVL_OK) {
+        *out = c;
         return r;
     }
-    r = plan_only ? kvli_cache_plan(c) : kvli_cache_build(c);
-    if (r != KVL_OK) {
-        if (err.at && err.size) snprintf(err.at, err.size, "%s", c->error);
-        kvl_cache_destroy(c);
+    if (why.at && why.size) snprintf(why.at, why.size, "%s", c->error);
+    kvl_cache_destroy(c);
+    return r;
+}
+
+/* The same with a context of its own, where none is given: what AUTO's first backend does not take, the next may. */
+static kvl_result kvli_cache_new(const kvl_cache_desc *desc, bool plan_only, kvl_cache **out) {
+    kvli_text err = kvli_text_at(desc->error, desc->error_size);
+    kvl_context_desc d = desc->context_desc;
+    char report[KVLI_REPORT_BYTES] = "", why[256];
+    size_t first = 0;
+    if (desc->context) return kvli_cache_in(desc->context, desc, plan_only, err, out);
+    if (!d.error) {
+        d.error = desc->error;
+        d.error_size = desc->error_size;
+    }
+    for (;;) {
+        kvl_context *ctx;
+        kvl_result r = kvli_context_new(&d, first, report, &ctx);
+        if (r != KVL_OK) return r;
+        r = kvli_cache_in(ctx, desc, plan_only, kvli_text_at(why, sizeof why), out);
+        if (r == KVL_OK) {
+            (*out)->own_ctx = true;
+            return r;
+        }
+        bool again =
+            r == KVL_UNSUPPORTED && d.backend == KVL_BACKEND_AUTO && ctx->backend->kind != KVL_BACKEND_CPU;
+        if (again) kvli_report_skipped(report, ctx->backend, why);
+        first = (size_t)(ctx->backend - kvli_backends) + 1;
+        kvl_context_destroy(ctx);
+        if (again) continue;
+        if (err.at && err.size) snprintf(err.at, err.size, "%s", why);
         return r;
     }
-    *out = c;
-    return KVL_OK;
 }
 
 KVL_API kvl_result kvl_cache_create(const kvl_cache_desc *desc, kvl_cache **out) {

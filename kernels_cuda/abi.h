@@ -38,10 +38,10 @@ enum { KVLI_CU_DTYPE_F32 = 0, KVLI_CU_DTYPE_F16, KVLI_CU_DTYPE_BF16 };
 /* A tile: block_tokens rows of row_bytes, then what scales them: for each token, or for each channel f16 scales, then f16
    zeros; padded to a multiple of 128. */
 KVLI_CU_FN uint32_t kvli_cu_row_bytes(uint32_t format, uint32_t dim) {
-    return format == KVLI_CU_F32                                 ? 4 * dim
-           : format == KVLI_CU_F16 || format == KVLI_CU_BF16     ? 2 * dim
+    return format == KVLI_CU_F32                                                                    ? 4 * dim
+           : format == KVLI_CU_F16 || format == KVLI_CU_BF16                                        ? 2 * dim
            : format == KVLI_CU_INT8 || format == KVLI_CU_INT8_CHANNEL || format == KVLI_CU_FP8_E4M3 ? dim
-                                                                 : dim / 2;
+                                                                                                    : dim / 2;
 }
 KVLI_CU_FN uint32_t kvli_cu_token_scale_bytes(uint32_t format, uint32_t dim) {
     return format == KVLI_CU_INT8 || format == KVLI_CU_FP8_E4M3 ? 2
@@ -127,7 +127,8 @@ typedef struct kvli_cu_merge {
 
 /* Kernels decode, prefill, plain: grid (items, n_kv_heads). merge: grid (merges, n_kv_heads).
    A score is scale * q·k, softcap * tanh(score / softcap) where softcap is not 0. Partial results are in base 2: m is the
-   largest score times log2(e), l the sum of 2^(score * log2(e) - m), o the sum of such weights times v, rotation undone.
+   largest score times log2(e) or up to 8 less, l the sum of 2^(score * log2(e) - m), o the sum of such weights times v,
+   rotation undone.
    A part of which a row sees nothing has l = 0 and any finite m below -1e30. */
 typedef struct kvli_cu_attend_args {
     const kvli_cu_counts *counts;
@@ -194,18 +195,23 @@ enum {
     KVLI_CU_COPY_THREADS = 256
 };
 
-/* kvl_decode_*: dynamic shared memory. A slot of a warp's ring holds a unit: 32 bytes about it, K rows, K scales, V rows, V
-   scales. After WARPS * stages of them come n x dim sums (f32), query rows (f16, padded by 4; with NVFP4 keys twice: rotated,
-   then plain) and 13 n + 4 numbers about rows and warps. */
+/* kvl_decode_*: dynamic shared memory. First n x dim sums (f32), query rows (f16, padded by 4; with NVFP4 keys twice: rotated,
+   then plain) and 13 n + 8 numbers about rows and warps; then WARPS * stages slots. A slot of a warp's ring holds a unit: 32
+   bytes about it, K rows, K scales, V rows, V scales. */
 KVLI_CU_FN uint32_t kvli_cu_decode_slot(uint32_t k_format, uint32_t v_format, uint32_t dim) {
     return 32 + KVLI_CU_UNIT * (kvli_cu_row_bytes(k_format, dim) + kvli_cu_row_bytes(v_format, dim)) +
-           KVLI_CU_UNIT * (kvli_cu_token_scale_bytes(k_format, dim) + kvli_cu_token_scale_bytes(v_format, dim)) +
+           KVLI_CU_UNIT *
+               (kvli_cu_token_scale_bytes(k_format, dim) + kvli_cu_token_scale_bytes(v_format, dim)) +
            kvli_cu_channel_scale_bytes(k_format, dim);
 }
-KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, uint32_t dim, uint32_t stages, uint32_t n) {
+KVLI_CU_FN uint32_t kvli_cu_decode_smem(uint32_t k_format, uint32_t v_format, uint32_t dim, uint32_t stages,
+                                        uint32_t n) {
     return KVLI_CU_DECODE_WARPS * stages * kvli_cu_decode_slot(k_format, v_format, dim) + n * dim * 4 +
-           (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (13 * n + 4) * 4;
+           (k_format == KVLI_CU_NVFP4 ? 2 : 1) * n * (dim + 4) * 2 + (13 * n + 8) * 4;
 }
+
+/* The most packed rows of a decode item: the commonest head dims have kernels for 16, too (all would be too much text). */
+KVLI_CU_FN uint32_t kvli_cu_decode_rows(uint32_t dim) { return dim == 64 || dim == 128 ? 16 : 8; }
 
 /* Prefill: the most packed rows of an item, the tokens it takes at once, and its shared memory: q, and two buffers of K
    and V, all as 16-bit numbers (of packed blocks' bytes and what they are decoded to, one each). At most 64 KB. */

@@ -10,12 +10,11 @@
 #include "port.cuh"
 #include "abi.h"
 
-constexpr float KVL_NVFP4_FACTOR = 128; /* 2^14 that kvl_e2m1x2 leaves out, less the 2^7 in kvl_nvfp4_scales */
+constexpr float KVL_NVFP4_FACTOR =
+    128; /* 2^14 that kvl_e2m1x2 leaves out, less the 2^7 in kvl_nvfp4_scales */
 
 /* ---- loops that the compiler must unroll, with indices that are constants ---- */
-template <uint32_t I> struct kvl_index {
-    static constexpr uint32_t value = I;
-};
+template <uint32_t I> struct kvl_index { static constexpr uint32_t value = I; };
 template <uint32_t N, uint32_t I = 0, class Body> KVL_D void kvl_static_for(Body &&body) {
     if constexpr (I < N) {
         body(kvl_index<I>());
@@ -28,7 +27,9 @@ KVLI_CU_FN bool kvl_is_4_bit(uint32_t f) {
     return f == KVLI_CU_NVFP4 || f == KVLI_CU_INT4 || f == KVLI_CU_INT4_CHANNEL;
 }
 KVLI_CU_FN bool kvl_is_16_bit(uint32_t f) { return f == KVLI_CU_F16 || f == KVLI_CU_BF16; }
-KVLI_CU_FN bool kvl_is_per_channel(uint32_t f) { return f == KVLI_CU_INT8_CHANNEL || f == KVLI_CU_INT4_CHANNEL; }
+KVLI_CU_FN bool kvl_is_per_channel(uint32_t f) {
+    return f == KVLI_CU_INT8_CHANNEL || f == KVLI_CU_INT4_CHANNEL;
+}
 /* One f16 scale per token: K's multiplies the score, V's the numbers. */
 KVLI_CU_FN bool kvl_is_per_token(uint32_t f) { return f == KVLI_CU_INT8 || f == KVLI_CU_FP8_E4M3; }
 KVLI_CU_FN uint32_t kvl_numbers_in(uint32_t f, uint32_t bytes) {
@@ -49,7 +50,8 @@ template <uint32_t I> KVL_D uint32_t kvl_u4x2(uint32_t w) {
 /* Nibbles 2 * I and 2 * I + 1 of w (byte I), as numbers 0..15. */
 template <uint32_t I> KVL_D uint32_t kvl_u4x2_adjacent(uint32_t w) {
     uint32_t byte_twice = __byte_perm(w, 0, 0x4040 | I << 8 | I);
-    return kvl_hfma2(kvl_and_or(byte_twice, 0x00f0000f, KVL_1024), 0x2c003c00, 0xd400e400); /* / 16 - 64, - 1024 */
+    return kvl_hfma2(kvl_and_or(byte_twice, 0x00f0000f, KVL_1024), 0x2c003c00,
+                     0xd400e400); /* / 16 - 64, - 1024 */
 }
 /* Bytes 2 * I and 2 * I + 1 of w, as numbers 0..255. */
 template <uint32_t I> KVL_D uint32_t kvl_u8x2(uint32_t w) {
@@ -63,9 +65,12 @@ template <uint32_t I> KVL_D uint32_t kvl_i8x2_flipped(uint32_t w) {
 /* Bytes 2 * I and 2 * I + 1 of w, codes of a format of 8 bits. */
 template <uint32_t F, uint32_t I> KVL_D uint32_t kvl_byte_codes(uint32_t w) {
     static_assert(!kvl_is_16_bit(F) && !kvl_is_4_bit(F), "a format of 8 bits");
-    if constexpr (F == KVLI_CU_INT8) return kvl_i8x2_flipped<I>(w ^ 0x80808080);
-    else if constexpr (F == KVLI_CU_INT8_CHANNEL) return kvl_u8x2<I>(w);
-    else return kvl_e4m3x2(I ? w >> 16 : w & 0xffff);
+    if constexpr (F == KVLI_CU_INT8)
+        return kvl_i8x2_flipped<I>(w ^ 0x80808080);
+    else if constexpr (F == KVLI_CU_INT8_CHANNEL)
+        return kvl_u8x2<I>(w);
+    else
+        return kvl_e4m3x2(I ? w >> 16 : w & 0xffff);
 }
 
 /* ---- scales ---- */
@@ -113,7 +118,11 @@ struct kvl_piece {
     uint32_t offset, bytes;
 };
 KVLI_CU_FN uint32_t kvl_next_piece(uint32_t left, uint32_t lanes) {
-    return left >= 16 * lanes ? 16 : left >= 8 * lanes ? 8 : left >= 4 * lanes ? 4 : left >= 2 * lanes ? 2 : 1;
+    return left >= 16 * lanes  ? 16
+           : left >= 8 * lanes ? 8
+           : left >= 4 * lanes ? 4
+           : left >= 2 * lanes ? 2
+                               : 1;
 }
 KVLI_CU_FN kvl_piece kvl_piece_at(uint32_t row_bytes, uint32_t lanes, uint32_t i) {
     uint32_t at = 0;
@@ -127,9 +136,7 @@ KVLI_CU_FN uint32_t kvl_piece_count(uint32_t row_bytes, uint32_t lanes) {
 }
 
 /* A piece of 1 to 16 bytes, from memory aligned to its size; zeros if it is not `there`. */
-template <uint32_t BYTES> struct kvl_words {
-    uint32_t w[BYTES <= 4 ? 1 : BYTES / 4];
-};
+template <uint32_t BYTES> struct kvl_words { uint32_t w[BYTES <= 4 ? 1 : BYTES / 4]; };
 template <uint32_t BYTES> KVL_D kvl_words<BYTES> kvl_load_piece(const uint8_t *p, bool there = true) {
     kvl_words<BYTES> r = {};
     if (!there) return r;
@@ -151,7 +158,8 @@ template <uint32_t BYTES> KVL_D kvl_words<BYTES> kvl_load_piece(const uint8_t *p
 
 /* K: in step S of a piece (4 numbers of one token), the two half2 for registers 0 and 2 (or 1 and 3) of an m16n8k16 A
    fragment, unscaled. Half `c` of register `r` is number kvl_k_number of the lane's piece. */
-template <uint32_t F, uint32_t BYTES, uint32_t S> KVL_D void kvl_k_codes(const kvl_words<BYTES> &p, uint32_t h[2]) {
+template <uint32_t F, uint32_t BYTES, uint32_t S>
+KVL_D void kvl_k_codes(const kvl_words<BYTES> &p, uint32_t h[2]) {
     if constexpr (kvl_is_16_bit(F)) {
         h[0] = p.w[2 * S], h[1] = p.w[2 * S + 1];
     } else if constexpr (F == KVLI_CU_NVFP4 && BYTES == 2) {
@@ -166,7 +174,9 @@ template <uint32_t F, uint32_t BYTES, uint32_t S> KVL_D void kvl_k_codes(const k
     }
 }
 KVLI_CU_FN uint32_t kvl_k_number(uint32_t f, uint32_t bytes, uint32_t s, uint32_t r, uint32_t c) {
-    return f != KVLI_CU_NVFP4 ? 4 * s + 2 * r + c : bytes == 2 ? r + 2 * c : s / 2 * 8 + s % 2 * 2 + r + 4 * c;
+    return f != KVLI_CU_NVFP4 ? 4 * s + 2 * r + c
+           : bytes == 2       ? r + 2 * c
+                              : s / 2 * 8 + s % 2 * 2 + r + 4 * c;
 }
 
 /* V: from the pieces of two tokens, in step J (2 numbers of each), the half2 (token x, token y) of numbers kvl_v_number(…, 0)
@@ -183,8 +193,10 @@ KVL_D void kvl_v_codes(const kvl_words<BYTES> &x, const kvl_words<BYTES> &y, uin
         constexpr uint32_t i = J % half, i_hi = half == 4 ? i : i + half;
         uint32_t lo = __byte_perm(x.w[J / 4], y.w[J / 4], 0x5410), hi = lo;
         if constexpr (half == 4) hi = __byte_perm(x.w[J / 4], y.w[J / 4], 0x7632);
-        if constexpr (F == KVLI_CU_NVFP4) h[0] = kvl_e2m1x2<i>(lo), h[1] = kvl_e2m1x2<i_hi>(hi);
-        else h[0] = kvl_u4x2<i>(lo), h[1] = kvl_u4x2<i_hi>(hi);
+        if constexpr (F == KVLI_CU_NVFP4)
+            h[0] = kvl_e2m1x2<i>(lo), h[1] = kvl_e2m1x2<i_hi>(hi);
+        else
+            h[0] = kvl_u4x2<i>(lo), h[1] = kvl_u4x2<i_hi>(hi);
     }
 }
 KVLI_CU_FN uint32_t kvl_v_number(uint32_t f, uint32_t bytes, uint32_t j, uint32_t hi) {

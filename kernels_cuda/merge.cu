@@ -43,5 +43,6 @@ KVL_KERNEL(kvl_merge, KVLI_CU_MERGE_THREADS, 1, kvli_cu_attend_args) {
     uint32_t index = a.first_item + blockIdx.x;
     if (index >= a.end_item || index >= a.counts->merges) return;
     const kvli_cu_merge merge = a.merges[index];
-    for (uint32_t r = threadIdx.x / 32; r < merge.n_rows; r += KVLI_CU_MERGE_THREADS / 32) kvl_merge_row(a, merge, r);
+    for (uint32_t r = threadIdx.x / 32; r < merge.n_rows; r += KVLI_CU_MERGE_THREADS / 32)
+        kvl_merge_row(a, merge, r);
 }

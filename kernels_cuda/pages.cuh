@@ -16,7 +16,8 @@ KVL_D kvl_tiles kvl_tiles_of(const kvli_cu_pages &pages, uint64_t entry, uint32_
     uint64_t at = entry & ~(uint64_t)KVLI_CU_FLAGS;
     if (!(entry & KVLI_CU_SCRATCH)) at += exact ? pages.offset[1] : pages.offset[0];
     at += head * (exact ? pages.head_stride[1] : pages.head_stride[0]);
-    return kvl_tiles{(const uint8_t *)at, (const uint8_t *)(at + (exact ? pages.v_offset[1] : pages.v_offset[0]))};
+    return kvl_tiles{(const uint8_t *)at,
+                     (const uint8_t *)(at + (exact ? pages.v_offset[1] : pages.v_offset[0]))};
 }
 
 /* What limits sight in a layer. */
@@ -34,7 +35,8 @@ KVL_D bool kvl_sees(const kvl_sight &s, bool own, uint32_t x, uint32_t token) {
 }
 
 /* The same for all queries at positions x_first..x_last and tokens first..last of one block: does any see any? */
-KVL_D bool kvl_any_sees(const kvl_sight &s, bool own, uint32_t x_first, uint32_t x_last, uint32_t first, uint32_t last) {
+KVL_D bool kvl_any_sees(const kvl_sight &s, bool own, uint32_t x_first, uint32_t x_last, uint32_t first,
+                        uint32_t last) {
     uint32_t start = kvl_block_start(s, first), next = start + s.block_tokens;
     uint32_t from = own ? first : next, to = own && x_last >= next ? next - 1 : x_last;
     uint32_t x = x_first > from ? x_first : from; /* the first query that may */
@@ -43,9 +45,11 @@ KVL_D bool kvl_any_sees(const kvl_sight &s, bool own, uint32_t x_first, uint32_t
 }
 
 /* Does every one see all? */
-KVL_D bool kvl_all_see(const kvl_sight &s, bool own, uint32_t x_first, uint32_t x_last, uint32_t first, uint32_t last) {
+KVL_D bool kvl_all_see(const kvl_sight &s, bool own, uint32_t x_first, uint32_t x_last, uint32_t first,
+                       uint32_t last) {
     uint32_t own_start = kvl_block_start(s, x_first);
-    if (own ? first < own_start || last > x_first || x_last - own_start >= s.block_tokens : last >= own_start) return false;
+    if (own ? first < own_start || last > x_first || x_last - own_start >= s.block_tokens : last >= own_start)
+        return false;
     return s.window == 0 || x_last - first < s.window || last < s.sink_tokens;
 }
 
@@ -64,8 +68,10 @@ KVL_D float kvl_tensor_get(const kvli_cu_tensor &t, uint64_t row, uint32_t head,
 }
 KVL_D void kvl_tensor_set(const kvli_cu_tensor &t, uint64_t row, uint32_t head, uint32_t e, float x) {
     uint64_t i = row * t.row_stride + (uint64_t)head * t.head_stride + e;
-    if (t.dtype == KVLI_CU_DTYPE_F32) ((float *)t.data)[i] = x;
-    else ((uint16_t *)t.data)[i] = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
+    if (t.dtype == KVLI_CU_DTYPE_F32)
+        ((float *)t.data)[i] = x;
+    else
+        ((uint16_t *)t.data)[i] = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
 }
 
 /* Packed row p of a span and a KV head: row p / gqa of the span, query head p % gqa of that KV head. */
@@ -73,7 +79,8 @@ struct kvl_row {
     uint64_t tensor_row;
     uint32_t head, position;
 };
-KVL_D kvl_row kvl_row_of(const kvli_cu_attend_args &a, const kvli_cu_span &span, uint32_t kv_head, uint32_t p) {
+KVL_D kvl_row kvl_row_of(const kvli_cu_attend_args &a, const kvli_cu_span &span, uint32_t kv_head,
+                         uint32_t p) {
     uint32_t r = p / a.gqa;
     return kvl_row{(uint64_t)span.first_row + r, kv_head * a.gqa + p % a.gqa, span.position + r};
 }

@@ -50,7 +50,8 @@ KVL_D float kvl_plain_get(const uint8_t *tile, uint32_t format, uint32_t i) {
     return format == KVLI_CU_F32 ? ((const float *)tile)[i] : kvl_bf2f(((const uint16_t *)tile)[i]);
 }
 
-KVL_D void kvl_plain_load_k(const kvl_plain_smem &s, const kvli_cu_attend_args &a, const uint8_t *tile, uint32_t row) {
+KVL_D void kvl_plain_load_k(const kvl_plain_smem &s, const kvli_cu_attend_args &a, const uint8_t *tile,
+                            uint32_t row) {
     for (uint32_t i = threadIdx.x; i < KVLI_CU_UNIT * a.dim; i += KVL_PLAIN_THREADS) {
         s.k[i / a.dim * s.stride + i % a.dim] = kvl_plain_get(tile, a.exact, row * a.dim + i);
     }
@@ -77,12 +78,14 @@ KVL_D float kvl_plain_row_max(float x) {
 }
 KVL_D float kvl_plain_row_sum(float x) {
     KVL_UNROLL
-    for (int lane = 1; lane < KVLI_CU_UNIT; lane *= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, lane));
+    for (int lane = 1; lane < KVLI_CU_UNIT; lane *= 2)
+        x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, lane));
     return x;
 }
 
 /* Steps 1 and 2, for this thread's row and token; max and sum are the row's so far. */
-KVL_D void kvl_plain_scores(const kvl_plain_smem &s, const kvli_cu_attend_args &a, bool sees, float &max, float &sum) {
+KVL_D void kvl_plain_scores(const kvl_plain_smem &s, const kvli_cu_attend_args &a, bool sees, float &max,
+                            float &sum) {
     uint32_t r = threadIdx.x / KVLI_CU_UNIT, t = threadIdx.x % KVLI_CU_UNIT;
     float score = __fmul_rn(kvl_plain_dot(s.q + r * s.stride, s.k + t * s.stride, a.dim), a.scale);
     if (a.softcap != 0) score = __fmul_rn(a.softcap, kvl_tanh(__fdiv_rn(score, a.softcap)));
@@ -96,8 +99,8 @@ KVL_D void kvl_plain_scores(const kvl_plain_smem &s, const kvli_cu_attend_args &
 }
 
 /* Step 3, for this thread's dims; v: the tile's first row of n. */
-KVL_D void kvl_plain_values(const kvl_plain_smem &s, const kvli_cu_attend_args &a, const uint8_t *tile, uint32_t row,
-                            uint32_t n, float out[KVL_PLAIN_ROWS][KVL_PLAIN_DIMS]) {
+KVL_D void kvl_plain_values(const kvl_plain_smem &s, const kvli_cu_attend_args &a, const uint8_t *tile,
+                            uint32_t row, uint32_t n, float out[KVL_PLAIN_ROWS][KVL_PLAIN_DIMS]) {
     KVL_UNROLL
     for (int d = 0; d < KVL_PLAIN_DIMS; d++) {
         uint32_t e = threadIdx.x + d * KVL_PLAIN_THREADS;
@@ -128,7 +131,8 @@ KVL_D void kvl_plain_finish(const kvl_plain_smem &s, const kvli_cu_attend_args &
             if (e >= a.dim) break;
             if (rows.item->partial == KVLI_CU_NONE) {
                 kvl_tensor_set(a.out, row.tensor_row, row.head, e, __fmul_rn(out[r][d], factor));
-            } else a.partial_o[partial * a.dim + e] = out[r][d];
+            } else
+                a.partial_o[partial * a.dim + e] = out[r][d];
         }
         if (rows.item->partial != KVLI_CU_NONE && threadIdx.x == 0) {
             a.partial_ml[2 * partial] = s.max[r];

@@ -58,6 +58,10 @@ template <uint32_t F, uint32_t D> struct kvl_raw {
     static constexpr bool IS_4_BIT = kvl_is_4_bit(F), IS_PER_TOKEN = kvl_is_per_token(F);
     static constexpr bool IS_PER_CHANNEL = kvl_is_per_channel(F);
 
+    KVL_D uint4 times(const uint32_t h[4], uint32_t s) {
+        return make_uint4(kvl_hmul2(h[0], s), kvl_hmul2(h[1], s), kvl_hmul2(h[2], s), kvl_hmul2(h[3], s));
+    }
+
     /* Numbers 8 * piece.. of a unit's row, decoded; K without the scale of its token. */
     KVL_D uint4 decode(const uint8_t *unit, uint32_t row, uint32_t piece, bool is_k) {
         uint32_t h[4];
@@ -79,11 +83,10 @@ template <uint32_t F, uint32_t D> struct kvl_raw {
             return make_uint4(kvl_hfma2(h[0], s, z), kvl_hfma2(h[1], s, z), kvl_hfma2(h[2], s, z),
                               kvl_hfma2(h[3], s, z));
         }
-        uint32_t s;
-        if constexpr (F == KVLI_CU_NVFP4) s = kvl_nvfp4_scales(scales[row * TOKEN + piece / 2] * 0x101u);
-        else if (is_k) return make_uint4(h[0], h[1], h[2], h[3]);
-        else s = kvl_twice(kvl_ld2(scales + row * TOKEN));
-        return make_uint4(kvl_hmul2(h[0], s), kvl_hmul2(h[1], s), kvl_hmul2(h[2], s), kvl_hmul2(h[3], s));
+        if constexpr (F == KVLI_CU_NVFP4)
+            return times(h, kvl_nvfp4_scales(scales[row * TOKEN + piece / 2] * 0x101u));
+        if (is_k) return make_uint4(h[0], h[1], h[2], h[3]);
+        return times(h, kvl_twice(kvl_ld2(scales + row * TOKEN)));
     }
 };
 
@@ -101,7 +104,8 @@ template <class P, uint32_t D> struct kvl_prefill {
     typedef kvl_raw<P::k, D> raw_k;
     typedef kvl_raw<P::v, D> raw_v;
     static constexpr uint32_t RAW_UNIT = raw_k::BYTES + raw_v::BYTES;
-    static_assert(UNITS * RAW_UNIT + STEP * 4 <= 2 * TILE_BYTES || !P::has_packed, "bytes and scales of a step fit");
+    static_assert(UNITS * RAW_UNIT + STEP * 4 <= 2 * TILE_BYTES || !P::has_packed,
+                  "bytes and scales of a step fit");
 
     /* What a thread knows of its warp's rows. In a fragment of a 16 x 8 tile lane 4 g + t has columns 2 t and 2 t + 1 of
        rows g (numbers 0 and 1) and g + 8 (2 and 3); [2] below is these two rows. */
@@ -111,6 +115,9 @@ template <class P, uint32_t D> struct kvl_prefill {
         float factor[TILES][2];             /* what makes a sum of q k a score in base 2; above 0 */
         uint32_t x_first, x_last;           /* of the warp's rows; x_first > x_last: it has none */
     };
+
+    /* threadIdx.x, computed with anew where it stands: what depends on it would fill registers throughout the kernel. */
+    KVL_D uint32_t thread() { return kvl_opaque(threadIdx.x); }
 
     /* ---- shared memory ---- */
 
@@ -123,13 +130,16 @@ template <class P, uint32_t D> struct kvl_prefill {
     KVL_D uint32_t further(uint32_t at, uint32_t pieces) {
         return (at ^ (pieces % GROUP * 16)) + pieces / GROUP * GROUP * 16;
     }
-    KVL_D uint8_t *buffer(uint8_t *smem, uint32_t i) { return smem + Q_BYTES + i * 2 * TILE_BYTES; } /* K, then V */
+    KVL_D uint8_t *buffer(uint8_t *smem, uint32_t i) {
+        return smem + Q_BYTES + i * 2 * TILE_BYTES;
+    } /* K, then V */
     KVL_D float *k_scales(uint8_t *smem) { return (float *)(buffer(smem, 1) + UNITS * RAW_UNIT); }
 
     /* ---- q ---- */
 
     /* Where row r of the item begins in a tensor, in elements. */
-    KVL_D uint64_t row_offset(const kvli_cu_attend_args &a, const kvli_cu_tensor &t, const kvl_rows &rows, uint32_t r) {
+    KVL_D uint64_t row_offset(const kvli_cu_attend_args &a, const kvli_cu_tensor &t, const kvl_rows &rows,
+                              uint32_t r) {
         kvl_row row = kvl_row_of(a, kvl_span_of(a, rows), blockIdx.y, rows.item->row + r);
         return row.tensor_row * t.row_stride + row.head * t.head_stride;
     }
@@ -174,22 +184,25 @@ template <class P, uint32_t D> struct kvl_prefill {
         KVL_UNROLL
         for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(x[i]));
         KVL_UNROLL
-        for (int lane = 1; lane < 32; lane *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
+        for (int lane = 1; lane < 32; lane *= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
         uint32_t bits = __float_as_uint(largest) & 0x7f800000u;
         if (bits == 0) bits = 0x3f800000u;
         return __uint_as_float(bits < 0x7e800000u ? bits : 0x7e800000u);
     }
 
     KVL_D uint32_t pack(float low, float high) {
-        if constexpr (IS_BF16) return kvl_f22bf2(low, high);
-        else return kvl_f22h2(low, high);
+        if constexpr (IS_BF16)
+            return kvl_f22bf2(low, high);
+        else
+            return kvl_f22h2(low, high);
     }
 
-    /* The warp's rows of q to shared memory, and their factors. global: what K's numbers lack. */
-    KVL_D void load_q(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, bool rotated,
-                      float global) {
-        constexpr uint32_t AT_ONCE = 4;
-        uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * WARP_ROWS;
+    /* The warp's rows of q to shared memory, to be read after a barrier, and their factors. global: what K's numbers lack. */
+    KVL_D void load_q(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows,
+                      bool rotated, float global) {
+        constexpr uint32_t AT_ONCE = P::k_rotated ? 2 : 4; /* rows whose reads are under way together */
+        uint32_t lane = thread() % 32, first = thread() / 32 * WARP_ROWS;
         uint32_t size = a.q.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
         bool aligned = ((a.q.data | a.q.row_stride * size | a.q.head_stride * size) & 15) == 0;
         uint64_t mine = row_offset(a, a.q, rows, first + lane); /* of row `lane`, as is: */
@@ -203,7 +216,8 @@ template <class P, uint32_t D> struct kvl_prefill {
                 if (aligned && first + i + j < rows.item->n_rows && lane < PIECES) load8(a.q, from, x[j]);
             }
             KVL_ROLLED
-            for (uint32_t n = aligned ? AT_ONCE * 8 : 0; n < AT_ONCE * 8; n++) { /* rare: small code, not fast */
+            for (uint32_t n = aligned ? AT_ONCE * 8 : 0; n < AT_ONCE * 8;
+                 n++) { /* rare: small code, not fast */
                 uint64_t from = __shfl_sync(0xffffffffu, mine, i + n / 8) + lane * 8 + n % 8;
                 bool here = first + i + n / 8 < rows.item->n_rows && lane < PIECES;
                 float y = here ? kvl_number_at(a.q, from) : 0;
@@ -220,8 +234,8 @@ template <class P, uint32_t D> struct kvl_prefill {
                 for (int e = 0; e < 8; e++) x[j][e] *= inverse;
                 if (lane < PIECES) {
                     kvl_st16(smem + swizzled(first + i + j, lane),
-                             make_uint4(pack(x[j][0], x[j][1]), pack(x[j][2], x[j][3]), pack(x[j][4], x[j][5]),
-                                        pack(x[j][6], x[j][7])));
+                             make_uint4(pack(x[j][0], x[j][1]), pack(x[j][2], x[j][3]),
+                                        pack(x[j][4], x[j][5]), pack(x[j][6], x[j][7])));
                 }
             }
         }
@@ -230,7 +244,6 @@ template <class P, uint32_t D> struct kvl_prefill {
             float p = __shfl_sync(0xffffffffu, power, i * 8 + lane / 4);
             s.factor[i / 2][i % 2] = fmaxf(p * (fabsf(a.scale) * KVL_LOG2E * global), 0x1p-96f);
         }
-        __syncwarp();
     }
 
     /* ---- K and V to shared memory ---- */
@@ -243,7 +256,8 @@ template <class P, uint32_t D> struct kvl_prefill {
             if (i + THREADS * 16 <= BYTES || at < BYTES) kvl_cp_async16(dst + at, src + at, valid);
         }
     }
-    template <class Raw> KVL_D void copy_packed(uint8_t *dst, const uint8_t *tile, uint32_t row, uint32_t T, bool valid) {
+    template <class Raw>
+    KVL_D void copy_packed(uint8_t *dst, const uint8_t *tile, uint32_t row, uint32_t T, bool valid) {
         copy<Raw::ROWS>(dst, tile + row * Raw::ROW, valid);
         const uint8_t *scales = tile + T * Raw::ROW;
         if constexpr (Raw::TOKENS) copy<Raw::TOKENS>(dst + Raw::ROWS, scales + row * Raw::TOKEN, valid);
@@ -263,13 +277,13 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* Exact units. Rows that are absent or not yet written become zeros: a weight of 0 does not take a NaN away. */
     KVL_D void issue_exact(uint8_t *dst, const kvl_step<UNITS> &step, uint32_t T, uint32_t written) {
-        uint32_t thread = kvl_opaque(threadIdx.x);
+        const uint32_t me = thread();
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
             uint32_t token = step.token + u * KVLI_CU_UNIT, row = token % T, end = step.has(u) ? written : 0;
             KVL_UNROLL
             for (uint32_t i = 0; i < KVLI_CU_UNIT * PIECES; i += THREADS) {
-                uint32_t at = i + thread, r = at / PIECES;
+                uint32_t at = i + me, r = at / PIECES;
                 if (at >= KVLI_CU_UNIT * PIECES) break;
                 uint32_t to = swizzled(u * KVLI_CU_UNIT + r, at % PIECES), from = row * D * 2 + at * 16;
                 kvl_cp_async16(dst + to, step.tiles[u].k + from, token + r < end);
@@ -280,18 +294,19 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* All threads: the bytes in buffer 1 -> f16 tiles in buffer 0. */
     KVL_D void decode(uint8_t *smem) {
+        const uint32_t me = thread();
         uint8_t *to = buffer(smem, 0);
         const uint8_t *raw = buffer(smem, 1);
-        for (uint32_t i = threadIdx.x; i < STEP * PIECES; i += THREADS) {
+        for (uint32_t i = me; i < STEP * PIECES; i += THREADS) {
             uint32_t row = i / PIECES, piece = i % PIECES;
             const uint8_t *unit = raw + row / KVLI_CU_UNIT * RAW_UNIT;
             kvl_st16(to + swizzled(row, piece), raw_k::decode(unit, row % KVLI_CU_UNIT, piece, true));
             kvl_st16(to + TILE_BYTES + swizzled(row, piece),
                      raw_v::decode(unit + raw_k::BYTES, row % KVLI_CU_UNIT, piece, false));
         }
-        if (raw_k::IS_PER_TOKEN && threadIdx.x < STEP) {
-            const uint8_t *unit = raw + threadIdx.x / KVLI_CU_UNIT * RAW_UNIT + raw_k::ROWS;
-            k_scales(smem)[threadIdx.x] = kvl_h2f(kvl_ld2(unit + threadIdx.x % KVLI_CU_UNIT * 2));
+        if (raw_k::IS_PER_TOKEN && me < STEP) {
+            const uint8_t *unit = raw + me / KVLI_CU_UNIT * RAW_UNIT + raw_k::ROWS;
+            k_scales(smem)[me] = kvl_h2f(kvl_ld2(unit + me % KVLI_CU_UNIT * 2));
         }
     }
 
@@ -299,18 +314,22 @@ template <class P, uint32_t D> struct kvl_prefill {
     typedef float scores[TILES][STEP / 8][4];
 
     KVL_D void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-        if constexpr (IS_BF16) kvl_mma_bf16(c, a, b);
-        else kvl_mma_f16(c, a, b);
+        if constexpr (IS_BF16)
+            kvl_mma_bf16(c, a, b);
+        else
+            kvl_mma_f16(c, a, b);
     }
 
     KVL_D void q_times_k(scores &c, const uint8_t *q, const uint8_t *k) {
-        uint32_t lane = kvl_opaque(threadIdx.x % 32);
-        uint32_t q_at = swizzled(lane % 16, lane / 16), k_at = swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        uint32_t lane = thread() % 32;
+        uint32_t q_at = swizzled(lane % 16, lane / 16),
+                 k_at = swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         KVL_UNROLL
         for (uint32_t d = 0; d < D / 16; d++) {
             uint32_t qf[TILES][4];
             KVL_UNROLL
-            for (uint32_t m = 0; m < TILES; m++) kvl_ldmatrix_x4(qf[m], q + further(q_at, 2 * d) + m * 16 * D * 2);
+            for (uint32_t m = 0; m < TILES; m++)
+                kvl_ldmatrix_x4(qf[m], q + further(q_at, 2 * d) + m * 16 * D * 2);
             KVL_UNROLL
             for (uint32_t u = 0; u < UNITS; u++) {
                 uint32_t kf[4];
@@ -325,7 +344,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     KVL_D void p_times_v(state &s, const uint32_t p[TILES][UNITS][4], const uint8_t *v) {
-        uint32_t lane = kvl_opaque(threadIdx.x % 32), v_at = swizzled(lane % 16, lane / 16);
+        uint32_t lane = thread() % 32, v_at = swizzled(lane % 16, lane / 16);
         KVL_UNROLL
         for (uint32_t u = 0; u < UNITS; u++) {
             KVL_UNROLL
@@ -354,8 +373,10 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     KVL_D void scale_tokens(scores &c, const float *k_scale) {
-        uint32_t t = threadIdx.x % 4;
-        each(c, [&](float &x, uint32_t, uint32_t, uint32_t n, uint32_t column) { x *= k_scale[8 * n + 2 * t + column]; });
+        uint32_t t = thread() % 4;
+        each(c, [&](float &x, uint32_t, uint32_t, uint32_t n, uint32_t column) {
+            x *= k_scale[8 * n + 2 * t + column];
+        });
     }
 
     /* softcap * tanh(score / softcap) as 1 - 2 / (1 + e^2x): an error of 2^-23 of softcap, where sums are no better. What
@@ -373,13 +394,14 @@ template <class P, uint32_t D> struct kvl_prefill {
         }
     }
 
-    KVL_D void hide(scores &c, const kvli_cu_attend_args &a, const kvl_rows &rows, const kvl_step<UNITS> &step) {
-        uint32_t x[TILES * 2], first = threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / 4;
+    KVL_D void hide(scores &c, const kvli_cu_attend_args &a, const kvl_rows &rows,
+                    const kvl_step<UNITS> &step) {
+        uint32_t x[TILES * 2], first = thread() / 32 * WARP_ROWS + thread() % 32 / 4;
         KVL_UNROLL
         for (uint32_t r = 0; r < TILES * 2; r++) x[r] = kvl_position(a, rows, first + r * 8);
         KVL_UNROLL
         for (uint32_t n = 0; n < STEP / 4; n++) {
-            uint32_t token = step.token + n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
+            uint32_t token = step.token + n / 2 * 8 + thread() % 4 * 2 + n % 2;
             kvl_range by = kvl_seen_by(rows.sight, step.own(), step.has(n / 4) ? token : KVL_NO_TOKEN);
             KVL_UNROLL
             for (uint32_t r = 0; r < TILES * 2; r++) {
@@ -394,7 +416,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         bool raised = false;
         KVL_UNROLL
         for (uint32_t r = 0; r < TILES * 2; r++) top[r / 2][r % 2] = -INFINITY;
-        each(c, [&](float &x, uint32_t m, uint32_t h, uint32_t, uint32_t) { top[m][h] = fmaxf(top[m][h], x); });
+        each(c,
+             [&](float &x, uint32_t m, uint32_t h, uint32_t, uint32_t) { top[m][h] = fmaxf(top[m][h], x); });
         KVL_UNROLL
         for (uint32_t r = 0; r < TILES * 2; r++) {
             float x = top[r / 2][r % 2], &max = s.max[r / 2][r % 2];
@@ -420,7 +443,7 @@ template <class P, uint32_t D> struct kvl_prefill {
         if (s.x_first > s.x_last || !kvl_step_any_sees(rows.sight, step, s.x_first, s.x_last)) return;
         const uint8_t *k = buffer(smem, from);
         scores c = {};
-        q_times_k(c, smem + threadIdx.x / 32 * WARP_ROWS * D * 2, k);
+        q_times_k(c, smem + thread() / 32 * WARP_ROWS * D * 2, k);
         if (raw_k::IS_PER_TOKEN && packed) scale_tokens(c, k_scales(smem));
         if (a.softcap != 0) cap(c, s, a.softcap);
         if (!kvl_step_all_see(rows.sight, step, s.x_first, s.x_last)) hide(c, a, rows, step);
@@ -438,15 +461,16 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* The warp's quarter of all shared memory holds its rows of O as f32. */
     static_assert(Q_BYTES + 4 * TILE_BYTES == KVLI_CU_PREFILL_WARPS * WARP_ROWS * D * 4, "all shared memory");
-    KVL_D float *quarter(uint8_t *smem) { return (float *)smem + threadIdx.x / 32 * WARP_ROWS * D; }
+    KVL_D float *quarter(uint8_t *smem) { return (float *)smem + thread() / 32 * WARP_ROWS * D; }
 
     /* Calls body(pair of numbers of O, their place in the quarter). */
     template <class Body> KVL_D void each_pair(state &s, uint8_t *smem, Body &&body) {
-        float *mine = quarter(smem) + threadIdx.x % 32 / 4 * D + threadIdx.x % 4 * 2;
+        float *mine = quarter(smem) + thread() % 32 / 4 * D + thread() % 4 * 2;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
             KVL_UNROLL
-            for (uint32_t j = 0; j < D / 8; j++) body(&s.o[i / 2][j][i % 2 * 2], (float2 *)(mine + i * 8 * D + 8 * j));
+            for (uint32_t j = 0; j < D / 8; j++)
+                body(&s.o[i / 2][j][i % 2 * 2], (float2 *)(mine + i * 8 * D + 8 * j));
         }
     }
     KVL_D void o_to_quarter(state &s, uint8_t *smem) {
@@ -458,7 +482,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     /* The rotation of values undone, a row at a time. */
     KVL_D void unrotate(state &s, uint8_t *smem) {
         o_to_quarter(s, smem);
-        uint32_t lane = threadIdx.x % 32;
+        uint32_t lane = thread() % 32;
         KVL_ROLLED
         for (uint32_t r = 0; r < WARP_ROWS; r++) {
             float x[8] = {}, *at = quarter(smem) + r * D + lane * 8;
@@ -486,13 +510,16 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     /* 8 numbers, times factor, to element `at` on of an array. */
-    KVL_D void store8(uint64_t data, uint64_t at, uint32_t dtype, bool aligned, const float *from, float factor) {
+    KVL_D void store8(uint64_t data, uint64_t at, uint32_t dtype, bool aligned, const float *from,
+                      float factor) {
         if (!aligned) {
             KVL_ROLLED
             for (int i = 0; i < 8; i++) {
                 float x = from[i] * factor;
-                if (dtype == KVLI_CU_DTYPE_F32) ((float *)data)[at + i] = x;
-                else ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
+                if (dtype == KVLI_CU_DTYPE_F32)
+                    ((float *)data)[at + i] = x;
+                else
+                    ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
             }
             return;
         }
@@ -504,7 +531,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (int i = 0; i < 8; i++) {
             w[i] = __float_as_uint(x[i]);
             if (dtype != KVLI_CU_DTYPE_F32 && i < 4) {
-                w[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(x[2 * i], x[2 * i + 1]) : kvl_f22bf2(x[2 * i], x[2 * i + 1]);
+                w[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(x[2 * i], x[2 * i + 1])
+                                                  : kvl_f22bf2(x[2 * i], x[2 * i + 1]);
             }
         }
         uint8_t *to = (uint8_t *)data + at * (dtype == KVLI_CU_DTYPE_F32 ? 4 : 2);
@@ -515,13 +543,16 @@ template <class P, uint32_t D> struct kvl_prefill {
     /* The warp's rows from its quarter to out or to partial results. factor: of row `lane`. */
     KVL_D void write_rows(uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, float factor) {
         bool partial = rows.item->partial != KVLI_CU_NONE;
-        uint32_t first = threadIdx.x / 32 * WARP_ROWS, dtype = partial ? (uint32_t)KVLI_CU_DTYPE_F32 : a.out.dtype;
+        uint32_t first = thread() / 32 * WARP_ROWS,
+                 dtype = partial ? (uint32_t)KVLI_CU_DTYPE_F32 : a.out.dtype;
         uint32_t size = dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
-        bool aligned = partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
-        uint64_t data = partial ? (uint64_t)a.partial_o : a.out.data, mine = row_offset(a, a.out, rows, first + threadIdx.x % 32);
-        if (partial) mine = kvl_partial_number(a, *rows.item, first + threadIdx.x % 32) * D;
+        bool aligned =
+            partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
+        uint64_t data = partial ? (uint64_t)a.partial_o : a.out.data,
+                 mine = row_offset(a, a.out, rows, first + thread() % 32);
+        if (partial) mine = kvl_partial_number(a, *rows.item, first + thread() % 32) * D;
         KVL_ROLLED
-        for (uint32_t i = threadIdx.x % 32; i < WARP_ROWS * PIECES; i += 32) {
+        for (uint32_t i = thread() % 32; i < WARP_ROWS * PIECES; i += 32) {
             uint32_t r = i / PIECES, e = i % PIECES * 8;
             uint64_t at = __shfl_sync(0xffffffffu, mine, r) + e;
             float f = __shfl_sync(0xffffffffu, factor, r);
@@ -534,8 +565,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         float x = 0;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
-            float y = __shfl_sync(0xffffffffu, of[i / 2][i % 2], threadIdx.x % 8 * 4);
-            if (threadIdx.x % 32 / 8 == i) x = y;
+            float y = __shfl_sync(0xffffffffu, of[i / 2][i % 2], thread() % 8 * 4);
+            if (thread() % 32 / 8 == i) x = y;
         }
         return x;
     }
@@ -548,7 +579,7 @@ template <class P, uint32_t D> struct kvl_prefill {
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         }
         float max = of_row(s.max), sum = of_row(s.sum), factor = 1;
-        uint32_t lane = threadIdx.x % 32, r = threadIdx.x / 32 * WARP_ROWS + lane;
+        uint32_t lane = thread() % 32, r = thread() / 32 * WARP_ROWS + lane;
         if (rows.item->partial == KVLI_CU_NONE) {
             uint32_t head = blockIdx.y * a.gqa + (rows.item->row + r) % a.gqa;
             factor = kvl_output_factor(a, head, max, sum);
@@ -563,7 +594,7 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* ---- all of it ---- */
     KVL_D void start(state &s, const kvli_cu_attend_args &a, const kvl_rows &rows) {
-        uint32_t first = threadIdx.x / 32 * WARP_ROWS;
+        uint32_t first = thread() / 32 * WARP_ROWS;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
         KVL_UNROLL
@@ -581,7 +612,8 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 
     /* All steps over one kind of blocks. False: there were none. */
-    KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, kvl_walk_kind kind) {
+    KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows,
+                    kvl_walk_kind kind) {
         const bool packed = P::has_packed && kind == KVL_WALK_PACKED;
         const uint32_t written = kvl_written(a, rows);
         uint32_t from = 0; /* buffer of the step that is computed */
@@ -619,7 +651,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (uint32_t kind = P::has_packed ? KVL_WALK_PACKED : KVL_WALK_ALL;;) {
             bool packed = kind == KVL_WALK_PACKED;
             float global = P::k == KVLI_CU_NVFP4 && packed ? a.k_global * KVL_NVFP4_FACTOR : 1;
-            if (kind != KVL_WALK_EXACT || P::k_rotated || P::v_rotated) load_q(s, smem, a, rows, packed, global);
+            if (kind != KVL_WALK_EXACT || P::k_rotated || P::v_rotated)
+                load_q(s, smem, a, rows, packed, global);
             bool some = walk(s, smem, a, rows, (kvl_walk_kind)kind);
             if (!P::has_packed || !packed) break;
             if (some) finish_packed(s, smem, a.v_global);
@@ -630,18 +663,18 @@ template <class P, uint32_t D> struct kvl_prefill {
     }
 };
 
-#define KVL_PREFILL(preset, dim)                                                                                       \
-    KVL_KERNEL(kvl_prefill_##preset##_d##dim, 32 * KVLI_CU_PREFILL_WARPS, 2, kvli_cu_attend_args) {                    \
-        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::exact != KVLI_CU_BF16) {                                 \
-            kvl_prefill<kvl_preset_##preset, dim>::run(a);                                                             \
-        }                                                                                                              \
+#define KVL_PREFILL(preset, dim)                                                                    \
+    KVL_KERNEL(kvl_prefill_##preset##_d##dim, 32 * KVLI_CU_PREFILL_WARPS, 2, kvli_cu_attend_args) { \
+        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::exact != KVLI_CU_BF16) {              \
+            kvl_prefill<kvl_preset_##preset, dim>::run(a);                                          \
+        }                                                                                           \
     }
-#define KVL_PREFILL_DIMS(preset)                                                                                       \
-    KVL_PREFILL(preset, 64)                                                                                            \
-    KVL_PREFILL(preset, 80)                                                                                            \
-    KVL_PREFILL(preset, 96)                                                                                            \
-    KVL_PREFILL(preset, 128)                                                                                           \
-    KVL_PREFILL(preset, 192)                                                                                           \
+#define KVL_PREFILL_DIMS(preset) \
+    KVL_PREFILL(preset, 64)      \
+    KVL_PREFILL(preset, 80)      \
+    KVL_PREFILL(preset, 96)      \
+    KVL_PREFILL(preset, 128)     \
+    KVL_PREFILL(preset, 192)     \
     KVL_PREFILL(preset, 256)
 KVL_PREFILL_DIMS(f16)
 KVL_PREFILL_DIMS(bf16)

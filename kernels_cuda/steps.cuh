@@ -14,7 +14,9 @@ struct kvl_rows {
     kvl_sight sight;
 };
 
-KVL_D const kvli_cu_span &kvl_span_of(const kvli_cu_attend_args &a, const kvl_rows &r) { return a.spans[r.item->span]; }
+KVL_D const kvli_cu_span &kvl_span_of(const kvli_cu_attend_args &a, const kvl_rows &r) {
+    return a.spans[r.item->span];
+}
 /* Of row i of the item. */
 KVL_D uint32_t kvl_position(const kvli_cu_attend_args &a, const kvl_rows &r, uint32_t i) {
     return kvl_span_of(a, r).position + (r.item->row + i) / a.gqa;
@@ -75,25 +77,29 @@ template <uint32_t UNITS> struct kvl_step {
     KVL_MEMBER bool own() const { return flags & KVL_STEP_OWN; }
     KVL_MEMBER bool has(uint32_t unit) const { return flags >> unit & 1; }
 
-    uint32_t token; /* position of the first, a multiple of 16 * UNITS */
-    uint32_t flags; /* bit u: unit u is there; KVL_STEP_OWN; 0: there is no step */
+    uint32_t token;         /* position of the first, a multiple of 16 * UNITS */
+    uint32_t flags;         /* bit u: unit u is there; KVL_STEP_OWN; 0: there is no step */
     kvl_tiles tiles[UNITS]; /* of the blocks of units that are there */
 };
 
 /* Does a query at one of the positions see some of a step's tokens? Do all see all? */
 template <uint32_t UNITS>
-KVL_D bool kvl_step_any_sees(const kvl_sight &s, const kvl_step<UNITS> &step, uint32_t x_first, uint32_t x_last) {
+KVL_D bool kvl_step_any_sees(const kvl_sight &s, const kvl_step<UNITS> &step, uint32_t x_first,
+                             uint32_t x_last) {
     uint32_t size = min(UNITS * KVLI_CU_UNIT, s.block_tokens), token = step.token;
     bool any = step.has(0) && kvl_any_sees(s, step.own(), x_first, x_last, token, token + size - 1);
     if (UNITS == 1 || s.block_tokens > KVLI_CU_UNIT) return any;
-    return any || (step.has(1) && kvl_any_sees(s, step.own(), x_first, x_last, token + size, token + 2 * size - 1));
+    return any ||
+           (step.has(1) && kvl_any_sees(s, step.own(), x_first, x_last, token + size, token + 2 * size - 1));
 }
 template <uint32_t UNITS>
-KVL_D bool kvl_step_all_see(const kvl_sight &s, const kvl_step<UNITS> &step, uint32_t x_first, uint32_t x_last) {
+KVL_D bool kvl_step_all_see(const kvl_sight &s, const kvl_step<UNITS> &step, uint32_t x_first,
+                            uint32_t x_last) {
     uint32_t size = min(UNITS * KVLI_CU_UNIT, s.block_tokens), token = step.token;
     bool all = step.has(0) && kvl_all_see(s, step.own(), x_first, x_last, token, token + size - 1);
     if (UNITS == 1 || s.block_tokens > KVLI_CU_UNIT) return all;
-    return all && step.has(1) && kvl_all_see(s, step.own(), x_first, x_last, token + size, token + 2 * size - 1);
+    return all && step.has(1) &&
+           kvl_all_see(s, step.own(), x_first, x_last, token + size, token + 2 * size - 1);
 }
 
 /* First the blocks of the table, then the own ones; of one class, or all. */
@@ -108,7 +114,8 @@ struct kvl_walk {
 /* From an even block, as two of 16 tokens may be one step. */
 KVL_D kvl_walk kvl_walk_start(const kvl_rows &r) { return kvl_walk{false, r.item->begin & ~1u, 0, 0}; }
 
-KVL_D uint64_t kvl_walk_entry(const kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, uint32_t block) {
+KVL_D uint64_t kvl_walk_entry(const kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r,
+                              uint32_t block) {
     const kvli_cu_span &span = kvl_span_of(a, r);
     return a.entries[w.own ? span.own + block - span.first_own : span.table + block];
 }
@@ -143,7 +150,7 @@ KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_ro
     s.flags = (pair ? w.bits >> lane & 3 : 3) | (w.own ? KVL_STEP_OWN : 0);
     KVL_UNROLL
     for (uint32_t u = 0; u < UNITS; u++) {
-        if (u > 0) s.tiles[u] = s.tiles[u - 1];
+        s.tiles[u] = u > 0 ? s.tiles[u - 1] : kvl_tiles{nullptr, nullptr};
         if (u > 0 && !pair) break;
         if (s.has(u)) s.tiles[u] = kvl_tiles_of(a.pages, kvl_walk_entry(w, a, r, block + u), blockIdx.y);
     }
@@ -158,6 +165,7 @@ KVL_D void kvl_walk_take(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_ro
 template <uint32_t UNITS>
 KVL_D void kvl_walk_step(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r, kvl_walk_kind kind,
                          kvl_step<UNITS> &s) {
+    s.token = KVL_NO_TOKEN;
     s.flags = 0;
     do {
         if (w.bits) {

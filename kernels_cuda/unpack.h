@@ -1,10 +1,11 @@
 /* How the kernels stand in the generated kvlite_cuda_kernels.h, and how they are taken out. C99 and C++; the text of this
    file stands in the generated header, before the kernels.
 
-   A part is one architecture's: a cubin, or PTX with a 0 after it; both as cuModuleLoadData takes them. It is a raw LZMA1
-   stream (lc, lp and pb as in the part), in text: a digit is a character c of value c - 35, less 1 if c > '?', less 1 if
-   c > '\\': 0..84. Five digits, the first the most significant, are a number in base 85: four bytes, the first the
-   most significant. A part begins with a string; its strings follow one another. */
+   A part is one architecture's: a cubin, or PTX with a 0 after it; both as cuModuleLoadData takes them. Parts that are much
+   alike stand one after another in a raw LZMA1 stream (lc, lp and pb as in the part). A stream is text: a digit is a
+   character c of value c - 35, less 1 if c > '?', less 1 if c > '\\': 0..84. Five digits, the first the most
+   significant, are a number in base 85: four bytes, the first the most significant. A stream begins with a string; its
+   strings follow one another. */
 #ifndef KVLI_CUDA_UNPACK_H
 #define KVLI_CUDA_UNPACK_H
 #include <stddef.h>
@@ -13,8 +14,9 @@
 typedef struct kvli_cu_part {
     uint32_t arch; /* 10 * major + minor */
     uint32_t ptx;
-    uint32_t chunk;        /* its first string */
-    uint32_t packed_bytes; /* equal to raw_bytes: not compressed */
+    uint32_t chunk;        /* its stream's first string */
+    uint32_t packed_bytes; /* of the stream; equal to before + raw_bytes: not compressed */
+    uint32_t before;       /* bytes of other parts that come before it in the stream */
     uint32_t raw_bytes;
     uint32_t lc, lp, pb; /* lc + lp <= 4 */
 } kvli_cu_part;
@@ -178,7 +180,7 @@ static inline uint32_t kvli_cu_match(kvli_cu_unpacker *u, uint16_t *p, uint32_t 
 }
 
 static inline int kvli_cu_unlzma(kvli_cu_unpacker *u, const kvli_cu_part *part, uint8_t *out, uint16_t *p) {
-    uint32_t n = part->raw_bytes, at = 0, state = 0, rep[4] = {0, 0, 0, 0};
+    uint32_t n = part->before + part->raw_bytes, at = 0, state = 0, rep[4] = {0, 0, 0, 0};
     for (uint32_t i = 0; i < KVLI_CU_UNPACK_PROBS; i++) p[i] = 1024;
     u->range = 0xffffffffu;
     for (int i = 0; i < 5; i++) u->code = u->code << 8 | kvli_cu_next_byte(u);
@@ -200,14 +202,15 @@ static inline int kvli_cu_unlzma(kvli_cu_unpacker *u, const kvli_cu_part *part, 
     return !u->damaged;
 }
 
-/* Writes raw_bytes bytes to `out`; probs [KVLI_CU_UNPACK_PROBS]. False: the text is damaged. */
+/* Writes before + raw_bytes bytes to `out`, the part's the last of them; probs [KVLI_CU_UNPACK_PROBS]. False: the text
+   is damaged. */
 static inline int kvli_cu_unpack_part(const char *const *image, const kvli_cu_part *part, uint8_t *out,
                                       uint16_t *probs) {
     kvli_cu_unpacker u = {NULL, "", 0, 0, 0, 0, 0, 0};
     u.chunk = image + part->chunk;
     u.left = part->packed_bytes;
-    if (part->packed_bytes != part->raw_bytes) return kvli_cu_unlzma(&u, part, out, probs);
-    for (uint32_t i = 0; i < part->raw_bytes; i++) out[i] = (uint8_t)kvli_cu_next_byte(&u);
+    if (part->packed_bytes != part->before + part->raw_bytes) return kvli_cu_unlzma(&u, part, out, probs);
+    for (uint32_t i = 0; i < part->packed_bytes; i++) out[i] = (uint8_t)kvli_cu_next_byte(&u);
     return !u.damaged;
 }
 

@@ -168,17 +168,16 @@ def main_loop(code, mmas, lane_bytes):
 
 def collect(args):
     records = []
-    targets = sorted({m.group(1) for n in os.listdir(args.work) if (m := re.search(r"\.sm_(\w+)\.cubin\.log$", n))})
+    targets = [arch for arch, _ in kernels.ARCHS if os.path.exists(kernels.object_path(args.work, "kernels", "sm_" + arch))]
     reports = {}
     for arch in targets:
-        for name in sorted(os.listdir(args.work)):
-            if name.endswith(".sm_%s.cubin.log" % arch):
-                for kernel, stack, spill, registers, static in kernels.ptxas_report(kernels.read(os.path.join(args.work, name))):
-                    if registers:
-                        reports[kernel, arch] = stack, spill, registers, static
+        report = kernels.read(kernels.object_path(args.work, "kernels", "sm_" + arch) + ".log")
+        for kernel, stack, spill, registers, static in kernels.ptxas_report(report):
+            if registers:
+                reports[kernel, arch] = stack, spill, registers, static
     names = sorted({k for k, _ in reports if k.startswith("kvl_") and all(n in k for n in args.names)})
     shape = shapes(names)
-    sass = {arch: instructions(os.path.join(args.work, "linked.sm_%s.cubin" % arch), args.bin) for arch in DEVICES if arch in targets}
+    sass = {arch: instructions(kernels.object_path(args.work, "kernels", "sm_" + arch), args.bin) for arch in DEVICES if arch in targets}
     for kernel in names:
         family, _, dim, rows = parse(kernel)
         threads, smem, unit, row_bytes = shape[kernel]

@@ -24,8 +24,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = "kernels_cuda"
 HEADER = SOURCES + "/kvlite_cuda_kernels.h"
 # (cubin, the PTX that it is made from): the code paths of the kernels are those of 75, 80, 89 and 90. A cubin runs on later
-# minors of its major: 80 on 86 and 87, 100f and 120f on their whole family.
-ARCHS = [("75", "75"), ("80", "80"), ("89", "89"), ("90", "90"), ("100f", "90"), ("120f", "90")]
+# minors of its major: 80 on 86 and 87, 100f and 120f on their whole family. They are one compressed stream, of which a device
+# unpacks what comes before its own: the likeliest stand first.
+ARCHS = [("89", "89"), ("80", "80"), ("120f", "90"), ("90", "90"), ("75", "75"), ("100f", "90")]
 PTX = "90"  # for what comes after; only the commonest head dims, since it would be as large as four cubins
 PTX_LEAVES_OUT = re.compile(r"_d(80|96|192|256)(_|$)")
 SINCE = {"100f": (12, 9), "120f": (12, 9)}  # the first nvcc that knows it
@@ -64,7 +65,7 @@ def decode(text, size):
 
 def lzma_filter(bits):
     lc, lp, pb = bits
-    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb, "dict_size": 1 << 24}]
+    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb, "dict_size": 1 << 26}]
 
 
 def unpack(header):
@@ -73,11 +74,14 @@ def unpack(header):
     begin = text.index("kvli_cu_image[] = {")
     chunks = re.findall(r'^"([^"]*)",$', text[begin:text.index("\n0};", begin)], re.M)
     begin = text.index("kvli_cu_parts[] = {")
+    streams = {}
     for line in re.findall(r"^    \{(.*)\},$", text[begin:text.index("};", begin)], re.M):
-        arch, ptx, chunk, packed, raw, *bits = (int(v) for v in line.split(", "))
-        digits = (packed + 3) // 4 * 5
-        data = decode("".join(chunks[chunk:chunk + (digits + CHUNK - 1) // CHUNK]), packed)
-        yield arch, ptx, lzma.decompress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))[:raw]
+        arch, ptx, chunk, packed, before, raw, *bits = (int(v) for v in line.split(", "))
+        if chunk not in streams:
+            digits = (packed + 3) // 4 * 5
+            data = decode("".join(chunks[chunk:chunk + (digits + CHUNK - 1) // CHUNK]), packed)
+            streams[chunk] = lzma.decompress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))
+        yield arch, ptx, streams[chunk][before:before + raw]
 
 
 def constant(text, name):
@@ -164,16 +168,25 @@ def compile_ptx(kit, name, arch, work):
     out = object_path(work, name, target)
     texts = [read(os.path.join(SOURCES, n)) for n in sorted(with_includes(name, set()))]
     make(kit, out, "".join(texts),
-         [kit.nvcc, *FLAGS, "-arch=" + target, "-ptx", "-rdc=true", "%s/%s" % (SOURCES, name), "-o", out],
+         [kit.nvcc, *FLAGS, "-arch=" + target, "-ptx", "%s/%s" % (SOURCES, name), "-o", out],
          "%s %s" % (name, target))
     return out
 
 
-def assemble(kit, name, arch, ptx, work):
-    """A relocatable cubin; returns ptxas' report."""
-    out = object_path(work, name, "sm_" + arch)
-    return make(kit, out, read(ptx), [kit.tool("ptxas"), "-c", "-v", "-arch=sm_" + arch, ptx, "-o", out],
-                "%s sm_%s" % (name, arch))
+def join(front, work):
+    """All files' PTX as one, which makes one cubin. (Linked from relocatable ones, kernels would spill registers.)"""
+    out = object_path(work, "kernels", "compute_" + front)
+    text = join_ptx([object_path(work, n, "compute_" + front) for n in source_files() if n.endswith(".cu")])
+    if not os.path.exists(out) or read(out) != text:
+        with open(out, "w", encoding="utf-8") as f:
+            f.write(text)
+    return out
+
+
+def assemble(kit, arch, ptx, work):
+    """Returns ptxas' report."""
+    out = object_path(work, "kernels", "sm_" + arch)
+    return make(kit, out, read(ptx), [kit.tool("ptxas"), "-v", "-arch=sm_" + arch, ptx, "-o", out], "sm_" + arch)
 
 
 def ptxas_report(text):
@@ -192,22 +205,22 @@ def ptxas_report(text):
 
 
 def compile_all(kit, work, jobs):
-    """reports[arch][file], everything compiled that changed"""
+    """{arch: ptxas' report}, everything compiled that changed"""
     os.makedirs(work, exist_ok=True)
     files = [n for n in source_files() if n.endswith(".cu")]
     files.sort(key=lambda n: -os.path.getsize(os.path.join(SOURCES, n)))  # the longest first
     fronts = sorted({front for _, front in kit.archs} | {PTX}, key=int)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        ptx = {(f, front): pool.submit(compile_ptx, kit, f, front, work) for f in files for front in fronts}
-        todo = {(arch, f): pool.submit(lambda f, arch, front: assemble(kit, f, arch, ptx[f, front].result(), work),
-                                       f, arch, front) for f in files for arch, front in kit.archs}
         try:
-            reports = {arch: {f: todo[arch, f].result() for f in files} for arch, _ in kit.archs}
+            for done in [pool.submit(compile_ptx, kit, f, front, work) for f in files for front in fronts]:
+                done.result()
+            ptx = {front: join(front, work) for front in fronts}
+            todo = {arch: pool.submit(assemble, kit, arch, ptx[front], work) for arch, front in kit.archs}
+            reports = {arch: todo[arch].result() for arch in todo}
         except SystemExit:
             pool.shutdown(cancel_futures=True)
             raise
-    spills = sorted({"%s on sm_%s spills %d bytes" % (name, arch, spill)
-                     for arch, by_file in reports.items() for text in by_file.values()
+    spills = sorted({"%s on sm_%s spills %d bytes" % (name, arch, spill) for arch, text in reports.items()
                      for name, _, spill, _, _ in ptxas_report(text) if spill})
     if spills:
         fail("registers are spilled:\n  " + "\n  ".join(spills))
@@ -236,23 +249,13 @@ def join_ptx(paths, leave_out=None):
     return head.lstrip() + "\n".join(body) + "\n"
 
 
-def link(kit, work, reports):
-    """[(arch, is it PTX, bytes)]: for each architecture its cubins as one, and the PTX."""
-    names = [n for n in source_files() if n.endswith(".cu")]
+def parts_of(kit, work):
+    """[(arch, is it PTX, bytes)]"""
     parts = []
     for arch, _ in kit.archs:
-        out = object_path(work, "linked", "sm_" + arch)
-        kit.run([kit.tool("nvlink"), "-arch=sm_" + arch, *[object_path(work, n, "sm_" + arch) for n in names],
-                 "-o", out])
-        with open(out, "rb") as f:
-            code = f.read()
-        for kernel in (k for text in reports[arch].values() for k, *_ in ptxas_report(text)):
-            if b".text.%s\0" % kernel.encode() not in code:
-                fail("%s is not in what nvlink made for sm_%s" % (kernel, arch))
-        parts.append((int(arch.rstrip("f")), 0, code))
-    ptx = join_ptx([object_path(work, n, "compute_" + PTX) for n in names], PTX_LEAVES_OUT)
-    with open(object_path(work, "joined", "compute_" + PTX), "w", encoding="utf-8") as f:
-        f.write(ptx)
+        with open(object_path(work, "kernels", "sm_" + arch), "rb") as f:
+            parts.append((int(arch.rstrip("f")), 0, f.read()))
+    ptx = join_ptx([object_path(work, n, "compute_" + PTX) for n in source_files() if n.endswith(".cu")], PTX_LEAVES_OUT)
     return parts + [(int(PTX), 1, ptx.encode() + b"\0")]
 
 
@@ -281,11 +284,14 @@ static const char *const kvli_cu_image[] = {
 """
 
 
-def pack(part):
-    """How it is compressed, and the bytes: instructions stand at multiples of 16."""
-    _, ptx, data = part
-    bits = (3, 0, 0) if ptx else (0, 4, 4)
-    return bits, lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filter(bits))
+def streams_of(parts):
+    """Code, then PTX: with the (lc, lp, pb) of LZMA that suit it; instructions stand at multiples of 16."""
+    return [((0, 4, 4), [p for p in parts if not p[1]]), ((3, 0, 0), [p for p in parts if p[1]])]
+
+
+def pack(stream):
+    bits, parts = stream
+    return lzma.compress(b"".join(data for _, _, data in parts), lzma.FORMAT_RAW, filters=lzma_filter(bits))
 
 
 def sum_of(parts):
@@ -293,10 +299,14 @@ def sum_of(parts):
 
 
 def header_text(kit, parts, jobs):
-    chunks, table = [], []
+    chunks, table, streams = [], [], streams_of(parts)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for (arch, ptx, data), (bits, packed) in zip(parts, pool.map(pack, parts)):
-            table.append("    {%d, %d, %d, %d, %d, %d, %d, %d}," % (arch, ptx, len(chunks), len(packed), len(data), *bits))
+        for (bits, members), packed in zip(streams, pool.map(pack, streams)):
+            before = 0
+            for arch, ptx, data in members:
+                numbers = arch, ptx, len(chunks), len(packed), before, len(data), *bits
+                table.append("    {%s}," % ", ".join(str(n) for n in numbers))
+                before += len(data)
             text = encode(packed)
             chunks += ['"%s",' % text[i:i + CHUNK] for i in range(0, len(text), CHUNK)]
     return TEXT % {"version": kit.version, "archs": ", ".join("sm_" + a for a, _ in kit.archs), "ptx": PTX,
@@ -310,8 +320,8 @@ def build(args):
     for arch, _ in ARCHS:
         if arch not in dict(kit.archs):
             print("kernels.py: nvcc %s does not know sm_%s: left out" % (kit.version, arch))
-    reports = compile_all(kit, args.work, args.jobs)
-    parts = link(kit, args.work, reports)
+    compile_all(kit, args.work, args.jobs)
+    parts = parts_of(kit, args.work)
     text = header_text(kit, parts, args.jobs)
     if not os.path.exists(args.output) or read(args.output) != text:
         with open(args.output, "w", encoding="utf-8", newline="\n") as f:

@@ -16,7 +16,8 @@ static const uint32_t dims[] = {64, 80, 96, 128, 192, 256};
 
 static uint32_t tile_rows(const Case &c) { return c.item_rows > 8 ? 16 : 8; }
 static std::string kernel_name(const Case &c) {
-    return std::string("kvl_decode_") + c.preset->name + "_d" + std::to_string(c.dim) + "_n" + std::to_string(tile_rows(c));
+    return std::string("kvl_decode_") + c.preset->name + "_d" + std::to_string(c.dim) + "_n" +
+           std::to_string(tile_rows(c));
 }
 static size_t kernel_memory(const Case &c) {
     return kvli_cu_decode_smem(c.preset->k, c.preset->v, c.dim, c.stages, tile_rows(c));
@@ -32,7 +33,9 @@ static Result run_decode(Case c) {
 }
 static void check(const Case &c) {
     Result r = run_decode(c);
-    if (!(r.error <= 1) || r.overwrote) fail_msg("error %.2f of what is allowed%s: %s", r.error, r.overwrote ? ", wrote elsewhere" : "", c.text().c_str());
+    if (!(r.error <= 1) || r.overwrote)
+        fail_msg("error %.2f of what is allowed%s: %s", r.error, r.overwrote ? ", wrote elsewhere" : "",
+                 c.text().c_str());
 }
 
 // Every preset and head dim, with every number of query heads for a KV head, and features by turns.
@@ -45,14 +48,16 @@ static void test_presets(void **) {
                 for (uint32_t feature = 0; feature < 4; feature++, turn++) {
                     static const uint32_t blocks[] = {32, 64, 16};
                     Case c;
-                    if (KVL_CPU_ARCH != 800 && (turn + dim / 16) % 5 != 0) continue; // the other paths: a fifth of the cases
+                    if (KVL_CPU_ARCH != 800 && (turn + dim / 16) % 5 != 0)
+                        continue; // the other paths: a fifth of the cases
                     c.preset = &p, c.dim = dim, c.gqa = gqa, c.seed = turn + 1;
                     c.block_tokens = blocks[turn % 3];
-                    if ((p.k == KVLI_CU_INT8_CHANNEL || p.k == KVLI_CU_INT4_CHANNEL) && c.block_tokens < 32) c.block_tokens = 32;
+                    if ((p.k == KVLI_CU_INT8_CHANNEL || p.k == KVLI_CU_INT4_CHANNEL) && c.block_tokens < 32)
+                        c.block_tokens = 32;
                     c.kv_heads = 1 + turn % 2;
                     c.position = 60 + turn * 7 % 200;
                     c.rows = turn % 5 == 0 ? 1 + turn % 8 : 1; // draft tokens
-                    c.item_rows = gqa > 8 || turn % 4 == 0 ? 16 : 8;
+                    c.item_rows = gqa > 8 || turn % 4 == 0 ? kvli_cu_decode_rows(c.dim) : 8;
                     c.stages = 1 + turn % 4;
                     c.scratch = turn % 3 == 0;
                     c.split_blocks = feature == 3 || turn % 3 == 1 ? 1 + turn % 3 : 0;

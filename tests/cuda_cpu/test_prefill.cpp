@@ -30,7 +30,8 @@ static Result run_prefill(const Case &c) {
 static Result run_plain(const Case &c) { return run(c, plain_name, plain_memory, KVLI_CU_PLAIN_THREADS); }
 static void check(const Case &c, const Result &r) {
     if (!(r.error <= 1) || r.overwrote) {
-        fail_msg("error %.2f of what is allowed%s: %s", r.error, r.overwrote ? ", wrote elsewhere" : "", c.text().c_str());
+        fail_msg("error %.2f of what is allowed%s: %s", r.error, r.overwrote ? ", wrote elsewhere" : "",
+                 c.text().c_str());
     }
 }
 
@@ -77,7 +78,8 @@ static void test_edges(void **) {
             Case c;
             if ((position + rows) % 3 != 0 && KVL_CPU_ARCH != 800) continue;
             c.preset = &presets[(position + rows) % 2 ? 0 : 7], c.block_tokens = 16u << (position + rows) % 3;
-            c.position = position, c.rows = rows, c.gqa = 1 + rows % 3, c.kv_heads = 1, c.seed = position + rows;
+            c.position = position, c.rows = rows, c.gqa = 1 + rows % 3, c.kv_heads = 1,
+            c.seed = position + rows;
             c.item_rows = 128, c.window = rows % 4 == 1 ? 1 + position % 20 : 0;
             check(c, run_prefill(c));
         }
@@ -89,7 +91,8 @@ static void test_large_and_small_queries(void **) {
     for (float size : {1e-30f, 1e-5f, 1e6f, 1e30f}) {
         for (uint32_t i : {0, 5}) {
             Case c;
-            c.preset = &presets[i], c.rows = 9, c.item_rows = 128, c.q_size = size, c.q_dtype = KVLI_CU_DTYPE_F32;
+            c.preset = &presets[i], c.rows = 9, c.item_rows = 128, c.q_size = size,
+            c.q_dtype = KVLI_CU_DTYPE_F32;
             check(c, run_prefill(c));
         }
     }
@@ -100,7 +103,8 @@ static void test_order(void **) {
     for (uint32_t i : {0, 3, 5, 7}) {
         Case c;
         c.preset = &presets[i], c.dim = i == 3 ? 80 : i == 5 ? 256 : 128, c.position = 133, c.rows = 20;
-        c.window = i == 3 ? 70 : 0, c.block_tokens = i == 7 ? 16 : 64, c.kv_heads = 1, c.item_rows = kvli_cu_prefill_rows(c.dim);
+        c.window = i == 3 ? 70 : 0, c.block_tokens = i == 7 ? 16 : 64, c.kv_heads = 1,
+        c.item_rows = kvli_cu_prefill_rows(c.dim);
         Result first = run_prefill(c);
         check(c, first);
         for (unsigned seed = 1; seed <= 4; seed++) {

@@ -34,7 +34,11 @@ static double half_value(unsigned h) {
     return value_of(h, 5, 10);
 }
 
-__extension__ typedef __float128 Exact; // holds any a·b + c of halves
+#ifdef __SIZEOF_FLOAT128__ // holds any a·b + c of halves
+__extension__ typedef __float128 Exact;
+#else
+typedef long double Exact;
+#endif
 
 // The half nearest to v, ties to the even one, by bisection among all of them.
 static uint16_t nearest_half(Exact v, bool negative_zero) {

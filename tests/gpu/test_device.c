@@ -73,6 +73,13 @@ int main(int argc, char **argv) {
         printf("SKIP test_device: %s\n", why);
         return 77;
     }
+    kvl_context_desc d = {.backend = KVL_BACKEND_CUDA, .error = why, .error_size = sizeof why};
+    kvl_context *context;
+    if (kvl_context_create(&d, &context) != KVL_OK) { /* the suite would skip all of it */
+        printf("%s: %s\n", device.name, why);
+        return 1;
+    }
+    kvl_context_destroy(context);
     conf_backend host = {.name = "tensors in host memory",
                          .kind = KVL_BACKEND_CUDA,
                          .presets_only = true,

@@ -6,6 +6,6 @@
 #include "../../kernels_cuda/unpack.h"
 
 static const int kvli_cu_image_min_driver = 13000;
-static const kvli_cu_part kvli_cu_parts[] = {{75, 1, 0, 16, 16, 0, 0, 0}};
+static const kvli_cu_part kvli_cu_parts[] = {{75, 1, 0, 16, 0, 16, 0, 0, 0}};
 static const char *const kvli_cu_image[] = {"1t<jKI*sT3-B=(0&69-B", NULL};
 #endif

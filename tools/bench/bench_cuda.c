@@ -25,7 +25,8 @@ static const char usage[] =
     "  --device N      ordinal of the device (default 0)\n"
     "  --json FILE     also write the figures as JSON; - is stdout, the table then goes to stderr\n"
     "\n"
-    "Status 77: there is no device. JSON: an object a line; its section is device, ceiling (gb_s), or\n"
+    "Status 77: there is no driver or no device. JSON: an object a line; its section is device, ceiling "
+    "(gb_s), or\n"
     "  decode: preset, batch, context, gqa, layers, bytes (of a layer's KV with its scales), us (a layer, "
     "with\n"
     "          the append and the merge), gb_s, share (of the ceiling);\n"
@@ -143,11 +144,11 @@ static void *load_image(const bench *b) {
     uint32_t arch = (uint32_t)(10 * gpu_attribute(&b->g, GPU_MAJOR) + gpu_attribute(&b->g, GPU_MINOR));
     const kvli_cu_part *part =
         kvli_cu_find_part(kvli_cu_parts, sizeof kvli_cu_parts / sizeof kvli_cu_parts[0], arch);
-    uint8_t *image = malloc(part ? part->raw_bytes : 1);
+    uint8_t *image = malloc(part ? (size_t)part->before + part->raw_bytes : 1);
     uint16_t *probs = malloc(KVLI_CU_UNPACK_PROBS * sizeof *probs);
     void *module = NULL;
     if (part && image && probs && kvli_cu_unpack_part(kvli_cu_image, part, image, probs))
-        GPU(&b->g, ModuleLoadData, &module, image);
+        GPU(&b->g, ModuleLoadData, &module, image + part->before);
     free(probs);
     free(image);
     return module;
@@ -604,8 +605,7 @@ static void describe_device(bench *b) {
     row_end(b);
 }
 
-static bool open_all(bench *b, char *err, size_t n) {
-    if (!gpu_open(&b->g, (int)b->device, err, n)) return false;
+static bool open_backend(bench *b, char *err, size_t n) {
     kvl_context_desc d = {.backend = KVL_BACKEND_CUDA,
                           .cuda_context = b->g.context,
                           .cuda_stream = b->g.stream,
@@ -657,9 +657,13 @@ int main(int argc, char **argv) {
     if (b.list) return list_cases(&b), 0;
     b.table = bench_table(b.json);
     b.start = runtime_now();
-    if (!open_all(&b, err, sizeof err)) {
+    if (!gpu_open(&b.g, (int)b.device, err, sizeof err)) {
         printf("SKIP bench_cuda: %s\n", err);
         return EXIT_SKIPPED;
+    }
+    if (!open_backend(&b, err, sizeof err)) {
+        fprintf(stderr, "bench_cuda: %s: %s\n", b.g.name, err);
+        return 1;
     }
     if (b.json && !(b.rows = strcmp(b.json, "-") == 0 ? stdout : fopen(b.json, "w"))) {
         fprintf(stderr, "bench_cuda: --json %.100s: could not be written\n", b.json);
