@@ -532,11 +532,12 @@ typedef struct kvl_tensor {
 /* Appends this layer's k and v (after RoPE) and attends. q [n_tokens][n_q_heads][k_dim], k
    [n_tokens][n_kv_heads][k_dim], v [n_tokens][n_kv_heads][v_dim], out [n_tokens][n_q_heads][v_dim]. Query
    head h reads KV head h / (n_q_heads / n_kv_heads). Each layer once a step, in any order. A row with NaN or
-   Inf in k or v taints its own sequence alone (kvl_seq_tainted), which is never reused. Errors: INVALID_ARG,
-   MISMATCH (not the open step, a layer twice), DEVICE_LOST, OUT_OF_DEVICE_MEMORY; of an error of the device the
-   step must be aborted. Owner thread. Blocks until done with tensors in host memory; with tensors in device memory
-   it enqueues and returns, and may be captured into a CUDA graph. Source: online softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023 (Flash-Decoding); paging, Kwon et al.
-   2023. */
+   Inf in k or v taints its own sequence alone (kvl_seq_tainted), which is never reused; on a GPU rows before it
+   in the same step may come out NaN, too. Errors: INVALID_ARG, MISMATCH (not the open step, a layer twice),
+   DEVICE_LOST, OUT_OF_DEVICE_MEMORY; after an error of the device the step must be aborted. Owner thread. Blocks
+   until done with tensors in host memory; with tensors in device memory it enqueues and returns, and may be
+   captured into a CUDA graph. Source: online softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023
+   (Flash-Decoding); paging, Kwon et al. 2023. */
 KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t layer, const kvl_tensor *q,
                               const kvl_tensor *k, const kvl_tensor *v, const kvl_tensor *out);
 /* In place of kvl_attend, for callers with their own kernels: they have written, sealed and attended this
@@ -2409,8 +2410,8 @@ typedef struct kvli_backend {
     kvl_result (*open)(kvl_context *ctx, kvli_text why);
     void (*close)(kvl_context *ctx);
     bool (*supports)(kvl_format format, bool is_key, uint32_t block_tokens, uint32_t dim, const char **why);
-    /* For a geometry that is resolved: sets workspace_bytes, backend_bytes (of the arena) and, if it is 0,
-       desc.slab_granularity. Says why not in the cache's error. */
+    /* For a geometry that is resolved: sets workspace_bytes, backend_bytes (of the arena), pinned_bytes and, if
+       it is 0, desc.slab_granularity. Says why not in the cache's error. */
     kvl_result (*plan)(kvl_cache *c);
     kvl_result (*start)(kvl_cache *c); /* the arena is there; stop takes what a failed start left */
     void (*stop)(kvl_cache *c);
@@ -2546,9 +2547,9 @@ struct kvl_cache {
         n_buckets;
     uint64_t fixed_bytes; /* scratch + workspace, one after the other */
     size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
-    uint64_t scratch, workspace; /* addresses, 0 while the budget is below them */
-    void *backend_state;         /* [backend_bytes] of the arena */
-    size_t backend_bytes;
+    uint64_t scratch, workspace;        /* addresses, 0 while the budget is below them */
+    void *backend_state;                /* [backend_bytes] of the arena */
+    size_t backend_bytes, pinned_bytes; /* pinned: host memory that the backend takes itself */
     kvli_slab *slabs;
     uint32_t *slot_block, *slot_free; /* [max_slabs][max_per_slab] */
     uint32_t n_slabs, free_slab, n_free_slabs, unmapped_slab;
@@ -8190,6 +8191,7 @@ static kvl_result kvli_cu_plan(kvl_cache *c) {
     uint64_t fixed = bytes + c->scratch_bytes, unit = cu->granularity;
     if (fixed >= unit) bytes += (unit - fixed % unit) % unit; /* as the driver rounds it */
     c->workspace_bytes = (size_t)bytes;
+    c->pinned_bytes = (size_t)(KVLI_CU_RING * z.tables + z.staging + z.spans * sizeof(uint32_t));
     c->backend_bytes = sizeof(kvli_cu_cache) + c->geo.n_layers +
                        (size_t)c->geo.n_groups * (z.tiles + 1) * sizeof(kvli_cu_pass) + 64;
     return KVL_OK;
@@ -8259,10 +8261,6 @@ static kvl_result kvli_cu_functions(kvl_cache *c) {
     return r;
 }
 
-static size_t kvli_cu_pinned_bytes(const kvli_cu_cache *cc) {
-    return KVLI_CU_RING * cc->tables_bytes + cc->staging_bytes + cc->max_spans * sizeof(uint32_t);
-}
-
 /* What start and recover do. */
 static kvl_result kvli_cu_acquire(kvl_cache *c) {
     struct kvli_cu *cu = c->ctx->cu;
@@ -8282,7 +8280,7 @@ static kvl_result kvli_cu_acquire(kvl_cache *c) {
         if (r != KVL_OK) cc->event[i] = NULL;
     }
     if (r == KVL_OK) {
-        r = kvli_cu_ok(c, cu->fn.host_alloc(&pinned, kvli_cu_pinned_bytes(cc), 0), "cuMemHostAlloc");
+        r = kvli_cu_ok(c, cu->fn.host_alloc(&pinned, c->pinned_bytes, 0), "cuMemHostAlloc");
         cc->pinned = r == KVL_OK ? (uint8_t *)pinned : NULL;
     }
     if (r == KVL_OK && cu->virtual_memory && c->slab_bytes % cu->granularity == 0) {
@@ -9596,7 +9594,7 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     kvl_result r = kvli_cache_plan(c);
     if (r != KVL_OK) return r;
     kvli_cache_carve(c, &a);
-    uint64_t host = (uint64_t)a.used + c->layer_bytes + sizeof *c;
+    uint64_t host = (uint64_t)a.used + c->layer_bytes + sizeof *c + c->pinned_bytes;
     if (a.used == SIZE_MAX || (c->desc.host_bytes && host > c->desc.host_bytes))
         return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "host_bytes: metadata takes %llu bytes",
                           (unsigned long long)host);
