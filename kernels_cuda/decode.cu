@@ -960,9 +960,10 @@ KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
     kvl_write(a, shared);
 }
 
-/* At least so many blocks of threads on a multiprocessor, as far as registers go: 128, 168 or 255 of them. */
+/* At least so many blocks of threads on a multiprocessor, as far as registers go: 128, 168 or 255 of them. (sm_75 holds
+   units in registers while they come.) */
 KVLI_CU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) {
-    return dim * n <= 96 * 8 ? 4 : dim * n <= 128 * 8 ? 3 : 2;
+    return dim * n <= (KVL_ARCH < 800 ? 64 : 96) * 8 ? 4 : dim * n <= 128 * 8 ? 3 : 2;
 }
 
 #define KVL_DECODE_N(preset, D, N)                                                                    \
