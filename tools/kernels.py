@@ -24,9 +24,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = "kernels_cuda"
 HEADER = SOURCES + "/kvlite_cuda_kernels.h"
 # (cubin, the PTX that it is made from): the code paths of the kernels are those of 75, 80, 89 and 90. A cubin runs on later
-# minors of its major: 80 on 86 and 87, 100f and 120f on their whole family. They are one compressed stream, of which a device
-# unpacks what comes before its own: the likeliest stand first.
-ARCHS = [("89", "89"), ("80", "80"), ("120f", "90"), ("90", "90"), ("75", "75"), ("100f", "90")]
+# minors of its major: 80 on 86 and 87, 100f and 120f on their whole family. Those that are alike are one compressed stream
+# (a tenth less text), of which a device unpacks what comes before its own: the likeliest stand first.
+ARCHS = [("89", "89"), ("80", "80"), ("90", "90"), ("75", "75"), ("120f", "90"), ("100f", "90")]
 PTX = "90"  # for what comes after; only the commonest head dims, since it would be as large as four cubins
 PTX_LEAVES_OUT = re.compile(r"_d(80|96|192|256)(_|$)")
 SINCE = {"100f": (12, 9), "120f": (12, 9)}  # the first nvcc that knows it
@@ -285,8 +285,10 @@ static const char *const kvli_cu_image[] = {
 
 
 def streams_of(parts):
-    """Code, then PTX: with the (lc, lp, pb) of LZMA that suit it; instructions stand at multiples of 16."""
-    return [((0, 4, 4), [p for p in parts if not p[1]]), ((3, 0, 0), [p for p in parts if p[1]])]
+    """What is packed together, with the (lc, lp, pb) of LZMA that suit it; instructions stand at multiples of 16."""
+    code = [p for p in parts if not p[1]]
+    return [((0, 4, 4), [p for p in code if p[0] < 100]), ((0, 4, 4), [p for p in code if p[0] >= 100]),
+            ((3, 0, 0), [p for p in parts if p[1]])]
 
 
 def pack(stream):
