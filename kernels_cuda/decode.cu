@@ -708,6 +708,7 @@ template <uint32_t V, uint32_t D> KVL_D void kvl_zero_unseen(const kvl_unit &uni
     KVL_ROLLED for (uint32_t at = threadIdx.x % 32 * 16; at < KVL_UNIT * row; at += 512) {
         if (!(seen >> at / row & 1)) kvl_st16((uint8_t *)unit.v + at, make_uint4(0, 0, 0, 0));
     }
+    kvl_bulk_fence(); /* the slot's next unit comes by bulk copies */
     __syncwarp();
 }
 

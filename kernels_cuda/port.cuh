@@ -198,6 +198,12 @@ KVL_D void kvl_mbar_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+// What this thread wrote to shared memory comes before bulk copies to the same place, started after a barrier.
+KVL_D void kvl_bulk_fence() {
+#if KVL_ARCH >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 KVL_D void kvl_mbar_expect(uint64_t *bar, uint32_t bytes) {
 #if KVL_ARCH >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(

@@ -493,6 +493,7 @@ static inline void kvl_mbar_init(uint64_t *bar, uint32_t count, KVL_SITE) {
     cuda_cpu::mbarrier_init(bar, count, site);
 }
 static inline void kvl_mbar_fence() { cuda_cpu::fiber->unfenced = false; }
+static inline void kvl_bulk_fence() {}
 static inline void kvl_mbar_expect(uint64_t *bar, uint32_t bytes, KVL_SITE) {
     cuda_cpu::mbarrier_expect(bar, bytes, site);
 }
