@@ -123,6 +123,7 @@ static void recover(life *w, const kvl_step *step, kvl_result why) {
     KT_OK(w->cache, r);
     if (!w->lend) { /* what the app held of the primary context is gone with it */
         bool device = w->device;
+        if (why == KVL_DEVICE_LOST) w->tensors = NULL;
         app_close(w);
         w->device = device;
         app_open(w);
