@@ -7792,7 +7792,7 @@ struct kvli_cu {
     void *module;
     uint8_t *image; /* from module_at on, the module */
     size_t image_bytes, module_at;
-    uint32_t generation; /* grows when the device is started again: what was on it is gone */
+    uint32_t generation; /* grows when the device is stopped or started: what was on it is gone */
     int major, minor, block_shared, sm_shared;
     size_t granularity;
 };
@@ -8019,6 +8019,7 @@ static void kvli_cu_stop_device(kvl_context *ctx,
     if (cu->retained) cu->fn.primary_release(cu->device);
     if (cu->retained && reset) cu->fn.primary_reset(cu->device);
     cu->retained = false;
+    cu->generation++;
 }
 
 /* The kernels for this device out of the generated header. */
@@ -8907,7 +8908,8 @@ static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
     struct kvli_cu *cu = ctx->cu;
     if (!cu || !cu->lent) return KVL_INVALID_ARG;
     if (!cu->lost) return KVL_BUSY;
-    cu->module = NULL; /* it went with its context */
+    cu->module = NULL; /* it went with its context, and so did what caches have in it */
+    cu->generation++;
     cu->context = context;
     cu->stream = stream;
     cu->renewed = true;
