@@ -7820,7 +7820,7 @@ typedef struct kvli_cu_group {
 typedef struct kvli_cu_cache {
     uint32_t generation; /* of the device when it was started */
     void *stream;
-    bool own_stream;
+    bool own_stream, spoilt; /* spoilt: a copy of blocks failed, so that its KV is gone */
     void *event[KVLI_CU_RING];
     uint8_t *pinned; /* [KVLI_CU_RING][tables_bytes], [staging_bytes], [max_spans] taint */
     uint32_t turn;   /* in the ring */
@@ -7864,6 +7864,8 @@ static kvl_result kvli_cu_check(kvl_cache *c) {
     if (cu->lost) return KVLI_ERROR(c, KVL_DEVICE_LOST, "the device is lost (%s)", c->ctx->native_text);
     if (cu->generation != kvli_cu_of(c)->generation)
         return KVLI_ERROR(c, KVL_DEVICE_LOST, "the device was started again: the KV of this cache is gone");
+    if (kvli_cu_of(c)->spoilt)
+        return KVLI_ERROR(c, KVL_DEVICE_LOST, "a copy of blocks failed: the KV of this cache is gone");
     return KVL_OK;
 }
 
@@ -8268,6 +8270,7 @@ static kvl_result kvli_cu_acquire(kvl_cache *c) {
     kvli_cu_cache *cc = kvli_cu_of(c);
     void *pinned = NULL;
     cc->generation = cu->generation;
+    cc->spoilt = false;
     kvl_result r = kvli_cu_enter(c);
     if (r != KVL_OK) return r;
     r = kvli_cu_functions(c);
@@ -8433,7 +8436,7 @@ static kvl_result kvli_cu_move(kvl_cache *c, uint64_t dst, uint64_t src, size_t 
         r = kvli_cu_ok(c, c->ctx->cu->fn.copy(dst, src, bytes, kvli_cu_of(c)->stream), "cuMemcpyDtoDAsync");
         kvli_cu_leave(c->ctx);
     }
-    if (r != KVL_OK) c->ctx->cu->lost = true; /* the caller cannot go back */
+    if (r != KVL_OK) c->ctx->cu->lost = kvli_cu_of(c)->spoilt = true; /* the caller cannot go back */
     return r;
 }
 
