@@ -298,7 +298,8 @@ KVL_API const char *kvl_context_report(const kvl_context *ctx);
 KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
 /* After DEVICE_LOST, with a lent CUcontext that is dead: another one of the same device, and a CUstream of it or null,
    for kvl_cache_recover; the dead one is the app's to destroy, with all that was in it.
-   INVALID_ARG (not CUDA, nothing was lent), BUSY (the device is not lost). No other thread may be inside a call. */
+   INVALID_ARG (not CUDA, nothing was lent, another device), BUSY (the device is not lost), DEVICE_LOST (this one
+   is dead, too). No other thread may be inside a call. */
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream);
 
 /* ==== cache ============================================================ */
@@ -8909,8 +8910,15 @@ static kvl_result kvli_cu_finish(kvl_cache *c) {
 
 static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
     struct kvli_cu *cu = ctx->cu;
+    int device = -1;
     if (!cu || !cu->lent) return KVL_INVALID_ARG;
     if (!cu->lost) return KVL_BUSY;
+    int e = cu->fn.context_push(context);
+    if (e) return kvli_cu_fail(ctx, kvli_text_at(NULL, 0), e, "cuCtxPushCurrent");
+    e = cu->fn.context_device(&device);
+    kvli_cu_leave(ctx);
+    if (e) return kvli_cu_fail(ctx, kvli_text_at(NULL, 0), e, "cuCtxGetDevice");
+    if (device != cu->device) return KVL_INVALID_ARG;
     cu->module = NULL; /* it went with its context, and so did what caches have in it */
     cu->generation++;
     cu->context = context;
@@ -9067,6 +9075,8 @@ static kvl_result kvli_context_new(const kvl_context_desc *desc, size_t first, c
     if (local.simd > kvli_simd_best())
         return kvli_fail(&local, err, KVL_UNSUPPORTED, "simd: this CPU or build has no %s",
                          kvli_simd_names[local.simd]);
+    if (local.desc.cuda_stream && !local.desc.cuda_context)
+        return kvli_fail(&local, err, KVL_INVALID_ARG, "cuda_stream: lent without its cuda_context");
     kvl_result r = kvli_backend_choose(&local, first, err);
     if (r != KVL_OK) return r;
     ctx = (kvl_context *)kvli_alloc(&local, sizeof *ctx);
