@@ -10,7 +10,7 @@
 enum { OUT_OF_MEMORY = 2, LAUNCH_FAILED = 719 };
 enum { REQUESTS = 3, PROMPT = 45, NEW = 4, MOST_CALLS = 4000 };
 
-/* Under a sanitizer every third call: its time is the tests' limit. */
+/* Under a sanitizer every seventh call: its time is the tests' limit. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 enum { EVERY = 7 };
 #else
@@ -343,6 +343,36 @@ static void test_recover_fails(void **state) {
     mock_cuda_reset();
 }
 
+/* The app knows that its context is dead: it destroys it and lends another one before anything is recovered. */
+static void test_lend_first(void **state) {
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        life w, like = {.device = true, .lend = true, .virtual = i == 1};
+        const kvl_step *step;
+        kvl_context *ctx;
+        void *other;
+        life_init(&w, &like);
+        mock_cuda()->devices = 2;
+        KT_OK(NULL, life_start(&w, KVL_BACKEND_CUDA));
+        ctx = kvl_cache_context(w.cache);
+        KT_CHECK(kvl_context_lend(ctx, w.context, w.stream) == KVL_BUSY, "nothing is lost");
+        KT_OK(w.cache, kvl_sched_plan(w.sched, &step));
+        mock_cuda_fail(2, LAUNCH_FAILED, true);
+        KT_CHECK(cm_attend(w.cache, step, 0, w.tensors, &(cm_buffers){0}) == KVL_DEVICE_LOST, "not lost");
+        KT_OK(w.cache, kvl_sched_abort(w.sched, step));
+        app_close(&w);
+        app_open(&w);
+        KT_CHECK(!cuCtxCreate_v2(&other, 0, 1) && !cuCtxPopCurrent_v2(NULL), "no second device");
+        KT_CHECK(kvl_context_lend(ctx, other, NULL) == KVL_INVALID_ARG, "a context of another device");
+        KT_CHECK(!cuCtxDestroy_v2(other), "cuCtxDestroy");
+        KT_OK(w.cache, kvl_context_lend(ctx, w.context, w.stream));
+        KT_OK(w.cache, kvl_cache_recover(w.cache));
+        life_run(&w);
+        life_end(&w);
+    }
+    mock_cuda_reset();
+}
+
 /* ---- no CUDA here ---- */
 typedef struct absence {
     const char *what, *says;
@@ -437,7 +467,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_falls_back),     cmocka_unit_test(test_auto_takes_the_next),
         cmocka_unit_test(test_host_tensors),   cmocka_unit_test(test_device_tensors),
         cmocka_unit_test(test_virtual_memory), cmocka_unit_test(test_lent_context),
-        cmocka_unit_test(test_recover_fails),
+        cmocka_unit_test(test_recover_fails),  cmocka_unit_test(test_lend_first),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests_name("cuda faults", tests, NULL, NULL);

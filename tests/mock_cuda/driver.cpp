@@ -328,6 +328,7 @@ CU_API cuCtxCreate_v2(CUcontext *out, unsigned flags, CUdevice d) {
     if (!out) return CUDA_INVALID_VALUE;
     if (!is_device(d)) return CUDA_INVALID_DEVICE;
     *out = new_context(false);
+    (*out)->device = d;
     context_stack.push_back(*out);
     return CUDA_SUCCESS;
 }
@@ -369,7 +370,7 @@ CU_API cuCtxGetCurrent(CUcontext *out) {
 }
 CU_API cuCtxGetDevice(CUdevice *out) {
     CALL(CONTEXT);
-    *out = 0;
+    *out = call.context->device;
     return CUDA_SUCCESS;
 }
 CU_API cuCtxGetApiVersion(CUcontext c, unsigned *out) {

@@ -166,7 +166,7 @@ CU_API cuMemCreate(CUmemHandle *out, size_t bytes, const CUmemAllocationProp *pr
 static void drop_backing(std::map<CUmemHandle, Backing>::iterator i) {
     if (!i->second.released || i->second.maps) return;
     close(i->second.fd);
-    S.held_bytes -= i->second.bytes;
+    if (!i->second.orphan) S.held_bytes -= i->second.bytes;
     S.backings.erase(i);
 }
 

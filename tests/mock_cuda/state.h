@@ -84,6 +84,7 @@ struct Function {
 
 struct Context {
     bool primary;
+    CUdevice device = 0;
     int lost = 0; /* the result that every call gives since */
     Stream legacy;
 };
