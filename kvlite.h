@@ -31,9 +31,9 @@
          KVL_NO_SIMD    (in the implementation's file) scalar code alone
          KVL_NO_CUDA    (in the implementation's file) no CUDA backend
          KVL_CUDA_KERNELS  (in the implementation's file) where its kernels are; if that is not said,
-                        "kernels_cuda/kvlite_cuda_kernels.h" where the compiler finds it. A driver (libcuda)
-                        is looked for when a context is created; nothing of CUDA is needed to compile or link
-                        (before glibc 2.34: -ldl)
+                        "kernels_cuda/kvlite_cuda_kernels.h" or "kvlite_cuda_kernels.h" where the compiler
+                        finds it. A driver (libcuda) is looked for when a context is created; nothing of CUDA is
+                        needed to compile or link (before glibc 2.34: -ldl)
 
    STEP BY STEP
      1. Describe the model in a kvl_geometry and a budget in kvl_cache_desc.device_bytes;
@@ -7661,6 +7661,9 @@ static kvl_result kvli_cpu_layer(kvl_cache *c, const kvli_attend *args) {
 #elif defined(__has_include)
 #if __has_include("kernels_cuda/kvlite_cuda_kernels.h")
 #include "kernels_cuda/kvlite_cuda_kernels.h"
+#define KVLI_CUDA 1
+#elif __has_include("kvlite_cuda_kernels.h")
+#include "kvlite_cuda_kernels.h"
 #define KVLI_CUDA 1
 #endif
 #endif
