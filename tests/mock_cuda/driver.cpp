@@ -83,7 +83,7 @@ static void destroy_context(Context *c) {
         }
     }
     S.contexts.erase(c);
-    delete c;
+    S.dead.push_back(c);
 }
 
 extern "C" {
@@ -93,6 +93,8 @@ __attribute__((visibility("default"))) void mock_cuda_reset(void) {
     std::lock_guard<std::recursive_mutex> held(S.lock);
     S.lost = true; /* so that nothing is said about what is left */
     while (!S.contexts.empty()) destroy_context(*S.contexts.begin());
+    for (Context *c : S.dead) delete c;
+    S.dead.clear();
     for (Graph *g : S.graphs) delete g;
     for (GraphExec *g : S.execs) delete g;
     S.graphs.clear();

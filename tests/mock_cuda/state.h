@@ -126,6 +126,7 @@ struct State {
     Context *primary = nullptr;
     uint32_t primary_held = 0;
     std::set<Context *> contexts; /* the primary one too */
+    std::vector<Context *> dead;  /* destroyed: no later one has the address of an earlier one */
     std::set<Stream *> streams;   /* legacy ones are not in here */
     std::set<Event *> events;
     std::set<Graph *> graphs;
