@@ -398,7 +398,6 @@ static void conf_tensor_make(conf_tensor *t, kvl_dtype dtype, bool strided, uint
     t->t.data = t->bytes + (strided ? t->size : 0); /* not aligned to more than an element */
     t->t.dtype = dtype;
     t->t.memory = KVL_MEMORY_HOST;
-    t->t.memory = KVL_MEMORY_HOST;
     t->t.row_stride = strided ? t->row : 0;
     t->t.head_stride = strided ? t->head : 0;
 }
