@@ -137,6 +137,7 @@ same() {
   $BENCH --only same $smoke --json "$logs/same.rows" || return
   cat "$logs/same.rows" >>"$rows"
   ! grep -q '"equal": false' "$logs/same.rows" || return 1
+  grep -q '"section": "same"' "$logs/same.rows" || { echo "nothing was compared"; return 1; }
   echo "$(grep -c '"equal": true' "$logs/same.rows") of $(grep -c '"section": "same"' "$logs/same.rows") comparisons are equal bit for bit"
 }
 
@@ -167,7 +168,11 @@ run_flashinfer() {
 }
 
 run_torch() {
-  peer_shapes f16 | "$python" tools/bench/bench_torch.py >"$logs/torch.rows" || { cat "$logs/torch.rows"; return 77; }
+  peer_shapes f16 | "$python" tools/bench/bench_torch.py >"$logs/torch.rows" || { # 77: torch is not there
+    local status=$?
+    cat "$logs/torch.rows"
+    return $status
+  }
   cat "$logs/torch.rows" >>"$rows"
   echo "$(wc -l <"$logs/torch.rows") cases"
 }
