@@ -10142,6 +10142,8 @@ static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim,
     if (!in || (has_memory && !in->data) || (uint32_t)in->dtype > KVL_DTYPE_BF16 ||
         (uint32_t)in->memory > KVL_MEMORY_DEVICE)
         return false;
+    if (in->memory == KVL_MEMORY_DEVICE && (uintptr_t)in->data % (in->dtype == KVL_DTYPE_F32 ? 4 : 2))
+        return false;
     *out = *in;
     if (!out->head_stride) out->head_stride = dim;
     if (!out->row_stride) out->row_stride = (size_t)heads * dim;
@@ -10181,7 +10183,7 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
                                                                                                : NULL;
     if (bad)
         return KVLI_ERROR(c, KVL_INVALID_ARG,
-                          "kvl_attend: tensor %s is null or of an unknown dtype or memory", bad);
+                          "kvl_attend: tensor %s is null, not aligned, or of an unknown dtype or memory", bad);
     if (a.k.memory != a.q.memory || a.v.memory != a.q.memory || a.out.memory != a.q.memory)
         return KVLI_ERROR(c, KVL_INVALID_ARG,
                           "kvl_attend: some tensors are in host memory, some in the device's");
