@@ -13,7 +13,7 @@ import time
 try:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
-except ImportError as why:
+except (ImportError, OSError) as why:  # OSError: a library of its is not there
     print(f"SKIP: {why}")
     sys.exit(77)
 
