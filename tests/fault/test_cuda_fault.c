@@ -373,6 +373,18 @@ static void test_lend_first(void **state) {
     mock_cuda_reset();
 }
 
+static void test_stream_alone(void **state) {
+    kvl_context_desc d;
+    kvl_context *ctx;
+    char why[200] = "";
+    (void)state;
+    memset(&d, 0, sizeof d);
+    d.cuda_stream = &d;
+    d.error = why;
+    d.error_size = sizeof why;
+    KT_CHECK(kvl_context_create(&d, &ctx) == KVL_INVALID_ARG && strstr(why, "cuda_stream"), "%s", why);
+}
+
 /* ---- no CUDA here ---- */
 typedef struct absence {
     const char *what, *says;
@@ -468,6 +480,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_host_tensors),   cmocka_unit_test(test_device_tensors),
         cmocka_unit_test(test_virtual_memory), cmocka_unit_test(test_lent_context),
         cmocka_unit_test(test_recover_fails),  cmocka_unit_test(test_lend_first),
+        cmocka_unit_test(test_stream_alone),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests_name("cuda faults", tests, NULL, NULL);
