@@ -10183,7 +10183,8 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
                                                                                                : NULL;
     if (bad)
         return KVLI_ERROR(c, KVL_INVALID_ARG,
-                          "kvl_attend: tensor %s is null, not aligned, or of an unknown dtype or memory", bad);
+                          "kvl_attend: tensor %s is null, not aligned, or of an unknown dtype or memory",
+                          bad);
     if (a.k.memory != a.q.memory || a.v.memory != a.q.memory || a.out.memory != a.q.memory)
         return KVLI_ERROR(c, KVL_INVALID_ARG,
                           "kvl_attend: some tensors are in host memory, some in the device's");
