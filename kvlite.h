@@ -7763,6 +7763,7 @@ enum { /* of CUresult */
        KVLI_CU_NO_BINARY = 209,
        KVLI_CU_BAD_PTX = 218,
        KVLI_CU_NEW_PTX = 222,
+       KVLI_CU_NOT_FOUND = 500,
        KVLI_CU_NOT_SUPPORTED = 801,
        KVLI_CU_CAPTURE_FIRST = 900,
        KVLI_CU_CAPTURE_LAST = 909
@@ -8210,7 +8211,11 @@ static kvl_result kvli_cu_function(kvl_cache *c, const char *name, uint32_t shar
     if (shared > (uint32_t)cu->block_shared)
         return KVLI_ERROR(c, KVL_UNSUPPORTED, "%s takes %u bytes of shared memory, this GPU has %d", name,
                           shared, cu->block_shared);
-    kvl_result r = kvli_cu_ok(c, cu->fn.module_function(out, cu->module, name), "cuModuleGetFunction");
+    int e = cu->fn.module_function(out, cu->module, name);
+    if (e == KVLI_CU_NOT_FOUND) /* PTX for later GPUs has the commonest head dims alone */
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "k_dim: the kernels have no %s for compute capability %d.%d",
+                          name, cu->major, cu->minor);
+    kvl_result r = kvli_cu_ok(c, e, "cuModuleGetFunction");
     if (r == KVL_OK && shared)
         r = kvli_cu_ok(c, cu->fn.function_set(*out, KVLI_CU_FUNCTION_SHARED, (int)shared),
                        "cuFuncSetAttribute");

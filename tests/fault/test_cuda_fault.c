@@ -373,6 +373,34 @@ static void test_lend_first(void **state) {
     mock_cuda_reset();
 }
 
+/* A kernel that the image has not, as PTX for later GPUs: refused by name, and AUTO takes the next. */
+static void test_no_kernel(void **state) {
+    (void)state;
+    for (int automatic = 0; automatic < 2; automatic++) {
+        for (uint64_t nth = 1;; nth++) {
+            life w, like = {.device = false};
+            kvl_cache_desc d;
+            kvl_result r;
+            bool there;
+            life_init(&w, &like);
+            mock_cuda_fail(nth, 500, false);
+            d = describe(&w, automatic ? KVL_BACKEND_AUTO : KVL_BACKEND_CUDA);
+            r = kvl_cache_create(&d, &w.cache);
+            there = !strcmp(mock_cuda_failed(), "cuModuleGetFunction");
+            if (there && automatic)
+                KT_CHECK(r == KVL_OK && strstr(kvl_context_report(kvl_cache_context(w.cache)), "kvl_"), "%s",
+                         kvl_result_name(r));
+            else if (there)
+                KT_CHECK(r == KVL_UNSUPPORTED && strstr(kt_error, "kvl_"), "%s: %s", kvl_result_name(r),
+                         kt_error);
+            life_end(&w);
+            if (there) break;
+            KT_CHECK(nth < 100, "no kernel is looked for");
+        }
+    }
+    mock_cuda_reset();
+}
+
 static void test_stream_alone(void **state) {
     kvl_context_desc d;
     kvl_context *ctx;
@@ -480,7 +508,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_host_tensors),   cmocka_unit_test(test_device_tensors),
         cmocka_unit_test(test_virtual_memory), cmocka_unit_test(test_lent_context),
         cmocka_unit_test(test_recover_fails),  cmocka_unit_test(test_lend_first),
-        cmocka_unit_test(test_stream_alone),
+        cmocka_unit_test(test_stream_alone),   cmocka_unit_test(test_no_kernel),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests_name("cuda faults", tests, NULL, NULL);
