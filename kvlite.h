@@ -7769,7 +7769,6 @@ enum { /* of CUresult */
        KVLI_CU_CAPTURE_LAST = 909
 };
 enum { /* of CUdevice_attribute, CUfunction_attribute, flags */
-       KVLI_CU_ATTRIBUTE_SMS = 16,
        KVLI_CU_ATTRIBUTE_MAJOR = 75,
        KVLI_CU_ATTRIBUTE_MINOR = 76,
        KVLI_CU_ATTRIBUTE_SM_SHARED = 81,
@@ -7835,8 +7834,8 @@ typedef struct kvli_cu_cache {
     kvli_cu_kernels kernels[16]; /* by preset */
     uint8_t *layer_kernels;      /* [n_layers] */
     kvli_cu_group groups[KVLI_MAX_GROUPS];
-    kvli_cu_pass *passes; /* [max_passes] */
-    uint32_t max_passes, max_partials, max_spans, prefill_rows;
+    kvli_cu_pass *passes; /* [n_groups * (tiles + 1)] */
+    uint32_t max_partials, max_spans, prefill_rows;
     size_t tables_bytes, staging_bytes;
     size_t partial_o, partial_ml, staging, sinks; /* where in the workspace; the tables are at its start */
     uint32_t entries, used;                       /* in the tables of this step: bytes */
@@ -8331,7 +8330,6 @@ static kvl_result kvli_cu_start(kvl_cache *c) {
     memset(cc, 0, c->backend_bytes);
     cc->passes = (kvli_cu_pass *)(void *)at;
     cc->layer_kernels = at + (size_t)c->geo.n_groups * (z.tiles + 1) * sizeof(kvli_cu_pass);
-    cc->max_passes = c->geo.n_groups * (z.tiles + 1);
     for (uint32_t l = 0; l < c->geo.n_layers; l++) cc->layer_kernels[l] = (uint8_t)kvli_cu_preset(c, l);
     cc->max_spans = z.spans;
     cc->max_partials = z.partials;
