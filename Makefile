@@ -112,7 +112,7 @@ test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(B)/bench_cuda mock-cuda $(TEST_PROG
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
 
 test-full: ## the same with all of the traces and texts, and what kvlite set out to reach with them
-	@$(MAKE) --no-print-directory test TESTS="$(TESTS) full" TEST_TIMEOUT=3600
+	@$(MAKE) --no-print-directory test TESTS="$(TESTS) full" TEST_TIMEOUT=10800
 
 sanitized-test: $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
 	@tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $^

@@ -343,12 +343,13 @@ KVL_API const char *kvl_last_error(const kvl_cache *cache);
    could not be given up. Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned
    and directly opened sequences hold), OUT_OF_DEVICE_MEMORY (grown as far as possible). Owner thread. */
 KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uint64_t *held_bytes);
-/* After DEVICE_LOST: starts the device again (an own CUcontext is reset; of a lent one, kvl_context_lend gives
-   another if it is dead) and forgets all KV: requests of the scheduler wait with their tokens and are computed
-   again, the caller's sequences stay open with length 0, pins are gone. Each cache of the context recovers for
-   itself. Not while another thread is inside a call on one of
-   them. A cache whose device is well forgets its KV all the same. Errors: BUSY (abort the step first),
-   DEVICE_LOST (it did not start: try later), OUT_OF_DEVICE_MEMORY (fewer slabs than before). Owner thread. */
+/* After DEVICE_LOST: starts the device again and forgets all KV: requests of the scheduler wait with their tokens
+   and are computed again, the caller's sequences stay open with length 0, pins are gone. Where no context was lent
+   the device's primary context is reset, and with it all that this process has on the device: an app with device
+   memory of its own lends its context, and another with kvl_context_lend if that is dead. Each cache of the
+   context recovers for itself, not while another thread is inside a call on one of them. A cache whose device is
+   well forgets its KV all the same. Errors: BUSY (abort the step first), DEVICE_LOST (it did not start: try
+   later), OUT_OF_DEVICE_MEMORY (fewer slabs than before). Owner thread. */
 KVL_API kvl_result kvl_cache_recover(kvl_cache *cache);
 
 typedef struct kvl_fit {
@@ -7757,7 +7758,6 @@ typedef struct kvli_cu_driver {
 
 enum { /* of CUresult */
        KVLI_CU_OUT_OF_MEMORY = 2,
-       KVLI_CU_INSUFFICIENT_DRIVER = 35,
        KVLI_CU_STUB = 34,
        KVLI_CU_NO_DEVICE = 100,
        KVLI_CU_NO_BINARY = 209,
@@ -7765,8 +7765,9 @@ enum { /* of CUresult */
        KVLI_CU_NEW_PTX = 222,
        KVLI_CU_NOT_FOUND = 500,
        KVLI_CU_NOT_SUPPORTED = 801,
+       KVLI_CU_DRIVER_MISMATCH = 803,
        KVLI_CU_CAPTURE_FIRST = 900,
-       KVLI_CU_CAPTURE_LAST = 909
+       KVLI_CU_CAPTURE_LAST = 908
 };
 enum { /* of CUdevice_attribute, CUfunction_attribute, flags */
        KVLI_CU_ATTRIBUTE_MAJOR = 75,
@@ -7791,11 +7792,12 @@ struct kvli_cu {
     void *library;
     kvli_cu_driver fn;
     int device;
-    void *context, *stream;                             /* stream: lent, or null */
-    bool lent, renewed, retained, lost, virtual_memory; /* renewed: another context was lent */
+    void *context, *stream; /* stream: lent, or null */
+    /* renewed: another context was lent; started: cuInit was, so that the library has threads and stays */
+    bool lent, renewed, retained, started, lost, virtual_memory;
     void *module;
-    uint8_t *image; /* from module_at on, the module */
-    size_t image_bytes, module_at;
+    uint8_t *image;
+    size_t image_bytes;
     uint32_t generation; /* grows when the device is stopped or started: what was on it is gone */
     int major, minor, block_shared, sm_shared;
     size_t granularity;
@@ -7933,9 +7935,9 @@ static kvl_result kvli_cu_load(kvl_context *ctx, kvli_text why) {
 
 /* Why the driver will not do, with what it says. */
 static kvl_result kvli_cu_refuse(kvl_context *ctx, kvli_text why, int e, const char *call) {
-    const char *hint = e == KVLI_CU_STUB                  ? "this libcuda is the toolkit's stub; "
-                       : e == KVLI_CU_NO_DEVICE           ? "no GPU; "
-                       : e == KVLI_CU_INSUFFICIENT_DRIVER ? "the driver is too old; "
+    const char *hint = e == KVLI_CU_STUB              ? "this libcuda is the toolkit's stub; "
+                       : e == KVLI_CU_NO_DEVICE       ? "no GPU; "
+                       : e == KVLI_CU_DRIVER_MISMATCH ? "the driver and its library are of two versions; "
                        : e == KVLI_CU_NO_BINARY || e == KVLI_CU_BAD_PTX || e == KVLI_CU_NEW_PTX
                            ? "the driver does not take the kernels; "
                            : "";
@@ -7953,6 +7955,7 @@ static kvl_result kvli_cu_device(kvl_context *ctx, kvli_text why) {
     struct kvli_cu *cu = ctx->cu;
     int version = 0, count = 0, virtual_memory = 0;
     KVLI_CU_OPEN(init, "cuInit", (0));
+    cu->started = true;
     KVLI_CU_OPEN(driver_version, "cuDriverGetVersion", (&version));
     if (version < kvli_cu_image_min_driver)
         return kvli_fail(NULL, why, KVL_NO_BACKEND, "the driver is for CUDA %d.%d, the kernels need %d.%d",
@@ -8005,7 +8008,7 @@ static kvl_result kvli_cu_start_device(kvl_context *ctx, kvli_text why) {
     if (cu->virtual_memory)
         KVLI_CU_OPEN(granularity, "cuMemGetAllocationGranularity", (&cu->granularity, &memory, 0));
     KVLI_CU_OPEN(context_push, "cuCtxPushCurrent", (cu->context));
-    int e = cu->fn.module_load(&cu->module, cu->image + cu->module_at);
+    int e = cu->fn.module_load(&cu->module, cu->image);
     kvli_cu_leave(ctx);
     if (e) cu->module = NULL;
     if (e) return kvli_cu_refuse(ctx, why, e, "cuModuleLoadData");
@@ -8037,13 +8040,15 @@ static kvl_result kvli_cu_take_image(kvl_context *ctx, kvli_text why) {
     if (!part)
         return kvli_fail(NULL, why, KVL_NO_BACKEND, "there are no kernels for compute capability %d.%d",
                          cu->major, cu->minor);
-    size_t scratch = KVLI_CU_UNPACK_PROBS * sizeof(uint16_t);
+    size_t scratch = KVLI_CU_UNPACK_PROBS * sizeof(uint16_t), stream = (size_t)part->before + part->raw_bytes;
     uint16_t *probs = (uint16_t *)kvli_alloc(ctx, scratch);
-    cu->image_bytes = (size_t)part->before + part->raw_bytes;
-    cu->image = (uint8_t *)kvli_alloc(ctx, cu->image_bytes);
-    cu->module_at = part->before;
-    bool fits = probs && cu->image,
-         whole = fits && kvli_cu_unpack_part(kvli_cu_image, part, cu->image, probs);
+    uint8_t *all = (uint8_t *)kvli_alloc(ctx, stream);
+    cu->image = (uint8_t *)kvli_alloc(ctx, part->raw_bytes);
+    cu->image_bytes = part->raw_bytes;
+    bool fits = probs && all && cu->image,
+         whole = fits && kvli_cu_unpack_part(kvli_cu_image, part, all, probs);
+    if (whole) memcpy(cu->image, all + part->before, part->raw_bytes);
+    kvli_free(ctx, all, stream);
     kvli_free(ctx, probs, scratch);
     if (!fits) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
     return whole ? KVL_OK : kvli_fail(NULL, why, KVL_NO_BACKEND, "the kernels' header is damaged");
@@ -8053,7 +8058,7 @@ static void kvli_cu_close(kvl_context *ctx) {
     struct kvli_cu *cu = ctx->cu;
     if (!cu) return;
     if (cu->library) kvli_cu_stop_device(ctx, false);
-    if (cu->library) kvli_cu_unload(cu->library);
+    if (cu->library && !cu->started) kvli_cu_unload(cu->library);
     kvli_free(ctx, cu->image, cu->image_bytes);
     kvli_free(ctx, cu, sizeof *cu);
     ctx->cu = NULL;

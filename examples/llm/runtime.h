@@ -92,7 +92,8 @@ const float *runtime_logits(const runtime *rt, uint32_t i);
 typedef kvl_output (*runtime_sample_fn)(void *user, const kvl_step *step, uint32_t i, const float *logits);
 
 /* Plan, forward, sample, commit. KVL_OK: a step ran, or a device that was lost is there again and the requests
- * are computed anew. KVL_IDLE, KVL_DRAINED: as kvl_sched_plan. Negative: err says why; the step was aborted. */
+ * are computed anew. KVL_IDLE, KVL_DRAINED: as kvl_sched_plan. Negative: err says why; the step was aborted. (Also a
+ * device lost at commit: what was sampled may have been shown already.) */
 kvl_result runtime_step(runtime *rt, kvl_cache *cache, kvl_sched *sched, runtime_sample_fn sample, void *user,
                         char *err, size_t err_len);
 
