@@ -77,16 +77,21 @@ CUDA_CPU_TESTS := $(if $(filter cuda_cpu,$(TESTS)),$(patsubst %.cpp,$(B)/%,$(wil
 CUDA_CPU_TESTS += $(foreach t,$(filter $(CUDA_CPU_ALL_ARCHS),$(notdir $(CUDA_CPU_TESTS))),\
   $(foreach a,$(filter-out 800,$(CUDA_CPU_ARCHS)),$(B)/tests/cuda_cpu/$t_$a))
 KERNEL_SOURCES := $(wildcard kernels_cuda/*.cu)
+CUDA_CPU_OBJECTS := $(foreach a,$(CUDA_CPU_ARCHS),$(patsubst tests/cuda_cpu/%.cpp,$(B)/obj/cuda_cpu/$a/%.o,$(CUDA_CPU_SOURCES)) \
+  $(patsubst kernels_cuda/%.cu,$(B)/obj/cuda_cpu/$a/%.o,$(KERNEL_SOURCES)))
+MOCK := $(B)/mock_cuda
+MOCK_KERNELS := $(MOCK)/simple_kernels.so $(foreach a,$(CUDA_CPU_ARCHS),$(MOCK)/kernels_$a.so)
 
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
 FORMAT_FILES := kvlite.h $(C_SOURCES) \
   $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h) \
   $(CUDA_CPU_SOURCES) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
+COMPILED := $(OBJECTS) $(CUDA_CPU_OBJECTS) $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 
 # A goal named after `deps` waits for it, in a parallel build too.
 ifneq ($(filter deps,$(MAKECMDGOALS)),)
-$(filter-out deps,$(MAKECMDGOALS)) $(OBJECTS) $(VENV)/.made: | deps
+$(filter-out deps,$(MAKECMDGOALS)) $(COMPILED) $(VENV)/.made: | deps
 endif
 
 all: $(PROGRAMS) $(TOOLS) ## build the programs: minimal, complete, chat, demo; and the tools (default)
@@ -263,7 +268,7 @@ $(B)/tests/cuda_cpu/%$(if $(filter-out 800,$(1)),_$(1)): $(B)/obj/cuda_cpu/$(1)/
 	  -Wl,--no-whole-archive $(B)/libkvlite.a -lcmocka $$(LIBS) -o $$@
 endef
 $(foreach a,$(CUDA_CPU_ARCHS),$(eval $(call cuda_cpu_arch,$a)))
-.SECONDARY: $(foreach a,$(CUDA_CPU_ARCHS),$(patsubst tests/cuda_cpu/%.cpp,$(B)/obj/cuda_cpu/$a/%.o,$(CUDA_CPU_SOURCES)))
+.SECONDARY: $(CUDA_CPU_OBJECTS)
 
 # (bench_cuda writes its JSON itself: machines with a GPU often have nothing but a compiler.)
 $(BENCH_PROGRAMS): $(B)/%: $(B)/obj/tools/bench/%.o $(B)/libllm.a $(B)/libkvlite.a
@@ -280,9 +285,7 @@ $(TOOLS): $(B)/libllm.a $(B)/libkvlite.a
 	$(call say,LINK  $@)$(LINK) -lcjson $(LIBS) -o $@
 
 # A CUDA driver without a GPU: tests/mock_cuda/mock_cuda.h. Beside it stand the kernels, as libraries that it opens.
-MOCK := $(B)/mock_cuda
 MOCK_CXXFLAGS := -std=c++17 $(FLAGS_$(CONFIG)) $(WARNINGS) -fPIC -shared -fvisibility=hidden
-MOCK_KERNELS := $(MOCK)/simple_kernels.so $(foreach a,$(CUDA_CPU_ARCHS),$(MOCK)/kernels_$a.so)
 MOCK_TESTS := $(filter %_cuda %_cuda_fault,$(TEST_PROGRAMS))
 $(MOCK)/libcuda.so.1: $(filter-out %/shim_kernels.cpp,$(wildcard tests/mock_cuda/*.cpp tests/mock_cuda/*.h)) kernels_cuda/abi.h
 	@mkdir -p $(@D)
