@@ -189,7 +189,7 @@ cppcheck:
 	$(call say,CPPCHECK)$(CPPCHECK) $(CPPCHECK_FLAGS) --std=c11 -Iexamples $(filter examples/llm/%,$(LINTED)) \
 	  $(filter-out examples/minimal.c,$(wildcard examples/*.c))
 	$(call say,CPPCHECK)$(CPPCHECK) $(CPPCHECK_FLAGS) --std=c99 --language=c --max-configs=1 -DKVL_IMPLEMENTATION -DKVL_NO_SIMD -U_WIN32 kvlite.h
-.PHONY: format format-check lint tidy cppcheck $(TIDY) tidy/kvlite.h $(CUDA_TIDY) $(CUDA_TIDY)
+.PHONY: format format-check lint tidy cppcheck $(TIDY) tidy/kvlite.h $(CUDA_TIDY)
 
 ## Installing and cleaning
 

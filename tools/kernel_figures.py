@@ -41,12 +41,12 @@ def parse(kernel):
 
 
 def shapes(names):
-    """{kernel: (threads, [shared memory by stages 1..4], bytes of a unit, of its rows)}, as abi.h says."""
+    """{kernel: (threads, [shared memory by stages 1..4], bytes of a unit)}, as abi.h says."""
     lines = []
     for name in names:
         family, preset, dim, rows = parse(name)
         smem = ["0"] * 4
-        unit = row = "0"
+        unit = "0"
         if family == "kvl_store":
             smem = ["KVLI_CU_STORE_SMEM"] * 4
         elif family == "kvl_plain":
@@ -57,10 +57,9 @@ def shapes(names):
             k, v = ("KVLI_CU_" + f for f in FORMATS[preset])
             smem = ["kvli_cu_decode_smem(%s, %s, %d, %d, %d)" % (k, v, dim, s, rows) for s in (1, 2, 3, 4)]
             unit = " + ".join("KVLI_CU_UNIT * (kvli_cu_row_bytes(%s, %d) + kvli_cu_token_scale_bytes(%s, %d))" % (f, dim, f, dim)
-                              for f in (k, v))
-            row = " + ".join("KVLI_CU_UNIT * kvli_cu_row_bytes(%s, %d)" % (f, dim) for f in (k, v))
-        lines.append('    printf("%s %%d %%d %%d %%d %%d %%d %%d\\n", %s);' %
-                     (name, ", ".join("(int)(%s)" % x for x in [THREADS[family], *smem, unit, row])))
+                              for f in (k, v)) + " + kvli_cu_channel_scale_bytes(%s, %d) / 2" % (k, dim)  # of a block of 32 tokens
+        lines.append('    printf("%s %%d %%d %%d %%d %%d %%d\\n", %s);' %
+                     (name, ", ".join("(int)(%s)" % x for x in [THREADS[family], *smem, unit])))
     with tempfile.TemporaryDirectory() as folder:
         source, program = os.path.join(folder, "a.c"), os.path.join(folder, "a")
         with open(source, "w", encoding="utf-8") as f:
@@ -70,8 +69,8 @@ def shapes(names):
     result = {}
     for line in out.splitlines():
         name, *numbers = line.split()
-        threads, *smem, unit, row = map(int, numbers)
-        result[name] = threads, smem, unit, row
+        threads, *smem, unit = map(int, numbers)
+        result[name] = threads, smem, unit
     return result
 
 
@@ -111,34 +110,31 @@ def instructions(path, tools):
 
 
 def target_of(text):
-    found = re.search(r"\bBRA\S*\s.*?\b0x([0-9a-f]+)\s*$", text)
+    found = re.search(r"\b(?:BRA|CALL\.REL)\S*\s.*?\b0x([0-9a-f]+)\s*$", text)
     return int(found.group(1), 16) if found else None
 
 
-def loaded(text):
-    """Bytes that a load through a generic address (a unit's rows, in shared or device memory) gives a lane."""
-    found = re.search(r"\bLD\.E(\.\w+)?", text)
-    return {None: 4, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}.get(found.group(1), 4) if found else 0
-
-
+# Loads through generic addresses: exact units, which packed formats read straight from device memory.
+EXACT = re.compile(r"\bLD\.E\b")
 COPY = re.compile(r"UBLKCP|LDGSTS")
 
 
-def shortest(code, begin, end, mmas, lane_bytes):
-    """The fewest instructions from begin to end, forwards, with so many mma, so many bytes of rows loaded and a copy begun: a
-    turn with a unit of packed rows. What an unlikely case needs (rescaling, a mask) is passed by. None: no such way."""
+def shortest(code, begin, end, mmas):
+    """The fewest instructions from begin to end, forwards, with so many mma and a copy begun: a turn with a unit of packed
+    rows. What an unlikely case needs (rescaling, a mask) is passed by. None: no such way."""
     copies = any(COPY.search(t) for a, t in code if begin <= a <= end)  # of a later unit, under way meanwhile
-    best = {begin: {(0, 0, not copies): 0}}  # address: {(mma, bytes, has it copied): instructions}
+    best = {begin: {(0, not copies): 0}}  # address: {(mma, has it copied): instructions}
     addresses = [a for a, _ in code]
     after = dict(zip(addresses, addresses[1:]))
     for address, text in code:
         if address not in best or address > end:
             continue
-        mma, row, copy = "HMMA" in text, loaded(text), bool(COPY.search(text))
-        ways = {(n + mma, b + row, c or copy): steps + 1 for (n, b, c), steps in best.pop(address).items()
-                if n + mma <= mmas and b + row <= lane_bytes}
+        mma, copy = "HMMA" in text, bool(COPY.search(text))
+        ways = {(n + mma, c or copy): steps + 1 for (n, c), steps in best.pop(address).items() if n + mma <= mmas}
         if address == end:
-            return ways.get((mmas, lane_bytes, True))
+            return ways.get((mmas, True))
+        if EXACT.search(text):
+            continue
         goes_on = not re.fullmatch(r"BRA 0x[0-9a-f]+ *|(EXIT|RET)\b.*", text)  # without a predicate: it never goes on
         for to in ([after.get(address)] if goes_on else []) + [target_of(text)]:
             if to is not None and address < to <= end:
@@ -148,7 +144,7 @@ def shortest(code, begin, end, mmas, lane_bytes):
     return None
 
 
-def main_loop(code, mmas, lane_bytes):
+def main_loop(code, mmas):
     """(fewest instructions of a turn, all that stand in it) of the loop with a unit's mma."""
     found = []
     for address, text in code:
@@ -158,7 +154,7 @@ def main_loop(code, mmas, lane_bytes):
         whole = [t for a, t in code if begin <= a <= address]
         if sum("HMMA" in t for t in whole) < mmas:
             continue
-        steps = shortest(code, begin, address, mmas, lane_bytes if any(map(loaded, whole)) else 0)
+        steps = shortest(code, begin, address, mmas)
         if steps:
             found.append((steps, len(whole)))
     return min(found) if found else None
@@ -180,7 +176,7 @@ def collect(args):
     sass = {arch: instructions(kernels.object_path(args.work, "kernels", "sm_" + arch), args.bin) for arch in DEVICES if arch in targets}
     for kernel in names:
         family, _, dim, rows = parse(kernel)
-        threads, smem, unit, row_bytes = shape[kernel]
+        threads, smem, unit = shape[kernel]
         for arch in targets:
             if (kernel, arch) not in reports:
                 continue
@@ -194,7 +190,7 @@ def collect(args):
                 code = sass[arch].get(kernel)
                 if code:
                     record["instructions"] = len(code)
-                loop = main_loop(code, dim // 8 * (rows // 8), row_bytes // 32) if code and family == "kvl_decode" else None
+                loop = main_loop(code, dim // 8 * (rows // 8)) if code and family == "kvl_decode" else None
                 if loop:
                     per_byte = loop[0] / unit
                     issue = device["sms"] * ISSUED * device["ghz"]  # 1e9 warp instructions a second
