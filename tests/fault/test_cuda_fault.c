@@ -230,7 +230,7 @@ static void life_init(life *w, const life *like) {
 }
 
 /* Every call fails in turn. */
-static void every_call(const life *like, int result, bool lost, uint64_t stride) {
+static void every_call(const life *like, int result, bool lost) {
     life good, w;
     uint64_t calls, recoveries = 0, refused = 0, nth;
     life_init(&good, like);
@@ -240,7 +240,7 @@ static void every_call(const life *like, int result, bool lost, uint64_t stride)
     life_end(&good);
     calls = mock_cuda_calls() - calls;
     KT_CHECK(calls > 100 && calls < MOST_CALLS, "%llu calls", (unsigned long long)calls);
-    for (nth = 1; nth <= calls; nth += stride * EVERY) {
+    for (nth = 1; nth <= calls; nth += EVERY) {
         kvl_result r;
         life_init(&w, like);
         mock_cuda_fail(nth, result, lost);
@@ -272,33 +272,33 @@ static void every_call(const life *like, int result, bool lost, uint64_t stride)
     kt_where[0] = 0;
     printf("%llu calls, %llu refused creates, %llu recoveries\n", (unsigned long long)calls,
            (unsigned long long)refused, (unsigned long long)recoveries);
-    assert_true(recoveries * stride * EVERY > 50 && refused * stride * EVERY > 30);
+    assert_true(recoveries * EVERY > 50 && refused * EVERY > 30);
     mock_cuda_reset();
 }
 
 static void test_host_tensors(void **state) {
     static const life like;
     (void)state;
-    every_call(&like, OUT_OF_MEMORY, false, 1);
-    every_call(&like, LAUNCH_FAILED, true, 1);
+    every_call(&like, OUT_OF_MEMORY, false);
+    every_call(&like, LAUNCH_FAILED, true);
 }
 static void test_device_tensors(void **state) {
     static const life like = {.device = true};
     (void)state;
-    every_call(&like, OUT_OF_MEMORY, false, 3);
-    every_call(&like, LAUNCH_FAILED, true, 3);
+    every_call(&like, OUT_OF_MEMORY, false);
+    every_call(&like, LAUNCH_FAILED, true);
 }
 static void test_virtual_memory(void **state) {
     static const life like = {.virtual = true};
     (void)state;
-    every_call(&like, OUT_OF_MEMORY, false, 1);
-    every_call(&like, LAUNCH_FAILED, true, 1);
+    every_call(&like, OUT_OF_MEMORY, false);
+    every_call(&like, LAUNCH_FAILED, true);
 }
 static void test_lent_context(void **state) {
     static const life like = {.device = true, .lend = true};
     (void)state;
-    every_call(&like, OUT_OF_MEMORY, false, 3);
-    every_call(&like, LAUNCH_FAILED, true, 3);
+    every_call(&like, OUT_OF_MEMORY, false);
+    every_call(&like, LAUNCH_FAILED, true);
 }
 
 /* ---- recovery that fails itself ---- */
