@@ -196,7 +196,8 @@ static inline int kvli_cu_unlzma(kvli_cu_unpacker *u, const kvli_cu_part *part, 
         }
         uint32_t length = kvli_cu_match(u, p, &state, rep, position);
         if (!length) length = 1;
-        if (rep[0] >= at || length > n - at) return 0;
+        if (rep[0] >= at) return 0;
+        if (length > n - at) length = n - at; /* it goes on into the next part */
         for (uint32_t end = at + length; at < end; at++) out[at] = out[at - rep[0] - 1];
     }
     return !u->damaged;
