@@ -432,7 +432,8 @@ static inline int kvli_cu_unlzma(kvli_cu_unpacker *u, const kvli_cu_part *part, 
         }
         uint32_t length = kvli_cu_match(u, p, &state, rep, position);
         if (!length) length = 1;
-        if (rep[0] >= at || length > n - at) return 0;
+        if (rep[0] >= at) return 0;
+        if (length > n - at) length = n - at; /* it goes on into the next part */
         for (uint32_t end = at + length; at < end; at++) out[at] = out[at - rep[0] - 1];
     }
     return !u->damaged;
@@ -456,7 +457,7 @@ static inline int kvli_cu_unpack_part(const char *const *image, const kvli_cu_pa
 #define KVLI_CUDA_KERNELS_H
 
 /* SHA-256 of the sources; the least cuDriverGetVersion that loads the kernels. */
-static const char kvli_cu_image_hash[] = "a07b0be984440e223a949ab304e39156453f07296661ed9f9211a6ab258b862e";
+static const char kvli_cu_image_hash[] = "0d28246fc7fdd9b54f5c71a439033e0e09e1853b3304a22ca9c2762998a35c29";
 static const int kvli_cu_image_min_driver = 13000;
 static const kvli_cu_part kvli_cu_parts[] = {
     {89, 0, 0, 1528143, 0, 4832416, 0, 4, 4},
