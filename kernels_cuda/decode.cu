@@ -225,8 +225,7 @@ struct kvl_unit_walk {
     KVL_MEMBER bool exact_seen() { return next & exact_flag; }
 
     /* Looks at up to 32 more units. False: there are none. */
-    template <class P>
-    KVL_MEMBER bool look(const kvli_cu_attend_args &a, uint32_t pass) {
+    template <class P> KVL_MEMBER bool look(const kvli_cu_attend_args &a, uint32_t pass) {
         kvl_rows rows = kvl_its_rows(a);
         const kvli_cu_item &item = *rows.item;
         uint32_t block_units = a.block_tokens / KVL_UNIT, table_units = (item.end - item.begin) * block_units;
@@ -735,15 +734,13 @@ KVL_D uint32_t kvl_mask(const kvli_cu_attend_args &a, const uint32_t *position, 
     const kvl_sight sight = {a.block_tokens, a.window, a.sink_tokens};
     const uint32_t x_first = position[0], x_last = position[N - 1];
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    if (kvl_all_see(sight, unit.own, x_first, x_last, unit.token, unit.token + KVL_UNIT - 1))
-        return 0xffff;
+    if (kvl_all_see(sight, unit.own, x_first, x_last, unit.token, unit.token + KVL_UNIT - 1)) return 0xffff;
     KVL_UNROLL for (uint32_t i = 0; i < N / 2; i++) {
         uint32_t x = position[i / 4 * 8 + 2 * t + i % 2];
         if (!kvl_sees(sight, unit.own, x, unit.token + g + i % 4 / 2 * 8)) s[i / 4][i % 4] = -INFINITY;
     }
     uint32_t token = unit.token + lane % 16;
-    return __ballot_sync(KVL_ALL_LANES,
-                         kvl_any_sees(sight, unit.own, x_first, x_last, token, token)) &
+    return __ballot_sync(KVL_ALL_LANES, kvl_any_sees(sight, unit.own, x_first, x_last, token, token)) &
            0xffff;
 }
 
@@ -788,8 +785,8 @@ KVL_D void kvl_weights(const float s[N / 8][4], kvl_sums<D, N> &sums, uint32_t p
 }
 
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_attend_unit(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared, const kvl_unit &unit,
-                           const kvl_queries<P::k, D, N> &q, kvl_sums<D, N> &sums) {
+KVL_D void kvl_attend_unit(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared,
+                           const kvl_unit &unit, const kvl_queries<P::k, D, N> &q, kvl_sums<D, N> &sums) {
     float s[N / 8][4];
     uint32_t p[N / 8][2];
     kvl_scores<P>(unit, q, s);
@@ -910,8 +907,8 @@ KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &sh
 
 /* A warp's units of a pass. The queries are prepared in the first one, while the first copies are under way. */
 template <class P, uint32_t D, uint32_t N>
-KVL_D void kvl_pass(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared,
-                    uint32_t pass, kvl_unit_walk &walk, kvl_ring<P, D> &ring, kvl_queries<P::k, D, N> &q,
+KVL_D void kvl_pass(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared, uint32_t pass,
+                    kvl_unit_walk &walk, kvl_ring<P, D> &ring, kvl_queries<P::k, D, N> &q,
                     kvl_sums<D, N> &sums) {
     bool prepared = pass > 0;
     KVL_ROLLED for (;;) {

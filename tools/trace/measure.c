@@ -109,8 +109,8 @@ bool cost_measure(const char *gguf, const char *preset, char *err, size_t n) {
     kvl_block_layout layout;
     fit f = {.n = 0};
     bool more = true;
-    bool ok =
-        runtime_load(&rt, &(runtime_desc){.path = gguf, .backend = KVL_BACKEND_CPU}, err, n) && runtime_cache(&rt, &cd, &cache, err, n);
+    bool ok = runtime_load(&rt, &(runtime_desc){.path = gguf, .backend = KVL_BACKEND_CPU}, err, n) &&
+              runtime_cache(&rt, &cd, &cache, err, n);
     if (ok && kvl_sched_create(cache, &(kvl_sched_desc){.max_gap_ms = 120}, &sched) != KVL_OK)
         ok = llm_fail(err, n, "%s", kvl_last_error(cache));
     ok = ok && submit_all(&rt, sched, err, n);
