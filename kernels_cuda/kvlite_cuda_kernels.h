@@ -457,7 +457,7 @@ static inline int kvli_cu_unpack_part(const char *const *image, const kvli_cu_pa
 #define KVLI_CUDA_KERNELS_H
 
 /* SHA-256 of the sources; the least cuDriverGetVersion that loads the kernels. */
-static const char kvli_cu_image_hash[] = "0d28246fc7fdd9b54f5c71a439033e0e09e1853b3304a22ca9c2762998a35c29";
+static const char kvli_cu_image_hash[] = "8f4d8b69c809ff8d07c3299622685a16a178628697763aabfd3937a7739cd93d";
 static const int kvli_cu_image_min_driver = 13000;
 static const kvli_cu_part kvli_cu_parts[] = {
     {89, 0, 0, 1528143, 0, 4832416, 0, 4, 4},
