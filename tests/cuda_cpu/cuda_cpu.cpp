@@ -74,6 +74,15 @@ const size_t STACK_STRIDE = STACK_BYTES + PAGE;  // an inaccessible page below e
 const size_t GUARD_BYTES = 1024;                 // around shared memory
 const unsigned char GUARD = 0xa5, POISON = 0xff; // poison is NaN as f32, f16, bf16 and e4m3
 
+// Who gets these addresses next may use them.
+void unmap_pages(void *p, size_t bytes) {
+    if (!p) return;
+#ifdef CUDA_CPU_ASAN
+    ASAN_UNPOISON_MEMORY_REGION(p, bytes);
+#endif
+    munmap(p, bytes);
+}
+
 struct Launch {
     const Kernel *kernel;
     dim3 grid, threads;
@@ -100,8 +109,8 @@ struct Worker : Block {
     uint64_t collectives = 0, mmas = 0;
 
     ~Worker() {
-        if (stacks) munmap(stacks, n_stacks * STACK_STRIDE);
-        if (arena) munmap(arena, arena_bytes);
+        unmap_pages(stacks, n_stacks * STACK_STRIDE);
+        unmap_pages(arena, arena_bytes);
     }
 };
 
@@ -596,7 +605,7 @@ void forbid_page(void *p) {
 void prepare_shared(Worker &b, size_t bytes) {
     size_t need = 2 * GUARD_BYTES + round_up(bytes, PAGE);
     if (b.arena_bytes < need) {
-        if (b.arena) munmap(b.arena, b.arena_bytes);
+        unmap_pages(b.arena, b.arena_bytes);
         b.arena = map_pages(need);
         b.arena_bytes = need;
     }
@@ -633,7 +642,7 @@ void check_guards(Worker &b) {
 void prepare_fibers(Worker &b, const Launch &l) {
     size_t n = (size_t)l.threads.x * l.threads.y * l.threads.z;
     if (b.n_stacks < n) {
-        if (b.stacks) munmap(b.stacks, b.n_stacks * STACK_STRIDE);
+        unmap_pages(b.stacks, b.n_stacks * STACK_STRIDE);
         b.stacks = map_pages(n * STACK_STRIDE);
         b.n_stacks = n;
         for (size_t i = 0; i < n; i++) forbid_page(b.stacks + i * STACK_STRIDE);
