@@ -95,7 +95,7 @@ build() {
     flags=-Itests/gpu/without_cmocka
   [ -z "$mock" ] || make mock-cuda || return
   for target in $BENCH $TEST; do
-    make "$target" TESTS=gpu ${flags:+CPPFLAGS="$flags"} CMOCKA=${flags:+-lm} || return
+    make "$target" TESTS=gpu ${flags:+CPPFLAGS="$flags"} ${flags:+CMOCKA=-lm} || return
   done
   echo "bench_cuda and test_device${flags:+ (without cmocka)}"
 }
