@@ -1,18 +1,7 @@
 // kvl_prefill_*, kvl_plain and kvl_merge against a double-precision reference that reads the same bytes.
 #include "attend_case.h"
-extern "C" {
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <cmocka.h>
-}
 
 using namespace attend;
-
-#ifndef KVL_CPU_ARCH
-#define KVL_CPU_ARCH 800
-#endif
-static const uint32_t dims[] = {64, 80, 96, 128, 192, 256};
 
 static std::string prefill_name(const Case &c) {
     return std::string("kvl_prefill_") + c.preset->name + "_d" + std::to_string(c.dim);
@@ -28,13 +17,6 @@ static Result run_prefill(const Case &c) {
     return r;
 }
 static Result run_plain(const Case &c) { return run(c, plain_name, plain_memory, KVLI_CU_PLAIN_THREADS); }
-static void check(const Case &c, const Result &r) {
-    if (!(r.error <= 1) || r.overwrote) {
-        fail_msg("error %.2f of what is allowed%s: %s", r.error, r.overwrote ? ", wrote elsewhere" : "",
-                 c.text().c_str());
-    }
-}
-
 static Case turn_case(const Preset &p, uint32_t dim, uint32_t turn) {
     static const uint32_t gqas[] = {1, 4, 2, 8, 7, 16}, blocks[] = {32, 64, 16};
     Case c;

@@ -135,18 +135,8 @@ static void case_fill(case_cache *c, uint32_t step_rows) {
 
 /* Bytes of a tile, its scales with it, without what pads it. */
 static uint64_t case_tile_bytes(kvl_format f) {
-    const uint64_t n = CASE_T * CASE_DIM;
-    switch ((int)(f & ~(kvl_format)KVL_ROTATED)) {
-    case KVL_F32: return n * 4;
-    case KVL_F16:
-    case KVL_BF16: return n * 2;
-    case KVL_INT8:
-    case KVL_FP8_E4M3: return n + CASE_T * 2;
-    case KVL_INT8_CHANNEL: return n + CASE_DIM * 4;
-    case KVL_NVFP4: return n / 2 + n / 16;
-    case KVL_INT4: return n / 2 + n / 64 * 4;
-    default: return n / 2 + CASE_DIM * 4; /* INT4_CHANNEL */
-    }
+    const kvl_format base = f & ~(kvl_format)KVL_ROTATED;
+    return CASE_T * kvli_row_bytes(base, CASE_DIM) + kvli_scale_bytes(base, CASE_T, CASE_DIM);
 }
 
 /* Bytes of one layer's KV that the step's sequences hold: whole tiles, of the open block its rows. */
