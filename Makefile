@@ -85,7 +85,7 @@ MOCK_KERNELS := $(MOCK)/simple_kernels.so $(foreach a,$(CUDA_CPU_ARCHS),$(MOCK)/
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
 FORMAT_FILES := kvlite.h $(C_SOURCES) \
   $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h) \
-  $(CUDA_CPU_SOURCES) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h
+  $(CUDA_CPU_SOURCES) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h kernels_cuda/tables.h
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
 COMPILED := $(OBJECTS) $(CUDA_CPU_OBJECTS) $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 
@@ -287,10 +287,10 @@ $(TOOLS): $(B)/libllm.a $(B)/libkvlite.a
 # A CUDA driver without a GPU: tests/mock_cuda/mock_cuda.h. Beside it stand the kernels, as libraries that it opens.
 MOCK_CXXFLAGS := -std=c++17 $(FLAGS_$(CONFIG)) $(WARNINGS) -fPIC -shared -fvisibility=hidden
 MOCK_TESTS := $(filter %_cuda %_cuda_fault,$(TEST_PROGRAMS))
-$(MOCK)/libcuda.so.1: $(filter-out %/shim_kernels.cpp,$(wildcard tests/mock_cuda/*.cpp tests/mock_cuda/*.h)) kernels_cuda/abi.h
+$(MOCK)/libcuda.so.1: $(filter-out %/shim_kernels.cpp,$(wildcard tests/mock_cuda/*.cpp tests/mock_cuda/*.h)) kernels_cuda/abi.h kernels_cuda/tables.h
 	@mkdir -p $(@D)
 	$(call say,CXX   $@)$(CXX) $(MOCK_CXXFLAGS) $(CXXFLAGS) -Wl,-soname,libcuda.so.1 $(filter %.cpp,$^) -ldl -o $@
-$(MOCK)/simple_kernels.so: tests/mock_cuda/simple_kernels.c tests/mock_cuda/kernels.h kernels_cuda/abi.h kvlite.h
+$(MOCK)/simple_kernels.so: tests/mock_cuda/simple_kernels.c tests/mock_cuda/kernels.h kernels_cuda/abi.h kernels_cuda/tables.h kvlite.h
 	@mkdir -p $(@D)
 	$(call say,CC    $@)$(CC) $(filter-out -MMD -MP,$(KVL_CFLAGS)) $(CFLAGS) -fPIC -shared -fvisibility=hidden $< -lm -lpthread -o $@
 $(MOCK)/kernels_%.so: $(B)/libkvl_cuda_cpu_%.a tests/mock_cuda/shim_kernels.cpp tests/mock_cuda/kernels.h tests/cuda_cpu/cuda_cpu.h

@@ -8166,11 +8166,11 @@ static kvli_cu_sizes kvli_cu_size(const kvl_cache *c) {
     z.parts = kvli_min_u32(KVLI_CU_PARTS,
                            (uint32_t)(seq / kvli_min_u32(KVLI_CU_PART_TOKENS, g->segment_tokens)) + 4);
     /* tables: taint; of each group spans, stores, items, merges and counts of each pass, all padded; entries; copies */
-    arrays = z.spans * sizeof(kvli_cu_span) + (rows / T + 2 * z.spans) * sizeof(kvli_cu_store);
+    arrays = z.spans * sizeof(kvli_gpu_span) + (rows / T + 2 * z.spans) * sizeof(kvli_gpu_store);
     arrays +=
-        (2ull * z.spans * z.parts + 2 * z.tiles) * sizeof(kvli_cu_item) + z.tiles * sizeof(kvli_cu_merge);
-    arrays = arrays / 4 * 5 + (z.tiles + 1) * (2 * sizeof(kvli_cu_counts) + KVLI_CU_SORTS * 256ull) + 2048;
-    arrays += z.spans * (seq / T + 2 + rows / T) * sizeof(uint64_t) + z.spans * sizeof(kvli_cu_copy);
+        (2ull * z.spans * z.parts + 2 * z.tiles) * sizeof(kvli_gpu_item) + z.tiles * sizeof(kvli_gpu_merge);
+    arrays = arrays / 4 * 5 + (z.tiles + 1) * (2 * sizeof(kvli_gpu_counts) + KVLI_CU_SORTS * 256ull) + 2048;
+    arrays += z.spans * (seq / T + 2 + rows / T) * sizeof(uint64_t) + z.spans * sizeof(kvli_gpu_copy);
     z.tables = kvli_cu_align((size_t)(z.spans * sizeof(uint32_t) + g->n_groups * arrays));
     /* partial results: a tile's at least, else of all that may be, or what the budget can spare */
     z.partials = kvli_min_u32(KVLI_CU_PART_ROWS, z.prefill_rows * z.parts);
@@ -8478,7 +8478,7 @@ static void kvli_cu_pass_end(kvli_cu_builder *b) {
 
 /* (Items and merges are of one size.) */
 static void *kvli_cu_slot(kvli_cu_builder *b, uint32_t sort) {
-    return b->to + b->cc->passes[b->pass].at[sort] + b->n[sort]++ * sizeof(kvli_cu_item);
+    return b->to + b->cc->passes[b->pass].at[sort] + b->n[sort]++ * sizeof(kvli_gpu_item);
 }
 
 /* Blocks that rows at positions first..last see: one range, or two with a gap between sinks and window. */
@@ -8526,18 +8526,18 @@ static void kvli_cu_tile(kvli_cu_builder *b, uint32_t s, uint32_t row, uint32_t 
         return;
     }
     if (n > 1) {
-        kvli_cu_merge merge = {s, row, n_rows, partial, n, {0, 0, 0}};
-        *(kvli_cu_merge *)kvli_cu_slot(b, KVLI_CU_MERGE) = merge;
+        kvli_gpu_merge merge = {s, row, n_rows, partial, n, {0, 0, 0}};
+        *(kvli_gpu_merge *)kvli_cu_slot(b, KVLI_CU_MERGE) = merge;
     }
     for (uint32_t i = 0; i < r.n; i++)
         for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, partial += n_rows) {
             end = kvli_min_u32((at / step + 1) * step, r.end[i]);
             uint32_t table_end = kvli_min_u32(end, last / T), own = kvli_max_u32(at, first / T);
-            kvli_cu_item item = {s,         row,
+            kvli_gpu_item item = {s,         row,
                                  n_rows,    kvli_min_u32(at, table_end),
                                  table_end, kvli_min_u32(own, end),
-                                 end,       n > 1 ? partial : KVLI_CU_NONE};
-            *(kvli_cu_item *)kvli_cu_slot(b, sort) = item;
+                                 end,       n > 1 ? partial : KVLI_GPU_NONE};
+            *(kvli_gpu_item *)kvli_cu_slot(b, sort) = item;
         }
 }
 
@@ -8578,14 +8578,14 @@ static uint64_t kvli_cu_lay_out(kvl_cache *c, kvli_cu_builder *b) {
         for (uint32_t s = 0; s < st->n_spans; s++)
             g->n_stores += st->attend[(size_t)b->group * c->max_spans + s].blocks.n_own;
         g->padded_stores = kvli_cu_pad(g->n_stores);
-        g->counts = kvli_cu_array(&used, 2 * g->n_passes, sizeof(kvli_cu_counts), &key);
-        g->spans = kvli_cu_array(&used, kvli_cu_pad(st->n_spans), sizeof(kvli_cu_span), &key);
-        g->stores = kvli_cu_array(&used, g->padded_stores, sizeof(kvli_cu_store), &key);
+        g->counts = kvli_cu_array(&used, 2 * g->n_passes, sizeof(kvli_gpu_counts), &key);
+        g->spans = kvli_cu_array(&used, kvli_cu_pad(st->n_spans), sizeof(kvli_gpu_span), &key);
+        g->stores = kvli_cu_array(&used, g->padded_stores, sizeof(kvli_gpu_store), &key);
         for (uint32_t p = g->first_pass; p < b->pass; p++)
             for (uint32_t k = 0; k < KVLI_CU_SORTS; k++) {
                 kvli_cu_pass *pass = &cc->passes[p];
                 pass->padded[k] = kvli_cu_pad(pass->n[k]);
-                pass->at[k] = kvli_cu_array(&used, pass->padded[k], sizeof(kvli_cu_item), &key);
+                pass->at[k] = kvli_cu_array(&used, pass->padded[k], sizeof(kvli_gpu_item), &key);
             }
     }
     cc->used = (used + 127) & ~127u;
@@ -8596,18 +8596,18 @@ static uint64_t kvli_cu_entry(const kvl_cache *c, uint32_t entry) {
     if (entry == KVL_NONE) return 0;
     uint32_t id = entry & KVL_ENTRY_ID;
     if (entry & KVL_ENTRY_SCRATCH)
-        return (c->scratch + (uint64_t)id * c->scratch_slot) | KVLI_CU_EXACT | KVLI_CU_SCRATCH;
-    return c->address[id] | (entry & KVL_ENTRY_EXACT ? KVLI_CU_EXACT : 0);
+        return (c->scratch + (uint64_t)id * c->scratch_slot) | KVLI_GPU_EXACT | KVLI_GPU_SCRATCH;
+    return c->address[id] | (entry & KVL_ENTRY_EXACT ? KVLI_GPU_EXACT : 0);
 }
 
 /* A span's entries, from *n on; what is before a window (and no sink) is left out. */
-static kvli_cu_span kvli_cu_put_span(const kvl_cache *c, uint32_t group, const kvli_attend_span *span,
+static kvli_gpu_span kvli_cu_put_span(const kvl_cache *c, uint32_t group, const kvli_attend_span *span,
                                      uint64_t *entries, uint32_t *n) {
     const kvl_span_blocks *b = &span->blocks;
     uint32_t window = c->groups[group].window, from = 0;
     if (window && !c->groups[group].sink_tokens && span->position + 1 > window)
         from = (span->position + 1 - window) / c->geo.block_tokens;
-    kvli_cu_span out = {span->first_row, span->n_rows, span->position, *n - from, b->first_own, 0};
+    kvli_gpu_span out = {span->first_row, span->n_rows, span->position, *n - from, b->first_own, 0};
     for (uint32_t j = from; j + 1 < b->n_blocks; j++) entries[(*n)++] = kvli_cu_entry(c, b->table[j]);
     out.own = *n;
     for (uint32_t i = 0; i < b->n_own; i++) entries[(*n)++] = kvli_cu_entry(c, b->own[i]);
@@ -8615,13 +8615,13 @@ static kvli_cu_span kvli_cu_put_span(const kvl_cache *c, uint32_t group, const k
 }
 
 static void kvli_cu_put_stores(const kvl_cache *c, const kvli_attend_span *span, uint32_t s,
-                               kvli_cu_store *stores, uint32_t *n) {
+                               kvli_gpu_store *stores, uint32_t *n) {
     const kvl_span_blocks *b = &span->blocks;
     uint32_t T = c->geo.block_tokens, end = span->position + span->n_rows;
     for (uint32_t i = 0; i < b->n_own; i++) {
         uint32_t start = (b->first_own + i) * T, from = kvli_max_u32(start, span->position), own = b->own[i],
                  target = b->table[b->first_own + i];
-        kvli_cu_store out = {kvli_cu_entry(c, own), target != own ? kvli_cu_entry(c, target) : 0, s, 0, 0, 0};
+        kvli_gpu_store out = {kvli_cu_entry(c, own), target != own ? kvli_cu_entry(c, target) : 0, s, 0, 0, 0};
         out.row = span->first_row + (from - span->position);
         out.n_rows = kvli_min_u32(start + T, end) - from;
         out.at = from - start;
@@ -8630,7 +8630,7 @@ static void kvli_cu_put_stores(const kvl_cache *c, const kvli_attend_span *span,
 }
 
 static void kvli_cu_put_counts(const kvli_cu_cache *cc, const kvli_cu_group *g, uint8_t *to) {
-    kvli_cu_counts *counts = (kvli_cu_counts *)(void *)(to + g->counts);
+    kvli_gpu_counts *counts = (kvli_gpu_counts *)(void *)(to + g->counts);
     memset(counts, 0, 2 * g->n_passes * sizeof *counts);
     counts->stores = g->n_stores;
     for (uint32_t p = 0; p < g->n_passes; p++) {
@@ -8663,13 +8663,13 @@ static void kvli_cu_build(kvl_cache *c, uint8_t *to, uint32_t *copies) {
         kvli_cu_put_counts(cc, g, to);
         for (uint32_t s = 0; s < st->n_spans; s++) {
             const kvli_attend_span *span = &st->attend[(size_t)b.group * c->max_spans + s];
-            ((kvli_cu_span *)(void *)(to + g->spans))[s] = kvli_cu_put_span(c, b.group, span, entries, &n);
-            kvli_cu_put_stores(c, span, s, (kvli_cu_store *)(void *)(to + g->stores), &n_stores);
+            ((kvli_gpu_span *)(void *)(to + g->spans))[s] = kvli_cu_put_span(c, b.group, span, entries, &n);
+            kvli_cu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &n_stores);
         }
         kvli_cu_items(&b);
     }
     *copies = (cc->entries + n * (uint32_t)sizeof *entries + 15) & ~15u;
-    kvli_cu_copy *list = (kvli_cu_copy *)(void *)(to + *copies);
+    kvli_gpu_copy *list = (kvli_gpu_copy *)(void *)(to + *copies);
     for (uint32_t i = 0; i < st->n_copies; i++) {
         const kvl_copy *copy = &st->copies[i];
         list[i].dst = c->address[copy->dst & KVL_ENTRY_ID];
@@ -8708,7 +8708,7 @@ static kvl_result kvli_cu_step(kvl_cache *c) {
     if (r == KVL_OK && c->step.n_copies) {
         kvli_cu_copy_args args;
         memset(&args, 0, sizeof args);
-        args.copies = (const kvli_cu_copy *)(uintptr_t)(c->workspace + copies);
+        args.copies = (const kvli_gpu_copy *)(uintptr_t)(c->workspace + copies);
         args.n_copies = c->step.n_copies;
         r = kvli_cu_launch(c, cc->copy, c->step.n_copies, 16, 1, KVLI_CU_COPY_THREADS, 0, &args);
     }
@@ -8741,8 +8741,8 @@ static kvl_result kvli_cu_store_rows(kvl_cache *c, const kvli_attend *a, const k
     const kvli_side *k = &l->k[KVLI_PACKED], *v = &l->v[KVLI_PACKED];
     kvli_cu_store_args args;
     memset(&args, 0, sizeof args);
-    args.counts = (const kvli_cu_counts *)kvli_cu_at(c, g->counts);
-    args.stores = (const kvli_cu_store *)kvli_cu_at(c, g->stores);
+    args.counts = (const kvli_gpu_counts *)kvli_cu_at(c, g->counts);
+    args.stores = (const kvli_gpu_store *)kvli_cu_at(c, g->stores);
     args.taint = (uint32_t *)kvli_cu_at(c, 0);
     args.k = kvli_cu_tensor_of(&a->k);
     args.v = kvli_cu_tensor_of(&a->v);
@@ -8767,7 +8767,7 @@ static kvli_cu_attend_args kvli_cu_args(kvl_cache *c, const kvli_attend *a, cons
     uint32_t layer = (uint32_t)(l - c->geo.layers);
     kvli_cu_attend_args args;
     memset(&args, 0, sizeof args);
-    args.spans = (const kvli_cu_span *)kvli_cu_at(c, g->spans);
+    args.spans = (const kvli_gpu_span *)kvli_cu_at(c, g->spans);
     args.entries = (const uint64_t *)kvli_cu_at(c, cc->entries);
     if (l->sink_logits)
         args.sink_logits =
@@ -8801,12 +8801,12 @@ static kvl_result kvli_cu_run(kvl_cache *c, kvli_cu_attend_args *args, const kvl
     uint32_t second = sort == KVLI_CU_DECODE16, threads = 32 * KVLI_CU_DECODE_WARPS, shared;
     void *function;
     if (!pass->padded[sort]) return KVL_OK;
-    args->counts = (const kvli_cu_counts *)kvli_cu_at(c, g->counts) + 2 * (p - g->first_pass) + second;
+    args->counts = (const kvli_gpu_counts *)kvli_cu_at(c, g->counts) + 2 * (p - g->first_pass) + second;
     args->end_item = pass->padded[sort];
     if (sort == KVLI_CU_MERGE)
-        args->merges = (const kvli_cu_merge *)kvli_cu_at(c, pass->at[sort]);
+        args->merges = (const kvli_gpu_merge *)kvli_cu_at(c, pass->at[sort]);
     else
-        args->items = (const kvli_cu_item *)kvli_cu_at(c, pass->at[sort]);
+        args->items = (const kvli_gpu_item *)kvli_cu_at(c, pass->at[sort]);
     if (sort == KVLI_CU_MERGE) {
         function = cc->merge;
         threads = KVLI_CU_MERGE_THREADS;

@@ -21,7 +21,7 @@ KVL_D void kvl_copy_words(uint4 *dst, const uint4 *src, uint64_t n, uint64_t fir
 /* grid (copies, n): n blocks of threads share each copy */
 KVL_KERNEL(kvl_copy, KVLI_CU_COPY_THREADS, 4, kvli_cu_copy_args) {
     if (blockIdx.x >= (a.counts ? a.counts->copies : a.n_copies)) return;
-    kvli_cu_copy c = a.copies[blockIdx.x];
+    kvli_gpu_copy c = a.copies[blockIdx.x];
     kvl_copy_words((uint4 *)c.dst, (const uint4 *)c.src, c.bytes / 16,
                    blockIdx.y * KVLI_CU_COPY_THREADS + threadIdx.x,
                    (uint64_t)gridDim.y * KVLI_CU_COPY_THREADS);

@@ -30,26 +30,26 @@ template <uint32_t K, uint32_t V, uint32_t EXACT, bool K_ROTATED, bool V_ROTATED
     static constexpr uint32_t k = K, v = V, exact = EXACT;
     static constexpr bool k_rotated = K_ROTATED, v_rotated = V_ROTATED, one_class = K == EXACT;
     static constexpr bool two_passes =
-        V_ROTATED || V == KVLI_CU_NVFP4; /* sums over packed and exact values differ in kind */
+        V_ROTATED || V == KVLI_GPU_NVFP4; /* sums over packed and exact values differ in kind */
 };
-typedef kvl_preset<KVLI_CU_F16, KVLI_CU_F16, KVLI_CU_F16, false, false> kvl_preset_f16;
-typedef kvl_preset<KVLI_CU_BF16, KVLI_CU_BF16, KVLI_CU_BF16, false, false> kvl_preset_bf16;
-typedef kvl_preset<KVLI_CU_INT8, KVLI_CU_INT8, KVLI_CU_F16, false, false> kvl_preset_int8;
-typedef kvl_preset<KVLI_CU_INT8_CHANNEL, KVLI_CU_INT8, KVLI_CU_F16, false, false> kvl_preset_int8c;
-typedef kvl_preset<KVLI_CU_FP8_E4M3, KVLI_CU_FP8_E4M3, KVLI_CU_F16, false, false> kvl_preset_fp8;
-typedef kvl_preset<KVLI_CU_NVFP4, KVLI_CU_NVFP4, KVLI_CU_F16, true, false> kvl_preset_nvfp4;
-typedef kvl_preset<KVLI_CU_INT8, KVLI_CU_INT4, KVLI_CU_F16, false, true> kvl_preset_balanced;
-typedef kvl_preset<KVLI_CU_INT4_CHANNEL, KVLI_CU_INT4, KVLI_CU_F16, false, true> kvl_preset_int4;
+typedef kvl_preset<KVLI_GPU_F16, KVLI_GPU_F16, KVLI_GPU_F16, false, false> kvl_preset_f16;
+typedef kvl_preset<KVLI_GPU_BF16, KVLI_GPU_BF16, KVLI_GPU_BF16, false, false> kvl_preset_bf16;
+typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8;
+typedef kvl_preset<KVLI_GPU_INT8_CHANNEL, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8c;
+typedef kvl_preset<KVLI_GPU_FP8_E4M3, KVLI_GPU_FP8_E4M3, KVLI_GPU_F16, false, false> kvl_preset_fp8;
+typedef kvl_preset<KVLI_GPU_NVFP4, KVLI_GPU_NVFP4, KVLI_GPU_F16, true, false> kvl_preset_nvfp4;
+typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_balanced;
+typedef kvl_preset<KVLI_GPU_INT4_CHANNEL, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_int4;
 
 /* ---- 16-bit arithmetic of a class: bfloat16 where it is the format, else f16 ---- */
 template <uint32_t F> KVL_D uint16_t kvl_to_16(float x) {
-    return F == KVLI_CU_BF16 ? kvl_f2bf(x) : kvl_f2h(x);
+    return F == KVLI_GPU_BF16 ? kvl_f2bf(x) : kvl_f2h(x);
 }
 template <uint32_t F> KVL_D uint32_t kvl_pack(float low, float high) {
-    return F == KVLI_CU_BF16 ? kvl_f22bf2(low, high) : kvl_f22h2(low, high);
+    return F == KVLI_GPU_BF16 ? kvl_f22bf2(low, high) : kvl_f22h2(low, high);
 }
 template <uint32_t F> KVL_D void kvl_mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    if constexpr (F == KVLI_CU_BF16)
+    if constexpr (F == KVLI_GPU_BF16)
         kvl_mma_bf16(c, a, b);
     else
         kvl_mma_f16(c, a, b);
@@ -99,7 +99,7 @@ template <uint32_t D> KVL_D bool kvl_spread_has(uint32_t lane, uint32_t i) {
     return D % 32 == 0 || lane + 32 * i < D;
 }
 
-KVLI_CU_FN uint32_t kvl_hadamard_size(uint32_t dim) {
+KVLI_GPU_FN uint32_t kvl_hadamard_size(uint32_t dim) {
     uint32_t n = 1;
     while (n < 128 && dim % (2 * n) == 0) n *= 2;
     return n;
@@ -140,7 +140,7 @@ KVL_D float kvl_row_power(float largest) {
 /* Where a head dim's number stands in a stored query row, such that each step of kvl_k_codes finds its four beside each
    other. */
 template <uint32_t K> KVL_D uint32_t kvl_q_place(uint32_t e, uint32_t row_bytes) {
-    if (K != KVLI_CU_NVFP4) return e;
+    if (K != KVLI_GPU_NVFP4) return e;
     bool two_byte_piece = row_bytes % 32 == 8 && e >= 2 * (row_bytes - 8);
     if (two_byte_piece) return (e & ~3u) + e % 2 * 2 + e / 2 % 2;
     return (e & ~7u) + e / 2 % 2 * 4 + e % 2 * 2 + e / 4 % 2;
@@ -157,7 +157,7 @@ KVL_D float kvl_store_query(uint16_t *to, const kvl_spread<D> &row, uint32_t lan
     KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) {
         uint32_t e = lane + 32 * i;
         if (kvl_spread_has<D>(lane, i))
-            to[kvl_q_place<K>(e, kvli_cu_row_bytes(K, D))] = kvl_to_16<F>(row.x[i] * inverse);
+            to[kvl_q_place<K>(e, kvli_gpu_row_bytes(K, D))] = kvl_to_16<F>(row.x[i] * inverse);
     }
     return power;
 }
@@ -165,7 +165,7 @@ KVL_D float kvl_store_query(uint16_t *to, const kvl_spread<D> &row, uint32_t lan
 /* The block's item and its rows, found again where they are needed: registers are dear in the loop over units. */
 KVL_D kvl_rows kvl_its_rows(const kvli_cu_attend_args &a) {
     kvl_rows rows;
-    kvl_rows_of_block(a, KVLI_CU_NONE, rows);
+    kvl_rows_of_block(a, KVLI_GPU_NONE, rows);
     return rows;
 }
 
@@ -175,7 +175,7 @@ KVL_D void kvl_prepare(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &
     const kvl_rows rows = kvl_its_rows(a);
     uint32_t lane = threadIdx.x % 32, n_rows = rows.item->n_rows;
     float to_score = a.softcap != 0 ? 2 * KVL_LOG2E * a.scale / a.softcap : a.scale * KVL_LOG2E;
-    float packed_factor = P::k == KVLI_CU_NVFP4 ? to_score * KVL_NVFP4_FACTOR * a.k_global : to_score;
+    float packed_factor = P::k == KVLI_GPU_NVFP4 ? to_score * KVL_NVFP4_FACTOR * a.k_global : to_score;
     KVL_ROLLED for (uint32_t i = threadIdx.x; i < N * D; i += 32 * KVL_WARPS) s.sum[i] = 0;
     KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < N; r += KVL_WARPS) {
         kvl_row row =
@@ -227,7 +227,7 @@ struct kvl_unit_walk {
     /* Looks at up to 32 more units. False: there are none. */
     template <class P> KVL_MEMBER bool look(const kvli_cu_attend_args &a, uint32_t pass) {
         kvl_rows rows = kvl_its_rows(a);
-        const kvli_cu_item &item = *rows.item;
+        const kvli_gpu_item &item = *rows.item;
         uint32_t block_units = a.block_tokens / KVL_UNIT, table_units = (item.end - item.begin) * block_units;
         uint32_t units = table_units + (item.own_end - item.own_begin) * block_units;
         uint32_t at = next & ~exact_flag;
@@ -271,10 +271,10 @@ struct kvl_unit_walk {
         unit->exact = !P::one_class && (its_token & 2);
         uint32_t T = a.block_tokens, at = unit->token & (T - 1);
         const uint8_t *v_tile = tile + (unit->exact ? a.pages.v_offset[1] : a.pages.v_offset[0]);
-        unit->k_scales = tile + T * kvli_cu_row_bytes(P::k, D) + at * kvli_cu_token_scale_bytes(P::k, D);
-        unit->v_scales = v_tile + T * kvli_cu_row_bytes(P::v, D) + at * kvli_cu_token_scale_bytes(P::v, D);
-        unit->k = tile + at * (unit->exact ? 2 * D : kvli_cu_row_bytes(P::k, D));
-        unit->v = v_tile + at * (unit->exact ? 2 * D : kvli_cu_row_bytes(P::v, D));
+        unit->k_scales = tile + T * kvli_gpu_row_bytes(P::k, D) + at * kvli_gpu_token_scale_bytes(P::k, D);
+        unit->v_scales = v_tile + T * kvli_gpu_row_bytes(P::v, D) + at * kvli_gpu_token_scale_bytes(P::v, D);
+        unit->k = tile + at * (unit->exact ? 2 * D : kvli_gpu_row_bytes(P::k, D));
+        unit->v = v_tile + at * (unit->exact ? 2 * D : kvli_gpu_row_bytes(P::v, D));
         return true;
     }
 };
@@ -297,11 +297,11 @@ KVL_D kvl_tiles kvl_exact_rows(const kvl_unit &unit) {
 }
 
 template <class P, uint32_t D> struct kvl_ring {
-    static constexpr uint32_t k_bytes = KVL_UNIT * kvli_cu_row_bytes(P::k, D),
-                              v_bytes = KVL_UNIT * kvli_cu_row_bytes(P::v, D);
+    static constexpr uint32_t k_bytes = KVL_UNIT * kvli_gpu_row_bytes(P::k, D),
+                              v_bytes = KVL_UNIT * kvli_gpu_row_bytes(P::v, D);
     static constexpr uint32_t k_scale_bytes =
-        KVL_UNIT * kvli_cu_token_scale_bytes(P::k, D) + kvli_cu_channel_scale_bytes(P::k, D);
-    static constexpr uint32_t v_scale_bytes = KVL_UNIT * kvli_cu_token_scale_bytes(P::v, D);
+        KVL_UNIT * kvli_gpu_token_scale_bytes(P::k, D) + kvli_gpu_channel_scale_bytes(P::k, D);
+    static constexpr uint32_t v_scale_bytes = KVL_UNIT * kvli_gpu_token_scale_bytes(P::v, D);
     static constexpr uint32_t slot_bytes = kvli_cu_decode_slot(P::k, P::v, D);
     static constexpr uint32_t k_at = sizeof(kvl_slot), k_scales_at = k_at + k_bytes,
                               v_at = k_scales_at + k_scale_bytes;
@@ -424,9 +424,9 @@ template <uint32_t D, uint32_t N> KVL_D void kvl_clear(kvl_sums<D, N> &sums) {
 
 /* How a row of format F is dealt to lanes (formats.cuh). */
 template <uint32_t F, uint32_t D, uint32_t LANES> struct kvl_cut {
-    static constexpr uint32_t row = kvli_cu_row_bytes(F, D), pieces = kvl_piece_count(row, LANES);
+    static constexpr uint32_t row = kvli_gpu_row_bytes(F, D), pieces = kvl_piece_count(row, LANES);
     /* Numbers of a lane in the pieces before piece i. */
-    KVLI_CU_FN uint32_t numbers_before(uint32_t i) {
+    KVLI_GPU_FN uint32_t numbers_before(uint32_t i) {
         return kvl_numbers_in(F, kvl_piece_at(row, LANES, i).offset) / LANES;
     }
 };
@@ -474,7 +474,7 @@ template <uint32_t K, uint32_t D, uint32_t BYTES>
 KVL_D kvl_k_scales<K, D, BYTES> kvl_load_k_scales(const kvl_unit &unit, uint32_t g, uint32_t dim) {
     kvl_k_scales<K, D, BYTES> r = {};
     if constexpr (kvl_is_per_channel(K)) r.channels = unit.k_scales + 2 * dim;
-    if constexpr (K == KVLI_CU_NVFP4) {
+    if constexpr (K == KVLI_GPU_NVFP4) {
         KVL_UNROLL for (uint32_t i = 0; i < 2; i++) {
             const uint8_t *p = unit.k_scales + (g + 8 * i) * (D / 16) + dim / 16;
             if constexpr (BYTES == 16) {
@@ -496,7 +496,7 @@ KVL_D void kvl_scale_k(const kvl_k_scales<K, D, BYTES> &scales, uint32_t a[2][2]
             a[i][1] = kvl_hfma2(a[i][1], scale.y, zero.y);
         }
     }
-    if constexpr (K == KVLI_CU_NVFP4) {
+    if constexpr (K == KVLI_GPU_NVFP4) {
         KVL_UNROLL for (uint32_t i = 0; i < 2; i++) {
             a[i][0] = kvl_hmul2(a[i][0], scales.by_token[i][S / 4]);
             a[i][1] = kvl_hmul2(a[i][1], scales.by_token[i][S / 4]);
@@ -510,7 +510,7 @@ template <uint32_t D, uint32_t N> KVL_D void kvl_in_order() {
 }
 
 /* With one tile of rows, products go into two sums that are added up later, so that they need not wait for each other. */
-KVLI_CU_FN uint32_t kvl_chains(uint32_t n) { return n == 8 ? 2 : 1; }
+KVLI_GPU_FN uint32_t kvl_chains(uint32_t n) { return n == 8 ? 2 : 1; }
 
 /* Sums of products: s[chain][tile][0, 1] of token g with rows 8 tile + 2 t and + 1; [2, 3] of token g + 8. */
 template <uint32_t K, uint32_t D, uint32_t N>
@@ -608,24 +608,24 @@ template <uint32_t V> struct kvl_v_scales { uint32_t scale[2], zero; /* NVFP4: t
 template <uint32_t V, uint32_t D, uint32_t BYTES>
 KVL_D kvl_v_scales<V> kvl_load_v_scales(const kvl_unit &unit, uint32_t token, uint32_t dim) {
     kvl_v_scales<V> r = {{0, 0}, 0};
-    const uint8_t *p = unit.v_scales + token * kvli_cu_token_scale_bytes(V, D);
+    const uint8_t *p = unit.v_scales + token * kvli_gpu_token_scale_bytes(V, D);
     if constexpr (kvl_is_per_token(V)) r.scale[0] = kvl_ld4(p);
-    if constexpr (V == KVLI_CU_NVFP4) {
+    if constexpr (V == KVLI_GPU_NVFP4) {
         KVL_UNROLL for (uint32_t i = 0; i < (BYTES == 16 ? 2 : 1); i++) {
             const uint8_t *group = p + dim / 16 + i;
             r.scale[i] = kvl_nvfp4_scales(group[0] | (uint32_t)group[D / 16] << 8);
         }
     }
-    if constexpr (V == KVLI_CU_INT4) {
+    if constexpr (V == KVLI_GPU_INT4) {
         uint32_t x = kvl_ld4(p + dim / 64 * 4),
-                 y = kvl_ld4(p + dim / 64 * 4 + kvli_cu_token_scale_bytes(V, D));
+                 y = kvl_ld4(p + dim / 64 * 4 + kvli_gpu_token_scale_bytes(V, D));
         r.scale[0] = __byte_perm(x, y, 0x5410);
         r.zero = __byte_perm(x, y, 0x7632);
     }
     return r;
 }
 template <uint32_t V, uint32_t GROUP> KVL_D uint32_t kvl_scale_v(const kvl_v_scales<V> &s, uint32_t codes) {
-    if constexpr (V == KVLI_CU_INT4) return kvl_hfma2(codes, s.scale[0], s.zero);
+    if constexpr (V == KVLI_GPU_INT4) return kvl_hfma2(codes, s.scale[0], s.zero);
     if constexpr (kvl_is_16_bit(V)) return codes;
     return kvl_hmul2(codes, s.scale[GROUP]);
 }
@@ -651,8 +651,8 @@ KVL_D void kvl_add_packed(const kvl_unit &unit, const uint32_t p[N / 8][2], uint
             scales[j] = kvl_load_v_scales<V, D, piece.bytes>(unit, 2 * t + 8 * j, 8 * first + g * numbers);
         }
         kvl_static_for<numbers / 2>([&](auto j) {
-            constexpr uint32_t low = V == KVLI_CU_NVFP4 ? kvl_v_number(V, piece.bytes, j.value, 0) / 16 : 0;
-            constexpr uint32_t high = V == KVLI_CU_NVFP4 ? kvl_v_number(V, piece.bytes, j.value, 1) / 16 : 0;
+            constexpr uint32_t low = V == KVLI_GPU_NVFP4 ? kvl_v_number(V, piece.bytes, j.value, 0) / 16 : 0;
+            constexpr uint32_t high = V == KVLI_GPU_NVFP4 ? kvl_v_number(V, piece.bytes, j.value, 1) / 16 : 0;
             uint32_t a[2][2];
             KVL_UNROLL for (uint32_t pair = 0; pair < 2; pair++) {
                 kvl_v_codes<V, piece.bytes, j.value>(x[2 * pair], x[2 * pair + 1], a[pair]);
@@ -702,7 +702,7 @@ KVL_D void kvl_add_exact(const kvl_unit &unit, const uint32_t p[N / 8][2], uint3
 
 /* Zeroes V rows of a slot that nobody sees. */
 template <uint32_t V, uint32_t D> KVL_D void kvl_zero_unseen(const kvl_unit &unit, uint32_t seen) {
-    constexpr uint32_t row = kvli_cu_row_bytes(V, D);
+    constexpr uint32_t row = kvli_gpu_row_bytes(V, D);
     if (seen == 0xffff) return;
     KVL_ROLLED for (uint32_t at = threadIdx.x % 32 * 16; at < KVL_UNIT * row; at += 512) {
         if (!(seen >> at / row & 1)) kvl_st16((uint8_t *)unit.v + at, make_uint4(0, 0, 0, 0));
@@ -884,8 +884,8 @@ template <class P, uint32_t D, uint32_t N> KVL_D void kvl_rotate_sums(const kvl_
 /* The item's result: a partial one, or the output. */
 template <class P, uint32_t D, uint32_t N>
 KVL_D void kvl_write(const kvli_cu_attend_args &a, const kvl_shared<P, D, N> &shared) {
-    const kvli_cu_item &item = a.items[*shared.item];
-    bool whole = item.partial == KVLI_CU_NONE;
+    const kvli_gpu_item &item = a.items[*shared.item];
+    bool whole = item.partial == KVLI_GPU_NONE;
     KVL_ROLLED for (uint32_t r = threadIdx.x / 32; r < item.n_rows; r += KVL_WARPS) {
         uint32_t lane = threadIdx.x % 32;
         kvl_row row = kvl_row_of(a, a.spans[item.span], blockIdx.y, item.row + r);
@@ -948,7 +948,7 @@ KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
         kvl_clear(sums);
         kvl_pass(a, shared, pass, walk, ring, q, sums);
         if (P::two_passes && threadIdx.x % 32 == 0) shared.exact_seen[threadIdx.x / 32] = walk.exact_seen();
-        kvl_fold(shared, sums, P::v == KVLI_CU_NVFP4 && pass == 0 ? KVL_NVFP4_FACTOR * a.v_global : 1);
+        kvl_fold(shared, sums, P::v == KVLI_GPU_NVFP4 && pass == 0 ? KVL_NVFP4_FACTOR * a.v_global : 1);
         if constexpr (!P::two_passes) break;
         if (pass == 0 && P::v_rotated) kvl_rotate_sums(shared);
         bool exact = false;
@@ -960,7 +960,7 @@ KVL_D void kvl_decode(const kvli_cu_attend_args &a, uint8_t *memory) {
 
 /* At least so many blocks of threads on a multiprocessor, as far as registers go: 128, 168 or 255 of them. (sm_75 holds
    units in registers while they come.) */
-KVLI_CU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) {
+KVLI_GPU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) {
     return dim * n <= (KVL_ARCH < 800 ? 64 : 96) * 8 ? 4 : dim * n <= 128 * 8 ? 3 : 2;
 }
 
@@ -968,7 +968,7 @@ KVLI_CU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) {
     KVL_KERNEL(kvl_decode_##preset##_d##D##_n##N, 32 * KVLI_CU_DECODE_WARPS, kvl_blocks_per_sm(D, N), \
                kvli_cu_attend_args) {                                                                 \
         KVL_DYN_SMEM(uint8_t, memory);                                                                \
-        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::k != KVLI_CU_BF16)                      \
+        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::k != KVLI_GPU_BF16)                      \
             kvl_decode<kvl_preset_##preset, D, N>(a, memory);                                         \
     }
 #define KVL_DECODE(preset) /* as kvli_cu_decode_rows says */ \

@@ -17,10 +17,10 @@ struct kvl_side {
 };
 
 /* ---- loads and stores of exact numbers ---- */
-KVL_D uint32_t kvl_number_bytes(uint32_t format) { return format == KVLI_CU_F32 ? 4 : 2; }
+KVL_D uint32_t kvl_number_bytes(uint32_t format) { return format == KVLI_GPU_F32 ? 4 : 2; }
 
 KVL_D float kvl_from_half(uint32_t format, uint32_t h) {
-    return format == KVLI_CU_F16 ? kvl_h2f((uint16_t)h) : __uint_as_float(h << 16);
+    return format == KVLI_GPU_F16 ? kvl_h2f((uint16_t)h) : __uint_as_float(h << 16);
 }
 
 KVL_D void kvl_unpack2(uint32_t format, uint32_t w, float *x) {
@@ -30,7 +30,7 @@ KVL_D void kvl_unpack2(uint32_t format, uint32_t w, float *x) {
 
 /* 4 numbers, aligned to as many. */
 KVL_D void kvl_load4(uint32_t format, const uint8_t *p, float *x) {
-    if (format == KVLI_CU_F32) {
+    if (format == KVLI_GPU_F32) {
         uint4 v = kvl_ld16(p);
         x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y);
         x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
@@ -43,7 +43,7 @@ KVL_D void kvl_load4(uint32_t format, const uint8_t *p, float *x) {
 
 /* 8 numbers, aligned to 16 bytes. */
 KVL_D void kvl_load8(uint32_t format, const uint8_t *p, float *x) {
-    if (format == KVLI_CU_F32) {
+    if (format == KVLI_GPU_F32) {
         kvl_load4(format, p, x);
         kvl_load4(format, p + 16, x + 4);
     } else {
@@ -59,24 +59,24 @@ KVL_D void kvl_load8(uint32_t format, const uint8_t *p, float *x) {
 KVL_D void kvl_load8_unaligned(uint32_t format, const uint8_t *p, float *x) {
     KVL_UNROLL
     for (int i = 0; i < 8; i++)
-        x[i] = format == KVLI_CU_F32 ? __uint_as_float(kvl_ld4(p + 4 * i))
+        x[i] = format == KVLI_GPU_F32 ? __uint_as_float(kvl_ld4(p + 4 * i))
                                      : kvl_from_half(format, kvl_ld2(p + 2 * i));
 }
 
 KVL_D uint32_t kvl_pack2(uint32_t format, float low, float high) {
-    return format == KVLI_CU_F16 ? kvl_f22h2(low, high) : kvl_f22bf2(low, high);
+    return format == KVLI_GPU_F16 ? kvl_f22h2(low, high) : kvl_f22bf2(low, high);
 }
 
 /* Is a number of this word (one F32, two of the others) infinite or NaN? Adding to the exponent's last bit carries into
    the sign's place where the exponent is all ones. */
 KVL_D bool kvl_not_finite(uint32_t format, uint32_t w) {
-    if (format == KVLI_CU_F32) return ((w & 0x7fffffffu) + 0x00800000u) >> 31;
-    return ((w & 0x7fff7fffu) + (format == KVLI_CU_F16 ? 0x04000400u : 0x00800080u)) & 0x80008000u;
+    if (format == KVLI_GPU_F32) return ((w & 0x7fffffffu) + 0x00800000u) >> 31;
+    return ((w & 0x7fff7fffu) + (format == KVLI_GPU_F16 ? 0x04000400u : 0x00800080u)) & 0x80008000u;
 }
 
 /* 8 numbers to 16-byte words; false if one is not finite as it stands there. */
 KVL_D bool kvl_store8(uint32_t format, const float *x, uint8_t *p) {
-    uint32_t n = format == KVLI_CU_F32 ? 2 : 1;
+    uint32_t n = format == KVLI_GPU_F32 ? 2 : 1;
     bool finite = true;
     KVL_UNROLL
     for (uint32_t i = 0; i < 2; i++) {
@@ -183,7 +183,7 @@ KVL_D float kvl_amax_lane(const float *x) {
 
 /* INT8 and FP8: returns the row's scale. */
 KVL_D uint32_t kvl_encode_bytes(uint32_t format, const float *x, uint32_t lanes, uint32_t *words) {
-    bool fp8 = format == KVLI_CU_FP8_E4M3;
+    bool fp8 = format == KVLI_GPU_FP8_E4M3;
     float amax = kvl_amax_lane(x);
     for (uint32_t step = 1; step < lanes; step *= 2)
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, (int)step));
@@ -273,8 +273,8 @@ KVL_D uint32_t kvl_encode_nvfp4(const float *x, float global, uint32_t *words) {
 KVL_D void kvl_encode_lane(const kvl_side &side, const float *x, uint32_t lanes, uint32_t t, uint32_t unit,
                            bool used, uint8_t *tile) {
     uint32_t words[4], scale, dim = side.dim, n = side.tokens * dim;
-    if (side.format == KVLI_CU_INT4 || side.format == KVLI_CU_NVFP4) {
-        bool int4 = side.format == KVLI_CU_INT4;
+    if (side.format == KVLI_GPU_INT4 || side.format == KVLI_GPU_NVFP4) {
+        bool int4 = side.format == KVLI_GPU_INT4;
         scale = int4 ? kvl_encode_int4(x, lanes, used, words) : kvl_encode_nvfp4(x, side.global, words);
         if (!used) return;
         kvl_st8(tile + (t * dim + unit * KVL_LANE_DIMS) / 2, make_uint2(words[0], words[1]));
@@ -315,7 +315,7 @@ KVL_D void kvl_seal_rows(const kvl_side &side, const uint8_t *exact_tile, uint8_
 /* Scale and zero of 4 channels from their extremes; as numbers, and where `write` is set to the tile. */
 KVL_D void kvl_channel_scales(const kvl_side &side, const float *lo, const float *hi, uint32_t channel,
                               bool write, uint8_t *tile, kvl_scale *s, float *z) {
-    bool wide = side.format == KVLI_CU_INT8_CHANNEL;
+    bool wide = side.format == KVLI_GPU_INT8_CHANNEL;
     uint32_t hs[KVL_THREAD_CHANNELS], hz[KVL_THREAD_CHANNELS];
     KVL_UNROLL
     for (int i = 0; i < KVL_THREAD_CHANNELS; i++) {
@@ -337,7 +337,7 @@ KVL_D void kvl_seal_channels(const kvl_side &side, const uint8_t *exact_tile, ui
     uint32_t part = threadIdx.x / groups, channel = threadIdx.x % groups * KVL_THREAD_CHANNELS;
     uint32_t bytes = kvl_number_bytes(side.exact);
     const uint8_t *column = exact_tile + channel * bytes;
-    bool used = part < parts, wide = side.format == KVLI_CU_INT8_CHANNEL;
+    bool used = part < parts, wide = side.format == KVLI_GPU_INT8_CHANNEL;
     float lo[KVL_THREAD_CHANNELS], hi[KVL_THREAD_CHANNELS], x[KVL_THREAD_CHANNELS];
     KVL_UNROLL
     for (int i = 0; i < KVL_THREAD_CHANNELS; i++) lo[i] = INFINITY, hi[i] = -INFINITY;
@@ -382,22 +382,22 @@ KVL_D void kvl_seal_channels(const kvl_side &side, const uint8_t *exact_tile, ui
 KVL_D uint32_t kvl_tile_used(const kvl_side &side) {
     uint32_t n = side.tokens * side.dim;
     switch (side.format) {
-    case KVLI_CU_F32: return n * 4;
-    case KVLI_CU_F16:
-    case KVLI_CU_BF16: return n * 2;
-    case KVLI_CU_NVFP4: return n / 2 + n / 16;
-    case KVLI_CU_INT4: return n / 2 + side.tokens * ((side.dim + 63) / 64) * 4;
-    case KVLI_CU_INT4_CHANNEL: return n / 2 + side.dim * 4;
-    case KVLI_CU_INT8_CHANNEL: return n + side.dim * 4;
+    case KVLI_GPU_F32: return n * 4;
+    case KVLI_GPU_F16:
+    case KVLI_GPU_BF16: return n * 2;
+    case KVLI_GPU_NVFP4: return n / 2 + n / 16;
+    case KVLI_GPU_INT4: return n / 2 + side.tokens * ((side.dim + 63) / 64) * 4;
+    case KVLI_GPU_INT4_CHANNEL: return n / 2 + side.dim * 4;
+    case KVLI_GPU_INT8_CHANNEL: return n + side.dim * 4;
     default: return n + side.tokens * 2;
     }
 }
 
 /* Encodes a whole exact tile; the bytes up to the next multiple of 128 become 0. */
 KVL_D void kvl_seal_tile(const kvl_side &side, const uint8_t *exact_tile, uint8_t *tile, float *smem) {
-    if (side.format == KVLI_CU_INT8_CHANNEL || side.format == KVLI_CU_INT4_CHANNEL) {
+    if (side.format == KVLI_GPU_INT8_CHANNEL || side.format == KVLI_GPU_INT4_CHANNEL) {
         kvl_seal_channels(side, exact_tile, tile, smem);
-    } else if (side.format <= KVLI_CU_BF16) {
+    } else if (side.format <= KVLI_GPU_BF16) {
         for (uint32_t i = threadIdx.x * 8; i < side.tokens * side.dim; i += blockDim.x * 8) {
             float x[8];
             kvl_load8(side.exact, exact_tile + i * kvl_number_bytes(side.exact), x);

@@ -23,16 +23,16 @@ template <uint32_t N, uint32_t I = 0, class Body> KVL_D void kvl_static_for(Body
 }
 
 /* ---- properties of formats ---- */
-KVLI_CU_FN bool kvl_is_4_bit(uint32_t f) {
-    return f == KVLI_CU_NVFP4 || f == KVLI_CU_INT4 || f == KVLI_CU_INT4_CHANNEL;
+KVLI_GPU_FN bool kvl_is_4_bit(uint32_t f) {
+    return f == KVLI_GPU_NVFP4 || f == KVLI_GPU_INT4 || f == KVLI_GPU_INT4_CHANNEL;
 }
-KVLI_CU_FN bool kvl_is_16_bit(uint32_t f) { return f == KVLI_CU_F16 || f == KVLI_CU_BF16; }
-KVLI_CU_FN bool kvl_is_per_channel(uint32_t f) {
-    return f == KVLI_CU_INT8_CHANNEL || f == KVLI_CU_INT4_CHANNEL;
+KVLI_GPU_FN bool kvl_is_16_bit(uint32_t f) { return f == KVLI_GPU_F16 || f == KVLI_GPU_BF16; }
+KVLI_GPU_FN bool kvl_is_per_channel(uint32_t f) {
+    return f == KVLI_GPU_INT8_CHANNEL || f == KVLI_GPU_INT4_CHANNEL;
 }
 /* One f16 scale per token: K's multiplies the score, V's the numbers. */
-KVLI_CU_FN bool kvl_is_per_token(uint32_t f) { return f == KVLI_CU_INT8 || f == KVLI_CU_FP8_E4M3; }
-KVLI_CU_FN uint32_t kvl_numbers_in(uint32_t f, uint32_t bytes) {
+KVLI_GPU_FN bool kvl_is_per_token(uint32_t f) { return f == KVLI_GPU_INT8 || f == KVLI_GPU_FP8_E4M3; }
+KVLI_GPU_FN uint32_t kvl_numbers_in(uint32_t f, uint32_t bytes) {
     return kvl_is_16_bit(f) ? bytes / 2 : kvl_is_4_bit(f) ? bytes * 2 : bytes;
 }
 
@@ -65,9 +65,9 @@ template <uint32_t I> KVL_D uint32_t kvl_i8x2_flipped(uint32_t w) {
 /* Bytes 2 * I and 2 * I + 1 of w, codes of a format of 8 bits. */
 template <uint32_t F, uint32_t I> KVL_D uint32_t kvl_byte_codes(uint32_t w) {
     static_assert(!kvl_is_16_bit(F) && !kvl_is_4_bit(F), "a format of 8 bits");
-    if constexpr (F == KVLI_CU_INT8)
+    if constexpr (F == KVLI_GPU_INT8)
         return kvl_i8x2_flipped<I>(w ^ 0x80808080);
-    else if constexpr (F == KVLI_CU_INT8_CHANNEL)
+    else if constexpr (F == KVLI_GPU_INT8_CHANNEL)
         return kvl_u8x2<I>(w);
     else
         return kvl_e4m3x2(I ? w >> 16 : w & 0xffff);
@@ -91,7 +91,7 @@ KVL_D uint32_t kvl_nvfp4_scales(uint32_t two_bytes) {
 template <uint32_t F> KVL_D void kvl_word_to_f16(uint32_t w, uint32_t *h) {
     if constexpr (kvl_is_16_bit(F)) {
         h[0] = w;
-    } else if constexpr (F == KVLI_CU_NVFP4) {
+    } else if constexpr (F == KVLI_GPU_NVFP4) {
         uint32_t even = kvl_e2m1x2<0>(w), odd = kvl_e2m1x2<1>(w);
         h[0] = __byte_perm(even, odd, 0x5410);
         h[2] = __byte_perm(even, odd, 0x7632);
@@ -117,19 +117,19 @@ template <uint32_t F> KVL_D void kvl_word_to_f16(uint32_t w, uint32_t *h) {
 struct kvl_piece {
     uint32_t offset, bytes;
 };
-KVLI_CU_FN uint32_t kvl_next_piece(uint32_t left, uint32_t lanes) {
+KVLI_GPU_FN uint32_t kvl_next_piece(uint32_t left, uint32_t lanes) {
     return left >= 16 * lanes  ? 16
            : left >= 8 * lanes ? 8
            : left >= 4 * lanes ? 4
            : left >= 2 * lanes ? 2
                                : 1;
 }
-KVLI_CU_FN kvl_piece kvl_piece_at(uint32_t row_bytes, uint32_t lanes, uint32_t i) {
+KVLI_GPU_FN kvl_piece kvl_piece_at(uint32_t row_bytes, uint32_t lanes, uint32_t i) {
     uint32_t at = 0;
     for (; i > 0; i--) at += lanes * kvl_next_piece(row_bytes - at, lanes);
     return kvl_piece{at, kvl_next_piece(row_bytes - at, lanes)};
 }
-KVLI_CU_FN uint32_t kvl_piece_count(uint32_t row_bytes, uint32_t lanes) {
+KVLI_GPU_FN uint32_t kvl_piece_count(uint32_t row_bytes, uint32_t lanes) {
     uint32_t n = 0, at = 0;
     for (; at < row_bytes; n++) at += lanes * kvl_next_piece(row_bytes - at, lanes);
     return n;
@@ -162,10 +162,10 @@ template <uint32_t F, uint32_t BYTES, uint32_t S>
 KVL_D void kvl_k_codes(const kvl_words<BYTES> &p, uint32_t h[2]) {
     if constexpr (kvl_is_16_bit(F)) {
         h[0] = p.w[2 * S], h[1] = p.w[2 * S + 1];
-    } else if constexpr (F == KVLI_CU_NVFP4 && BYTES == 2) {
+    } else if constexpr (F == KVLI_GPU_NVFP4 && BYTES == 2) {
         uint32_t w = __byte_perm(p.w[0], 0, 0x4140);
         h[0] = kvl_e2m1x2<0>(w), h[1] = kvl_e2m1x2<1>(w);
-    } else if constexpr (F == KVLI_CU_NVFP4) {
+    } else if constexpr (F == KVLI_GPU_NVFP4) {
         h[0] = kvl_e2m1x2<S % 2 * 2>(p.w[S / 2]), h[1] = kvl_e2m1x2<S % 2 * 2 + 1>(p.w[S / 2]);
     } else if constexpr (kvl_is_4_bit(F)) {
         h[0] = kvl_u4x2_adjacent<S % 2 * 2>(p.w[S / 2]), h[1] = kvl_u4x2_adjacent<S % 2 * 2 + 1>(p.w[S / 2]);
@@ -173,8 +173,8 @@ KVL_D void kvl_k_codes(const kvl_words<BYTES> &p, uint32_t h[2]) {
         h[0] = kvl_byte_codes<F, 0>(p.w[S]), h[1] = kvl_byte_codes<F, 1>(p.w[S]);
     }
 }
-KVLI_CU_FN uint32_t kvl_k_number(uint32_t f, uint32_t bytes, uint32_t s, uint32_t r, uint32_t c) {
-    return f != KVLI_CU_NVFP4 ? 4 * s + 2 * r + c
+KVLI_GPU_FN uint32_t kvl_k_number(uint32_t f, uint32_t bytes, uint32_t s, uint32_t r, uint32_t c) {
+    return f != KVLI_GPU_NVFP4 ? 4 * s + 2 * r + c
            : bytes == 2       ? r + 2 * c
                               : s / 2 * 8 + s % 2 * 2 + r + 4 * c;
 }
@@ -193,13 +193,13 @@ KVL_D void kvl_v_codes(const kvl_words<BYTES> &x, const kvl_words<BYTES> &y, uin
         constexpr uint32_t i = J % half, i_hi = half == 4 ? i : i + half;
         uint32_t lo = __byte_perm(x.w[J / 4], y.w[J / 4], 0x5410), hi = lo;
         if constexpr (half == 4) hi = __byte_perm(x.w[J / 4], y.w[J / 4], 0x7632);
-        if constexpr (F == KVLI_CU_NVFP4)
+        if constexpr (F == KVLI_GPU_NVFP4)
             h[0] = kvl_e2m1x2<i>(lo), h[1] = kvl_e2m1x2<i_hi>(hi);
         else
             h[0] = kvl_u4x2<i>(lo), h[1] = kvl_u4x2<i_hi>(hi);
     }
 }
-KVLI_CU_FN uint32_t kvl_v_number(uint32_t f, uint32_t bytes, uint32_t j, uint32_t hi) {
+KVLI_GPU_FN uint32_t kvl_v_number(uint32_t f, uint32_t bytes, uint32_t j, uint32_t hi) {
     return !kvl_is_4_bit(f) ? 2 * j + hi : bytes >= 4 ? j / 4 * 8 + j % 4 + 4 * hi : j + bytes * hi;
 }
 

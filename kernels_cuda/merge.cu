@@ -15,7 +15,7 @@ KVL_D float2 kvl_part_ml(const kvli_cu_attend_args &a, uint64_t first, uint32_t 
     return make_float2(ml[0], ml[1]);
 }
 
-KVL_D void kvl_merge_row(const kvli_cu_attend_args &a, const kvli_cu_merge &merge, uint32_t r) {
+KVL_D void kvl_merge_row(const kvli_cu_attend_args &a, const kvli_gpu_merge &merge, uint32_t r) {
     constexpr uint32_t most = 256 / 32; /* dims of a lane: lane, lane + 32, … */
     uint32_t lane = threadIdx.x % 32, part_rows = merge.n_rows * a.n_kv_heads;
     uint64_t first = (uint64_t)merge.partial * a.n_kv_heads + (uint64_t)blockIdx.y * merge.n_rows + r;
@@ -42,7 +42,7 @@ KVL_D void kvl_merge_row(const kvli_cu_attend_args &a, const kvli_cu_merge &merg
 KVL_KERNEL(kvl_merge, KVLI_CU_MERGE_THREADS, 1, kvli_cu_attend_args) {
     uint32_t index = a.first_item + blockIdx.x;
     if (index >= a.end_item || index >= a.counts->merges) return;
-    const kvli_cu_merge merge = a.merges[index];
+    const kvli_gpu_merge merge = a.merges[index];
     for (uint32_t r = threadIdx.x / 32; r < merge.n_rows; r += KVLI_CU_MERGE_THREADS / 32)
         kvl_merge_row(a, merge, r);
 }

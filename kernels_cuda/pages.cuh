@@ -9,12 +9,12 @@ struct kvl_tiles {
     const uint8_t *k, *v;
 };
 
-KVL_D bool kvl_entry_is_exact(uint64_t entry) { return (entry & (KVLI_CU_EXACT | KVLI_CU_SCRATCH)) != 0; }
+KVL_D bool kvl_entry_is_exact(uint64_t entry) { return (entry & (KVLI_GPU_EXACT | KVLI_GPU_SCRATCH)) != 0; }
 
 KVL_D kvl_tiles kvl_tiles_of(const kvli_cu_pages &pages, uint64_t entry, uint32_t head) {
     bool exact = kvl_entry_is_exact(entry);
-    uint64_t at = entry & ~(uint64_t)KVLI_CU_FLAGS;
-    if (!(entry & KVLI_CU_SCRATCH)) at += exact ? pages.offset[1] : pages.offset[0];
+    uint64_t at = entry & ~(uint64_t)KVLI_GPU_FLAGS;
+    if (!(entry & KVLI_GPU_SCRATCH)) at += exact ? pages.offset[1] : pages.offset[0];
     at += head * (exact ? pages.head_stride[1] : pages.head_stride[0]);
     return kvl_tiles{(const uint8_t *)at,
                      (const uint8_t *)(at + (exact ? pages.v_offset[1] : pages.v_offset[0]))};
@@ -27,7 +27,7 @@ struct kvl_sight {
 
 KVL_D uint32_t kvl_block_start(const kvl_sight &s, uint32_t token) { return token & ~(s.block_tokens - 1); }
 
-/* Whether a query at position x sees a token of an own block, or else of a block of the table (kvli_cu_item's rule). */
+/* Whether a query at position x sees a token of an own block, or else of a block of the table (kvli_gpu_item's rule). */
 KVL_D bool kvl_sees(const kvl_sight &s, bool own, uint32_t x, uint32_t token) {
     uint32_t own_start = kvl_block_start(s, x);
     if (own ? token < own_start || token > x : token >= own_start) return false;
@@ -57,21 +57,21 @@ KVL_D bool kvl_all_see(const kvl_sight &s, bool own, uint32_t x_first, uint32_t 
 
 /* Element i of a tensor, and element e of its row and head, as f32. Without a branch, so that many may be under way. */
 KVL_D float kvl_number_at(const kvli_cu_tensor &t, uint64_t i) {
-    bool f32 = t.dtype == KVLI_CU_DTYPE_F32;
+    bool f32 = t.dtype == KVLI_GPU_DTYPE_F32;
     const uint16_t *p = (const uint16_t *)t.data + (i << f32);
     uint32_t first = p[0], last = p[f32];
     float wide = __uint_as_float(last << 16 | (f32 ? first : 0)); /* an f32, or a bfloat16 */
-    return t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f((uint16_t)first) : wide;
+    return t.dtype == KVLI_GPU_DTYPE_F16 ? kvl_h2f((uint16_t)first) : wide;
 }
 KVL_D float kvl_tensor_get(const kvli_cu_tensor &t, uint64_t row, uint32_t head, uint32_t e) {
     return kvl_number_at(t, row * t.row_stride + (uint64_t)head * t.head_stride + e);
 }
 KVL_D void kvl_tensor_set(const kvli_cu_tensor &t, uint64_t row, uint32_t head, uint32_t e, float x) {
     uint64_t i = row * t.row_stride + (uint64_t)head * t.head_stride + e;
-    if (t.dtype == KVLI_CU_DTYPE_F32)
+    if (t.dtype == KVLI_GPU_DTYPE_F32)
         ((float *)t.data)[i] = x;
     else
-        ((uint16_t *)t.data)[i] = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
+        ((uint16_t *)t.data)[i] = t.dtype == KVLI_GPU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
 }
 
 /* Packed row p of a span and a KV head: row p / gqa of the span, query head p % gqa of that KV head. */
@@ -79,7 +79,7 @@ struct kvl_row {
     uint64_t tensor_row;
     uint32_t head, position;
 };
-KVL_D kvl_row kvl_row_of(const kvli_cu_attend_args &a, const kvli_cu_span &span, uint32_t kv_head,
+KVL_D kvl_row kvl_row_of(const kvli_cu_attend_args &a, const kvli_gpu_span &span, uint32_t kv_head,
                          uint32_t p) {
     uint32_t r = p / a.gqa;
     return kvl_row{(uint64_t)span.first_row + r, kv_head * a.gqa + p % a.gqa, span.position + r};

@@ -47,7 +47,7 @@ KVL_D void kvl_plain_load_q(const kvl_plain_smem &s, const kvli_cu_attend_args &
 
 /* Number i of an exact tile. */
 KVL_D float kvl_plain_get(const uint8_t *tile, uint32_t format, uint32_t i) {
-    return format == KVLI_CU_F32 ? ((const float *)tile)[i] : kvl_bf2f(((const uint16_t *)tile)[i]);
+    return format == KVLI_GPU_F32 ? ((const float *)tile)[i] : kvl_bf2f(((const uint16_t *)tile)[i]);
 }
 
 KVL_D void kvl_plain_load_k(const kvl_plain_smem &s, const kvli_cu_attend_args &a, const uint8_t *tile,
@@ -129,12 +129,12 @@ KVL_D void kvl_plain_finish(const kvl_plain_smem &s, const kvli_cu_attend_args &
         for (int d = 0; d < KVL_PLAIN_DIMS; d++) {
             uint32_t e = threadIdx.x + d * KVL_PLAIN_THREADS;
             if (e >= a.dim) break;
-            if (rows.item->partial == KVLI_CU_NONE) {
+            if (rows.item->partial == KVLI_GPU_NONE) {
                 kvl_tensor_set(a.out, row.tensor_row, row.head, e, __fmul_rn(out[r][d], factor));
             } else
                 a.partial_o[partial * a.dim + e] = out[r][d];
         }
-        if (rows.item->partial != KVLI_CU_NONE && threadIdx.x == 0) {
+        if (rows.item->partial != KVLI_GPU_NONE && threadIdx.x == 0) {
             a.partial_ml[2 * partial] = s.max[r];
             a.partial_ml[2 * partial + 1] = s.sum[r];
         }

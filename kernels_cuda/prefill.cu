@@ -30,14 +30,14 @@ template <uint32_t K, uint32_t V, uint32_t EXACT, bool K_ROTATED, bool V_ROTATED
     static constexpr bool k_rotated = K_ROTATED, v_rotated = V_ROTATED;
     static constexpr bool has_packed = K != EXACT;
 };
-typedef kvl_preset<KVLI_CU_F16, KVLI_CU_F16, KVLI_CU_F16, false, false> kvl_preset_f16;
-typedef kvl_preset<KVLI_CU_BF16, KVLI_CU_BF16, KVLI_CU_BF16, false, false> kvl_preset_bf16;
-typedef kvl_preset<KVLI_CU_INT8, KVLI_CU_INT8, KVLI_CU_F16, false, false> kvl_preset_int8;
-typedef kvl_preset<KVLI_CU_INT8_CHANNEL, KVLI_CU_INT8, KVLI_CU_F16, false, false> kvl_preset_int8c;
-typedef kvl_preset<KVLI_CU_FP8_E4M3, KVLI_CU_FP8_E4M3, KVLI_CU_F16, false, false> kvl_preset_fp8;
-typedef kvl_preset<KVLI_CU_NVFP4, KVLI_CU_NVFP4, KVLI_CU_F16, true, false> kvl_preset_nvfp4;
-typedef kvl_preset<KVLI_CU_INT8, KVLI_CU_INT4, KVLI_CU_F16, false, true> kvl_preset_balanced;
-typedef kvl_preset<KVLI_CU_INT4_CHANNEL, KVLI_CU_INT4, KVLI_CU_F16, false, true> kvl_preset_int4;
+typedef kvl_preset<KVLI_GPU_F16, KVLI_GPU_F16, KVLI_GPU_F16, false, false> kvl_preset_f16;
+typedef kvl_preset<KVLI_GPU_BF16, KVLI_GPU_BF16, KVLI_GPU_BF16, false, false> kvl_preset_bf16;
+typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8;
+typedef kvl_preset<KVLI_GPU_INT8_CHANNEL, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8c;
+typedef kvl_preset<KVLI_GPU_FP8_E4M3, KVLI_GPU_FP8_E4M3, KVLI_GPU_F16, false, false> kvl_preset_fp8;
+typedef kvl_preset<KVLI_GPU_NVFP4, KVLI_GPU_NVFP4, KVLI_GPU_F16, true, false> kvl_preset_nvfp4;
+typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_balanced;
+typedef kvl_preset<KVLI_GPU_INT4_CHANNEL, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_int4;
 
 constexpr uint32_t kvl_hadamard_size(uint32_t dim) {
     uint32_t n = 1;
@@ -52,9 +52,9 @@ constexpr float kvl_hadamard_norm(uint32_t n) { /* 1 / sqrt(n), n a power of two
 
 /* ---- a packed side (K or V) of a step, as it comes: bytes of one unit after another ---- */
 template <uint32_t F, uint32_t D> struct kvl_raw {
-    static constexpr uint32_t ROW = kvli_cu_row_bytes(F, D), TOKEN = kvli_cu_token_scale_bytes(F, D);
+    static constexpr uint32_t ROW = kvli_gpu_row_bytes(F, D), TOKEN = kvli_gpu_token_scale_bytes(F, D);
     static constexpr uint32_t ROWS = KVLI_CU_UNIT * ROW, TOKENS = KVLI_CU_UNIT * TOKEN;
-    static constexpr uint32_t CHANNELS = kvli_cu_channel_scale_bytes(F, D), BYTES = ROWS + TOKENS + CHANNELS;
+    static constexpr uint32_t CHANNELS = kvli_gpu_channel_scale_bytes(F, D), BYTES = ROWS + TOKENS + CHANNELS;
     static constexpr bool IS_4_BIT = kvl_is_4_bit(F), IS_PER_TOKEN = kvl_is_per_token(F);
     static constexpr bool IS_PER_CHANNEL = kvl_is_per_channel(F);
 
@@ -77,13 +77,13 @@ template <uint32_t F, uint32_t D> struct kvl_raw {
             uint4 s = kvl_ld16(scales + piece * 16), z = kvl_ld16(scales + 2 * D + piece * 16);
             return make_uint4(kvl_hfma2(h[0], s.x, z.x), kvl_hfma2(h[1], s.y, z.y), kvl_hfma2(h[2], s.z, z.z),
                               kvl_hfma2(h[3], s.w, z.w));
-        } else if constexpr (F == KVLI_CU_INT4) {
+        } else if constexpr (F == KVLI_GPU_INT4) {
             uint32_t both = kvl_ld4(scales + row * TOKEN + piece / 8 * 4);
             uint32_t s = kvl_twice(both), z = kvl_twice(both >> 16);
             return make_uint4(kvl_hfma2(h[0], s, z), kvl_hfma2(h[1], s, z), kvl_hfma2(h[2], s, z),
                               kvl_hfma2(h[3], s, z));
         }
-        if constexpr (F == KVLI_CU_NVFP4)
+        if constexpr (F == KVLI_GPU_NVFP4)
             return times(h, kvl_nvfp4_scales(scales[row * TOKEN + piece / 2] * 0x101u));
         if (is_k) return make_uint4(h[0], h[1], h[2], h[3]);
         return times(h, kvl_twice(kvl_ld2(scales + row * TOKEN)));
@@ -98,7 +98,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     static constexpr uint32_t TILES = WARP_ROWS / 16; /* m16 tiles of a warp */
     static constexpr uint32_t PIECES = D / 8;         /* 16-byte pieces of a row of f16 */
     static constexpr uint32_t TILE_BYTES = STEP * D * 2, Q_BYTES = kvli_cu_prefill_rows(D) * D * 2;
-    static constexpr bool IS_BF16 = P::exact == KVLI_CU_BF16;
+    static constexpr bool IS_BF16 = P::exact == KVLI_GPU_BF16;
     static constexpr uint32_t HADAMARD = kvl_hadamard_size(D);
     static constexpr float HADAMARD_NORM = kvl_hadamard_norm(HADAMARD);
     typedef kvl_raw<P::k, D> raw_k;
@@ -146,14 +146,14 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     /* 8 numbers from element `from` on, an aligned place. */
     KVL_D void load8(const kvli_cu_tensor &t, uint64_t from, float x[8]) {
-        bool is_f32 = t.dtype == KVLI_CU_DTYPE_F32;
+        bool is_f32 = t.dtype == KVLI_GPU_DTYPE_F32;
         const uint8_t *at = (const uint8_t *)t.data + from * (is_f32 ? 4 : 2);
         uint4 v = kvl_ld16(at), more = is_f32 ? kvl_ld16(at + 16) : v;
         const uint32_t w[8] = {v.x, v.y, v.z, v.w, more.x, more.y, more.z, more.w};
         KVL_UNROLL
         for (int i = 0; i < 8; i++) {
             uint16_t half = (uint16_t)(w[i / 2] >> (i % 2 * 16));
-            float y = t.dtype == KVLI_CU_DTYPE_F16 ? kvl_h2f(half) : kvl_bf2f(half);
+            float y = t.dtype == KVLI_GPU_DTYPE_F16 ? kvl_h2f(half) : kvl_bf2f(half);
             x[i] = is_f32 ? __uint_as_float(w[i]) : y;
         }
     }
@@ -203,7 +203,7 @@ template <class P, uint32_t D> struct kvl_prefill {
                       bool rotated, float global) {
         constexpr uint32_t AT_ONCE = P::k_rotated ? 2 : 4; /* rows whose reads are under way together */
         uint32_t lane = thread() % 32, first = thread() / 32 * WARP_ROWS;
-        uint32_t size = a.q.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
+        uint32_t size = a.q.dtype == KVLI_GPU_DTYPE_F32 ? 4 : 2;
         bool aligned = ((a.q.data | a.q.row_stride * size | a.q.head_stride * size) & 15) == 0;
         uint64_t mine = row_offset(a, a.q, rows, first + lane); /* of row `lane`, as is: */
         float power = 1;
@@ -501,7 +501,7 @@ template <class P, uint32_t D> struct kvl_prefill {
 
     KVL_D void finish_packed(state &s, uint8_t *smem, float v_global) {
         if constexpr (P::v_rotated) unrotate(s, smem);
-        if constexpr (P::v == KVLI_CU_NVFP4) {
+        if constexpr (P::v == KVLI_GPU_NVFP4) {
             KVL_UNROLL
             for (uint32_t i = 0; i < TILES * D / 8 * 4; i++) {
                 s.o[i / (D / 2)][i / 4 % (D / 8)][i % 4] *= v_global * KVL_NVFP4_FACTOR;
@@ -516,10 +516,10 @@ template <class P, uint32_t D> struct kvl_prefill {
             KVL_ROLLED
             for (int i = 0; i < 8; i++) {
                 float x = from[i] * factor;
-                if (dtype == KVLI_CU_DTYPE_F32)
+                if (dtype == KVLI_GPU_DTYPE_F32)
                     ((float *)data)[at + i] = x;
                 else
-                    ((uint16_t *)data)[at + i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
+                    ((uint16_t *)data)[at + i] = dtype == KVLI_GPU_DTYPE_F16 ? kvl_f2h(x) : kvl_f2bf(x);
             }
             return;
         }
@@ -530,22 +530,22 @@ template <class P, uint32_t D> struct kvl_prefill {
         KVL_UNROLL
         for (int i = 0; i < 8; i++) {
             w[i] = __float_as_uint(x[i]);
-            if (dtype != KVLI_CU_DTYPE_F32 && i < 4) {
-                w[i] = dtype == KVLI_CU_DTYPE_F16 ? kvl_f22h2(x[2 * i], x[2 * i + 1])
+            if (dtype != KVLI_GPU_DTYPE_F32 && i < 4) {
+                w[i] = dtype == KVLI_GPU_DTYPE_F16 ? kvl_f22h2(x[2 * i], x[2 * i + 1])
                                                   : kvl_f22bf2(x[2 * i], x[2 * i + 1]);
             }
         }
-        uint8_t *to = (uint8_t *)data + at * (dtype == KVLI_CU_DTYPE_F32 ? 4 : 2);
+        uint8_t *to = (uint8_t *)data + at * (dtype == KVLI_GPU_DTYPE_F32 ? 4 : 2);
         kvl_st16(to, make_uint4(w[0], w[1], w[2], w[3]));
-        if (dtype == KVLI_CU_DTYPE_F32) kvl_st16(to + 16, make_uint4(w[4], w[5], w[6], w[7]));
+        if (dtype == KVLI_GPU_DTYPE_F32) kvl_st16(to + 16, make_uint4(w[4], w[5], w[6], w[7]));
     }
 
     /* The warp's rows from its quarter to out or to partial results. factor: of row `lane`. */
     KVL_D void write_rows(uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows, float factor) {
-        bool partial = rows.item->partial != KVLI_CU_NONE;
+        bool partial = rows.item->partial != KVLI_GPU_NONE;
         uint32_t first = thread() / 32 * WARP_ROWS,
-                 dtype = partial ? (uint32_t)KVLI_CU_DTYPE_F32 : a.out.dtype;
-        uint32_t size = dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
+                 dtype = partial ? (uint32_t)KVLI_GPU_DTYPE_F32 : a.out.dtype;
+        uint32_t size = dtype == KVLI_GPU_DTYPE_F32 ? 4 : 2;
         bool aligned =
             partial || ((a.out.data | a.out.row_stride * size | a.out.head_stride * size) & 15) == 0;
         uint64_t data = partial ? (uint64_t)a.partial_o : a.out.data,
@@ -580,7 +580,7 @@ template <class P, uint32_t D> struct kvl_prefill {
         }
         float max = of_row(s.max), sum = of_row(s.sum), factor = 1;
         uint32_t lane = thread() % 32, r = thread() / 32 * WARP_ROWS + lane;
-        if (rows.item->partial == KVLI_CU_NONE) {
+        if (rows.item->partial == KVLI_GPU_NONE) {
             uint32_t head = blockIdx.y * a.gqa + (rows.item->row + r) % a.gqa;
             factor = kvl_output_factor(a, head, max, sum);
         } else if (lane < WARP_ROWS && r < rows.item->n_rows) {
@@ -650,7 +650,7 @@ template <class P, uint32_t D> struct kvl_prefill {
         start(s, a, rows);
         for (uint32_t kind = P::has_packed ? KVL_WALK_PACKED : KVL_WALK_ALL;;) {
             bool packed = kind == KVL_WALK_PACKED;
-            float global = P::k == KVLI_CU_NVFP4 && packed ? a.k_global * KVL_NVFP4_FACTOR : 1;
+            float global = P::k == KVLI_GPU_NVFP4 && packed ? a.k_global * KVL_NVFP4_FACTOR : 1;
             if (kind != KVL_WALK_EXACT || P::k_rotated || P::v_rotated)
                 load_q(s, smem, a, rows, packed, global);
             bool some = walk(s, smem, a, rows, (kvl_walk_kind)kind);
@@ -665,7 +665,7 @@ template <class P, uint32_t D> struct kvl_prefill {
 
 #define KVL_PREFILL(preset, dim)                                                                    \
     KVL_KERNEL(kvl_prefill_##preset##_d##dim, 32 * KVLI_CU_PREFILL_WARPS, 2, kvli_cu_attend_args) { \
-        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::exact != KVLI_CU_BF16) {              \
+        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::exact != KVLI_GPU_BF16) {              \
             kvl_prefill<kvl_preset_##preset, dim>::run(a);                                          \
         }                                                                                           \
     }

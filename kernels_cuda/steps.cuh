@@ -9,12 +9,12 @@
 
 /* An item, left in memory since registers are dear, and the positions of its first and last row. */
 struct kvl_rows {
-    const kvli_cu_item *item;
+    const kvli_gpu_item *item;
     uint32_t x_first, x_last;
     kvl_sight sight;
 };
 
-KVL_D const kvli_cu_span &kvl_span_of(const kvli_cu_attend_args &a, const kvl_rows &r) {
+KVL_D const kvli_gpu_span &kvl_span_of(const kvli_cu_attend_args &a, const kvl_rows &r) {
     return a.spans[r.item->span];
 }
 /* Of row i of the item. */
@@ -53,7 +53,7 @@ KVL_D float kvl_output_factor(const kvli_cu_attend_args &a, uint32_t head, float
 }
 
 /* Which partial result is row i of an item. */
-KVL_D uint64_t kvl_partial_number(const kvli_cu_attend_args &a, const kvli_cu_item &item, uint32_t i) {
+KVL_D uint64_t kvl_partial_number(const kvli_cu_attend_args &a, const kvli_gpu_item &item, uint32_t i) {
     return (uint64_t)item.partial * a.n_kv_heads + blockIdx.y * item.n_rows + i;
 }
 
@@ -116,7 +116,7 @@ KVL_D kvl_walk kvl_walk_start(const kvl_rows &r) { return kvl_walk{false, r.item
 
 KVL_D uint64_t kvl_walk_entry(const kvl_walk &w, const kvli_cu_attend_args &a, const kvl_rows &r,
                               uint32_t block) {
-    const kvli_cu_span &span = kvl_span_of(a, r);
+    const kvli_gpu_span &span = kvl_span_of(a, r);
     return a.entries[w.own ? span.own + block - span.first_own : span.table + block];
 }
 

@@ -3,15 +3,15 @@
 
 /* A block's tile of one class; `v_offset` is 0 for K. */
 KVL_D uint8_t *kvl_store_tile(uint64_t entry, uint64_t offset, uint64_t head_offset, uint64_t v_offset) {
-    uint64_t block = entry & ~(uint64_t)KVLI_CU_FLAGS;
-    return (uint8_t *)(block + (entry & KVLI_CU_SCRATCH ? 0 : offset) + head_offset + v_offset);
+    uint64_t block = entry & ~(uint64_t)KVLI_GPU_FLAGS;
+    return (uint8_t *)(block + (entry & KVLI_GPU_SCRATCH ? 0 : offset) + head_offset + v_offset);
 }
 
 /* Rows of a head from `in` to the exact tile, 8 numbers a thread; false if a number that this thread wrote is not
    finite. */
-KVL_D bool kvl_store_rows(const kvli_cu_tensor &in, const kvli_cu_store &s, uint32_t exact, uint32_t dim,
+KVL_D bool kvl_store_rows(const kvli_cu_tensor &in, const kvli_gpu_store &s, uint32_t exact, uint32_t dim,
                           uint8_t *tile) {
-    uint32_t from = in.dtype + KVLI_CU_F32; /* the two enums run alike */
+    uint32_t from = in.dtype + KVLI_GPU_F32; /* the two enums run alike */
     uint64_t size = kvl_number_bytes(from);
     const uint8_t *head = (const uint8_t *)in.data + blockIdx.y * in.head_stride * size;
     bool aligned = !(((uint64_t)head | in.row_stride * size) % 16), finite = true;
@@ -32,7 +32,7 @@ KVL_D bool kvl_store_rows(const kvli_cu_tensor &in, const kvli_cu_store &s, uint
 KVL_KERNEL(kvl_store, KVLI_CU_STORE_THREADS, 4, kvli_cu_store_args) {
     KVL_DYN_SMEM(float, smem);
     if (blockIdx.x >= a.counts->stores) return;
-    kvli_cu_store s = a.stores[blockIdx.x];
+    kvli_gpu_store s = a.stores[blockIdx.x];
     bool v = blockIdx.z;
     kvl_side side = {v ? a.v_format : a.k_format, v ? a.v_rotated : a.k_rotated, a.exact, a.block_tokens,
                      v ? a.v_dim : a.k_dim,       v ? a.v_global : a.k_global};

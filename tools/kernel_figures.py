@@ -56,8 +56,8 @@ def shapes(names):
         elif family == "kvl_decode":
             k, v = ("KVLI_CU_" + f for f in FORMATS[preset])
             smem = ["kvli_cu_decode_smem(%s, %s, %d, %d, %d)" % (k, v, dim, s, rows) for s in (1, 2, 3, 4)]
-            unit = " + ".join("KVLI_CU_UNIT * (kvli_cu_row_bytes(%s, %d) + kvli_cu_token_scale_bytes(%s, %d))" % (f, dim, f, dim)
-                              for f in (k, v)) + " + kvli_cu_channel_scale_bytes(%s, %d) / 2" % (k, dim)  # of a block of 32 tokens
+            unit = " + ".join("KVLI_CU_UNIT * (kvli_gpu_row_bytes(%s, %d) + kvli_gpu_token_scale_bytes(%s, %d))" % (f, dim, f, dim)
+                              for f in (k, v)) + " + kvli_gpu_channel_scale_bytes(%s, %d) / 2" % (k, dim)  # of a block of 32 tokens
         lines.append('    printf("%s %%d %%d %%d %%d %%d %%d\\n", %s);' %
                      (name, ", ".join("(int)(%s)" % x for x in [THREADS[family], *smem, unit])))
     with tempfile.TemporaryDirectory() as folder:

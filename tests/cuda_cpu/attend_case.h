@@ -31,14 +31,14 @@ struct Preset {
     double tolerance; // of the largest sum of weight x |value|
 };
 static const Preset presets[] = {
-    {"f16", KVLI_CU_F16, KVLI_CU_F16, KVLI_CU_F16, false, false, 1.5e-3},
-    {"bf16", KVLI_CU_BF16, KVLI_CU_BF16, KVLI_CU_BF16, false, false, 1.2e-2},
-    {"int8", KVLI_CU_INT8, KVLI_CU_INT8, KVLI_CU_F16, false, false, 1.5e-3},
-    {"int8c", KVLI_CU_INT8_CHANNEL, KVLI_CU_INT8, KVLI_CU_F16, false, false, 1.5e-3},
-    {"fp8", KVLI_CU_FP8_E4M3, KVLI_CU_FP8_E4M3, KVLI_CU_F16, false, false, 1.5e-3},
-    {"nvfp4", KVLI_CU_NVFP4, KVLI_CU_NVFP4, KVLI_CU_F16, true, false, 1.5e-3},
-    {"balanced", KVLI_CU_INT8, KVLI_CU_INT4, KVLI_CU_F16, false, true, 1.5e-3},
-    {"int4", KVLI_CU_INT4_CHANNEL, KVLI_CU_INT4, KVLI_CU_F16, false, true, 1.5e-3},
+    {"f16", KVLI_GPU_F16, KVLI_GPU_F16, KVLI_GPU_F16, false, false, 1.5e-3},
+    {"bf16", KVLI_GPU_BF16, KVLI_GPU_BF16, KVLI_GPU_BF16, false, false, 1.2e-2},
+    {"int8", KVLI_GPU_INT8, KVLI_GPU_INT8, KVLI_GPU_F16, false, false, 1.5e-3},
+    {"int8c", KVLI_GPU_INT8_CHANNEL, KVLI_GPU_INT8, KVLI_GPU_F16, false, false, 1.5e-3},
+    {"fp8", KVLI_GPU_FP8_E4M3, KVLI_GPU_FP8_E4M3, KVLI_GPU_F16, false, false, 1.5e-3},
+    {"nvfp4", KVLI_GPU_NVFP4, KVLI_GPU_NVFP4, KVLI_GPU_F16, true, false, 1.5e-3},
+    {"balanced", KVLI_GPU_INT8, KVLI_GPU_INT4, KVLI_GPU_F16, false, true, 1.5e-3},
+    {"int4", KVLI_GPU_INT4_CHANNEL, KVLI_GPU_INT4, KVLI_GPU_F16, false, true, 1.5e-3},
 };
 
 struct Case {
@@ -52,7 +52,7 @@ struct Case {
     uint32_t item_rows = 8;    // packed rows of an item
     uint32_t split_blocks = 0; // blocks of an item; 0: not split
     uint32_t stages = 2;
-    uint32_t q_dtype = KVLI_CU_DTYPE_F32, out_dtype = KVLI_CU_DTYPE_F32;
+    uint32_t q_dtype = KVLI_GPU_DTYPE_F32, out_dtype = KVLI_GPU_DTYPE_F32;
     float q_size = 1; // standard deviation of q
     unsigned seed = 1;
     std::string text() const {
@@ -114,14 +114,14 @@ static double e2m1_value(unsigned n) {
 static double dtype_value(uint32_t dtype, const uint8_t *p) {
     float f;
     uint16_t h;
-    if (dtype == KVLI_CU_DTYPE_F32) {
+    if (dtype == KVLI_GPU_DTYPE_F32) {
         memcpy(&f, p, 4);
         return f;
     }
     memcpy(&h, p, 2);
-    return dtype == KVLI_CU_DTYPE_F16 ? f16_value(h) : bf16_value(h);
+    return dtype == KVLI_GPU_DTYPE_F16 ? f16_value(h) : bf16_value(h);
 }
-static size_t dtype_size(uint32_t dtype) { return dtype == KVLI_CU_DTYPE_F32 ? 4 : 2; }
+static size_t dtype_size(uint32_t dtype) { return dtype == KVLI_GPU_DTYPE_F32 ? 4 : 2; }
 
 static void rotate(double *x, uint32_t dim) {
     uint32_t n = 1;
@@ -152,23 +152,23 @@ struct Side { // of a block class: K or V
 
 static uint32_t row_bytes(uint32_t f, uint32_t dim) {
     switch (f) {
-    case KVLI_CU_F32: return 4 * dim;
-    case KVLI_CU_F16:
-    case KVLI_CU_BF16: return 2 * dim;
-    case KVLI_CU_INT8:
-    case KVLI_CU_INT8_CHANNEL:
-    case KVLI_CU_FP8_E4M3: return dim;
+    case KVLI_GPU_F32: return 4 * dim;
+    case KVLI_GPU_F16:
+    case KVLI_GPU_BF16: return 2 * dim;
+    case KVLI_GPU_INT8:
+    case KVLI_GPU_INT8_CHANNEL:
+    case KVLI_GPU_FP8_E4M3: return dim;
     default: return dim / 2;
     }
 }
 static uint32_t scale_bytes(uint32_t f, uint32_t dim, uint32_t tokens) {
     switch (f) {
-    case KVLI_CU_INT8:
-    case KVLI_CU_FP8_E4M3: return 2 * tokens;
-    case KVLI_CU_NVFP4: return tokens * (dim / 16);
-    case KVLI_CU_INT4: return tokens * ((dim + 63) / 64) * 4;
-    case KVLI_CU_INT8_CHANNEL:
-    case KVLI_CU_INT4_CHANNEL: return 4 * dim;
+    case KVLI_GPU_INT8:
+    case KVLI_GPU_FP8_E4M3: return 2 * tokens;
+    case KVLI_GPU_NVFP4: return tokens * (dim / 16);
+    case KVLI_GPU_INT4: return tokens * ((dim + 63) / 64) * 4;
+    case KVLI_GPU_INT8_CHANNEL:
+    case KVLI_GPU_INT4_CHANNEL: return 4 * dim;
     default: return 0;
     }
 }
@@ -187,30 +187,30 @@ static uint16_t get16(const uint8_t *p) {
 static void fill_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint8_t *tile) {
     uint32_t rows = tokens * row_bytes(f, dim), bytes = rows + scale_bytes(f, dim, tokens);
     std::uniform_real_distribution<double> around(0.6, 1.4);
-    if (f == KVLI_CU_F32) {
+    if (f == KVLI_GPU_F32) {
         for (uint32_t i = 0; i < rows; i += 4) {
             float x = (float)normal(r);
             memcpy(tile + i, &x, 4);
         }
         return;
     }
-    if (f == KVLI_CU_F16 || f == KVLI_CU_BF16) {
+    if (f == KVLI_GPU_F16 || f == KVLI_GPU_BF16) {
         for (uint32_t i = 0; i < rows; i += 2)
-            put16(tile + i, f == KVLI_CU_F16 ? f16_bits(normal(r)) : bf16_bits(normal(r)));
+            put16(tile + i, f == KVLI_GPU_F16 ? f16_bits(normal(r)) : bf16_bits(normal(r)));
         return;
     }
     for (uint32_t i = 0; i < rows; i++) {
         tile[i] = (uint8_t)r();
-        if (f == KVLI_CU_INT8 && tile[i] == 128) tile[i] = 127;
-        if (f == KVLI_CU_FP8_E4M3) tile[i] = (uint8_t)((tile[i] & 0x80) | (0x40 + r() % 0x3e)); // 2..416
+        if (f == KVLI_GPU_INT8 && tile[i] == 128) tile[i] = 127;
+        if (f == KVLI_GPU_FP8_E4M3) tile[i] = (uint8_t)((tile[i] & 0x80) | (0x40 + r() % 0x3e)); // 2..416
     }
-    for (uint32_t i = rows; i < bytes; i += f == KVLI_CU_NVFP4 ? 1 : 2) {
+    for (uint32_t i = rows; i < bytes; i += f == KVLI_GPU_NVFP4 ? 1 : 2) {
         uint32_t n = (i - rows) / 2;
-        bool zero = f == KVLI_CU_INT4 ? n % 2 : f != KVLI_CU_INT8 && f != KVLI_CU_FP8_E4M3 && n >= dim;
-        double step = f == KVLI_CU_INT8 || f == KVLI_CU_INT8_CHANNEL ? 1 / 70.0
-                      : f == KVLI_CU_FP8_E4M3                        ? 1 / 100.0
+        bool zero = f == KVLI_GPU_INT4 ? n % 2 : f != KVLI_GPU_INT8 && f != KVLI_GPU_FP8_E4M3 && n >= dim;
+        double step = f == KVLI_GPU_INT8 || f == KVLI_GPU_INT8_CHANNEL ? 1 / 70.0
+                      : f == KVLI_GPU_FP8_E4M3                        ? 1 / 100.0
                                                                      : 1 / 4.5;
-        if (f == KVLI_CU_NVFP4)
+        if (f == KVLI_GPU_NVFP4)
             tile[i] = (uint8_t)(0x38 + r() % 14); // 1..3.5, with a global of 1/8
         else if (zero)
             put16(tile + i, f16_bits(-1.7 * around(r)));
@@ -225,16 +225,16 @@ static double tile_number(const Side &s, uint32_t dim, uint32_t tokens, const ui
                   *scales = tile + tokens * row_bytes(s.format, dim);
     unsigned nibble = row[e / 2] >> (4 * (e & 1)) & 15;
     switch (s.format) {
-    case KVLI_CU_F32: return dtype_value(KVLI_CU_DTYPE_F32, row + 4 * e);
-    case KVLI_CU_F16: return f16_value(get16(row + 2 * e));
-    case KVLI_CU_BF16: return bf16_value(get16(row + 2 * e));
-    case KVLI_CU_INT8: return (int8_t)row[e] * f16_value(get16(scales + 2 * token));
-    case KVLI_CU_FP8_E4M3: return e4m3_value(row[e]) * f16_value(get16(scales + 2 * token));
-    case KVLI_CU_INT8_CHANNEL:
+    case KVLI_GPU_F32: return dtype_value(KVLI_GPU_DTYPE_F32, row + 4 * e);
+    case KVLI_GPU_F16: return f16_value(get16(row + 2 * e));
+    case KVLI_GPU_BF16: return bf16_value(get16(row + 2 * e));
+    case KVLI_GPU_INT8: return (int8_t)row[e] * f16_value(get16(scales + 2 * token));
+    case KVLI_GPU_FP8_E4M3: return e4m3_value(row[e]) * f16_value(get16(scales + 2 * token));
+    case KVLI_GPU_INT8_CHANNEL:
         return row[e] * f16_value(get16(scales + 2 * e)) + f16_value(get16(scales + 2 * dim + 2 * e));
-    case KVLI_CU_INT4_CHANNEL:
+    case KVLI_GPU_INT4_CHANNEL:
         return nibble * f16_value(get16(scales + 2 * e)) + f16_value(get16(scales + 2 * dim + 2 * e));
-    case KVLI_CU_NVFP4:
+    case KVLI_GPU_NVFP4:
         return e2m1_value(nibble) * e4m3_value(scales[token * (dim / 16) + e / 16]) * s.global;
     default: {
         const uint8_t *group = scales + (token * ((dim + 63) / 64) + e / 64) * 4;
@@ -301,7 +301,7 @@ struct Sequence {
         return exact_blocks[b].get() + (c.scratch && b ? 0 : exact.offset) + h * exact.head_stride;
     }
     uint64_t own_entry(const Case &c, uint32_t b) const {
-        return (uint64_t)exact_blocks[b].get() | KVLI_CU_EXACT | (c.scratch && b ? KVLI_CU_SCRATCH : 0);
+        return (uint64_t)exact_blocks[b].get() | KVLI_GPU_EXACT | (c.scratch && b ? KVLI_GPU_SCRATCH : 0);
     }
     // Block 0 is a sink, exact in the table too; where there is one class, any block of the table is as its own rows.
     bool table_exact(const Case &c, uint32_t b) const { return b == 0 || c.preset->k == c.preset->exact; }
@@ -393,8 +393,8 @@ typedef size_t KernelMemory(const Case &c);
 
 // `any` plan that covers all rows and what they see: packed rows by item_rows, blocks by split_blocks.
 struct Plan {
-    std::vector<kvli_cu_item> items;
-    std::vector<kvli_cu_merge> merges;
+    std::vector<kvli_gpu_item> items;
+    std::vector<kvli_gpu_merge> merges;
     uint32_t partials = 0; // for each KV head
 };
 static Plan make_plan(const Case &c) {
@@ -418,7 +418,7 @@ static Plan make_plan(const Case &c) {
         }
         if (parts == 1) {
             p.partials = first_partial;
-            p.items.back().partial = KVLI_CU_NONE;
+            p.items.back().partial = KVLI_GPU_NONE;
         } else {
             p.merges.push_back({1, row, n, first_partial, parts, {0, 0, 0}});
         }
@@ -435,10 +435,10 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {
         uint8_t *p = q.at(first_row + i / (heads * c.dim), i / c.dim % heads, i % c.dim);
         float x = (float)(c.q_size * normal(r));
-        if (c.q_dtype == KVLI_CU_DTYPE_F32)
+        if (c.q_dtype == KVLI_GPU_DTYPE_F32)
             memcpy(p, &x, 4);
         else
-            put16(p, c.q_dtype == KVLI_CU_DTYPE_F16 ? f16_bits(x) : bf16_bits(x));
+            put16(p, c.q_dtype == KVLI_GPU_DTYPE_F16 ? f16_bits(x) : bf16_bits(x));
     }
     std::vector<float> logits(heads);
     for (float &x : logits) x = (float)normal(r);
@@ -448,7 +448,7 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     if (c.window && c.sink_tokens == 0 && c.position >= c.window)
         first_block = (c.position - c.window + 1) / c.block_tokens;
     std::vector<uint64_t> entries(3, 0x5a5a5a5a5a00);
-    kvli_cu_span spans[2] = {{}, {first_row, c.rows, c.position, 3 - first_block, first_own, 0}};
+    kvli_gpu_span spans[2] = {{}, {first_row, c.rows, c.position, 3 - first_block, first_own, 0}};
     for (uint32_t b = first_block; b < s.blocks; b++) {
         bool seen = false;
         for (uint32_t i = 0; i < c.rows; i++) {
@@ -465,7 +465,7 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     Plan plan = make_plan(c);
     std::vector<float> partial_o((size_t)plan.partials * c.kv_heads * c.dim, NAN),
         partial_ml((size_t)plan.partials * c.kv_heads * 2, NAN);
-    kvli_cu_counts counts = {
+    kvli_gpu_counts counts = {
         0,        0, (uint32_t)plan.items.size(), (uint32_t)plan.items.size(), (uint32_t)plan.merges.size(),
         {0, 0, 0}};
     kvli_cu_attend_args a = {};
@@ -506,8 +506,8 @@ static Result run(const Case &c, KernelName *name, KernelMemory *memory, unsigne
     }
     double widest;
     std::vector<double> expected = reference(c, s, q, first_row, a.sink_logits, &widest);
-    double rounding = c.out_dtype == KVLI_CU_DTYPE_F32   ? 0
-                      : c.out_dtype == KVLI_CU_DTYPE_F16 ? 0x1p-11
+    double rounding = c.out_dtype == KVLI_GPU_DTYPE_F32   ? 0
+                      : c.out_dtype == KVLI_GPU_DTYPE_F16 ? 0x1p-11
                                                          : 0x1p-8;
     Tensor untouched(c.out_dtype, first_row + c.rows, heads, c.dim, c.aligned);
     for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {

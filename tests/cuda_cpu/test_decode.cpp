@@ -26,7 +26,7 @@ static void check(const Case &c) { check(c, run_decode(c)); }
 static void test_presets(void **) {
     uint32_t turn = 0;
     for (const Preset &p : presets) {
-        if (KVL_CPU_ARCH < 800 && p.k == KVLI_CU_BF16) continue;
+        if (KVL_CPU_ARCH < 800 && p.k == KVLI_GPU_BF16) continue;
         for (uint32_t dim : dims) {
             for (uint32_t gqa : {1, 3, 4, 8, 16}) {
                 for (uint32_t feature = 0; feature < 4; feature++, turn++) {
@@ -36,7 +36,7 @@ static void test_presets(void **) {
                         continue; // the other paths: a fifth of the cases
                     c.preset = &p, c.dim = dim, c.gqa = gqa, c.seed = turn + 1;
                     c.block_tokens = blocks[turn % 3];
-                    if ((p.k == KVLI_CU_INT8_CHANNEL || p.k == KVLI_CU_INT4_CHANNEL) && c.block_tokens < 32)
+                    if ((p.k == KVLI_GPU_INT8_CHANNEL || p.k == KVLI_GPU_INT4_CHANNEL) && c.block_tokens < 32)
                         c.block_tokens = 32;
                     c.kv_heads = 1 + turn % 2;
                     c.position = 60 + turn * 7 % 200;

@@ -41,7 +41,7 @@ static Case turn_case(const Preset &p, uint32_t dim, uint32_t turn) {
 static void test_presets(void **) {
     uint32_t turn = 0;
     for (const Preset &p : presets) {
-        if (KVL_CPU_ARCH < 800 && p.k == KVLI_CU_BF16) continue;
+        if (KVL_CPU_ARCH < 800 && p.k == KVLI_GPU_BF16) continue;
         for (uint32_t dim : dims) {
             for (uint32_t i = 0; i < 3; i++, turn++) {
                 if (KVL_CPU_ARCH != 800 && turn % 7 != 0) continue; // the other paths: a part of the cases
@@ -74,7 +74,7 @@ static void test_large_and_small_queries(void **) {
         for (uint32_t i : {0, 5}) {
             Case c;
             c.preset = &presets[i], c.rows = 9, c.item_rows = 128, c.q_size = size,
-            c.q_dtype = KVLI_CU_DTYPE_F32;
+            c.q_dtype = KVLI_GPU_DTYPE_F32;
             check(c, run_prefill(c));
         }
     }
@@ -104,8 +104,8 @@ static void test_order(void **) {
 
 // Single precision: 16 millionths, and one for each unit of the largest |q| |k| and of the softcap.
 static void test_plain(void **) {
-    static const Preset f32 = {"f32", KVLI_CU_F32, KVLI_CU_F32, KVLI_CU_F32, false, false, 26e-6};
-    static const Preset bf16 = {"bf16", KVLI_CU_BF16, KVLI_CU_BF16, KVLI_CU_BF16, false, false, 26e-6};
+    static const Preset f32 = {"f32", KVLI_GPU_F32, KVLI_GPU_F32, KVLI_GPU_F32, false, false, 26e-6};
+    static const Preset bf16 = {"bf16", KVLI_GPU_BF16, KVLI_GPU_BF16, KVLI_GPU_BF16, false, false, 26e-6};
     uint32_t turn = 0;
     for (const Preset *p : {&f32, &bf16}) {
         for (uint32_t dim : {16, 48, 64, 80, 96, 112, 128, 192, 256}) {
@@ -122,7 +122,7 @@ static void test_plain(void **) {
 }
 
 static void test_plain_order(void **) {
-    static const Preset f32 = {"f32", KVLI_CU_F32, KVLI_CU_F32, KVLI_CU_F32, false, false, 26e-6};
+    static const Preset f32 = {"f32", KVLI_GPU_F32, KVLI_GPU_F32, KVLI_GPU_F32, false, false, 26e-6};
     Case c;
     c.preset = &f32, c.dim = 128, c.position = 150, c.rows = 4, c.split_blocks = 2;
     Result first = run_plain(c);

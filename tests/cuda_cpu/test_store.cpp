@@ -147,7 +147,7 @@ struct Test {
     uint32_t misaligned; // elements
     float global[2];
     kvli_cu_pages pages;
-    kvli_cu_store stores[STORES];
+    kvli_gpu_store stores[STORES];
     uint32_t rows = 0;
     size_t block_bytes[2], tile[2][2]; // by class, by side
 
@@ -171,7 +171,7 @@ struct Test {
         uint32_t at[STORES] = {0, inside, 2, tokens - 1}, n[STORES] = {tokens, tokens - inside, 3, 1};
         bool sealed[STORES] = {true, true, false, false};
         for (uint32_t i = 0; i < STORES; i++) {
-            uint64_t flags = KVLI_CU_EXACT | (i % 2 ? (uint64_t)KVLI_CU_SCRATCH : 0);
+            uint64_t flags = KVLI_GPU_EXACT | (i % 2 ? (uint64_t)KVLI_GPU_SCRATCH : 0);
             stores[i].exact = exact.address(i * block_bytes[1]) | flags;
             stores[i].sealed = sealed[i] ? packed.address(i * block_bytes[0]) : 0;
             stores[i].span = STORES - 1 - i;
@@ -224,7 +224,7 @@ void compare(const Test &t, Kind kind, const char *what, const Memory &got, cons
 }
 
 void launch_store(const Test &t, const Input &k, const Input &v, uint32_t *taint) {
-    kvli_cu_counts counts = {};
+    kvli_gpu_counts counts = {};
     counts.stores = STORES;
     kvli_cu_store_args args = {};
     args.counts = &counts;
@@ -250,7 +250,7 @@ void launch_store(const Test &t, const Input &k, const Input &v, uint32_t *taint
 // What the CPU makes of one tile: its rows in the input, in the exact tile as before and after, and sealed.
 void expect_tile(const Test &t, Kind kind, uint32_t store, uint32_t head, int side, Input &in,
                  Memory &exact_before, Memory &exact_after, Memory &packed_after) {
-    const kvli_cu_store &s = t.stores[store];
+    const kvli_gpu_store &s = t.stores[store];
     kvl_format exact = t.formats.exact;
     kvl_format narrow = t.dtype == KVL_F16 || exact == KVL_F16 ? (kvl_format)KVL_F16 : exact;
     std::vector<float> rows = rounded(t.dtype, t.tokens, t.dim, make_rows(kind, narrow, t.tokens, t.dim));
@@ -391,8 +391,8 @@ void test_copy(void **) {
         const uint32_t n = 5, room = 48 * 1024;
         Memory from(n * room), to(n * room), want(n * room);
         fill(from);
-        kvli_cu_copy copies[n];
-        kvli_cu_counts counts = {};
+        kvli_gpu_copy copies[n];
+        kvli_gpu_counts counts = {};
         kvli_cu_copy_args args = {};
         uint32_t used = 1 + below(n);
         for (uint32_t i = 0; i < n; i++) {

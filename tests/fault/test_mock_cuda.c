@@ -185,14 +185,14 @@ static void *function_named(void **module, const char *name, int want) {
 }
 
 static int launch_copy(void *f, uint64_t list, unsigned shared) {
-    kvli_cu_copy_args a = {NULL, (const kvli_cu_copy *)(uintptr_t)list, 1, 0};
+    kvli_cu_copy_args a = {NULL, (const kvli_gpu_copy *)(uintptr_t)list, 1, 0};
     void *params[] = {&a};
     return cuLaunchKernel(f, 1, 1, 1, KVLI_CU_COPY_THREADS, 1, 1, shared, stream, params, NULL);
 }
 
 static void test_launches(void **state) {
     void *module = NULL, *f;
-    kvli_cu_copy list = {0, 0, 16};
+    kvli_gpu_copy list = {0, 0, 16};
     char text[16] = "12345";
     (void)state;
     assert_int_equal(cuModuleLoadData(&module, text), 200);
@@ -228,7 +228,7 @@ static void test_launches(void **state) {
 
 static void test_graphs(void **state) {
     void *module = NULL, *f, *graph, *exec, *event;
-    kvli_cu_copy list = {0, 0, 16};
+    kvli_gpu_copy list = {0, 0, 16};
     unsigned long long at;
     unsigned char got;
     (void)state;

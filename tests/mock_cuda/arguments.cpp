@@ -8,8 +8,8 @@
 
 static bool none(uint64_t at, uint64_t n) { return n && !device_range(at, n); }
 static bool none(const void *p, uint64_t n) { return none((uint64_t)p, n); }
-static bool no_tensor(const kvli_cu_tensor &t) { return none(t.data, t.dtype == KVLI_CU_DTYPE_F32 ? 4 : 2); }
-static bool no_block(uint64_t entry) { return none(entry & ~(uint64_t)KVLI_CU_FLAGS, 128); }
+static bool no_tensor(const kvli_cu_tensor &t) { return none(t.data, t.dtype == KVLI_GPU_DTYPE_F32 ? 4 : 2); }
+static bool no_block(uint64_t entry) { return none(entry & ~(uint64_t)KVLI_GPU_FLAGS, 128); }
 static bool is(const char *name, const char *prefix) { return !strncmp(name, prefix, strlen(prefix)); }
 
 static const char *store_problem(const kvli_cu_store_args &a) {
@@ -26,8 +26,8 @@ static const char *store_problem(const kvli_cu_store_args &a) {
     return nullptr;
 }
 
-static const char *item_problem(const kvli_cu_attend_args &a, const kvli_cu_item &item) {
-    const kvli_cu_span &s = a.spans[item.span];
+static const char *item_problem(const kvli_cu_attend_args &a, const kvli_gpu_item &item) {
+    const kvli_gpu_span &s = a.spans[item.span];
     if (none(&s, sizeof s)) return "the span of an item";
     for (uint32_t j = item.begin; j < item.end; j++) {
         const uint64_t *e = &a.entries[(uint32_t)(s.table + j)];
@@ -37,13 +37,13 @@ static const char *item_problem(const kvli_cu_attend_args &a, const kvli_cu_item
         const uint64_t *e = &a.entries[(uint32_t)(s.own + j - s.first_own)];
         if (none(e, 8) || no_block(*e)) return "an own entry";
     }
-    if (item.partial == KVLI_CU_NONE) return no_tensor(a.out) ? "out" : nullptr;
+    if (item.partial == KVLI_GPU_NONE) return no_tensor(a.out) ? "out" : nullptr;
     uint64_t last = (uint64_t)(item.partial + item.n_rows) * a.n_kv_heads;
     if (none(a.partial_o, last * a.dim * 4)) return "partial_o";
     return none(a.partial_ml, last * 8) ? "partial_ml" : nullptr;
 }
 
-static const char *attend_problem(const kvli_cu_attend_args &a, bool merge, uint32_t kvli_cu_counts::*count) {
+static const char *attend_problem(const kvli_cu_attend_args &a, bool merge, uint32_t kvli_gpu_counts::*count) {
     if (none(a.counts, sizeof *a.counts)) return "counts";
     uint32_t end = a.end_item < a.counts->*count ? a.end_item : a.counts->*count;
     if (a.first_item >= end) return nullptr;
@@ -87,9 +87,9 @@ const char *arguments_problem(const char *name, const void *args) {
     if (!strcmp(name, "kvl_store")) return store_problem(*(const kvli_cu_store_args *)args);
     if (!strcmp(name, "kvl_copy")) return copy_problem(*(const kvli_cu_copy_args *)args);
     if (!strcmp(name, "kvl_copy_rows")) return row_copy_problem(*(const kvli_cu_row_copy_args *)args);
-    if (!strcmp(name, "kvl_merge")) return attend_problem(attend, true, &kvli_cu_counts::merges);
-    if (is(name, "kvl_decode")) return attend_problem(attend, false, &kvli_cu_counts::decodes);
-    if (is(name, "kvl_prefill")) return attend_problem(attend, false, &kvli_cu_counts::prefills);
-    if (!strcmp(name, "kvl_plain")) return attend_problem(attend, false, &kvli_cu_counts::decodes);
+    if (!strcmp(name, "kvl_merge")) return attend_problem(attend, true, &kvli_gpu_counts::merges);
+    if (is(name, "kvl_decode")) return attend_problem(attend, false, &kvli_gpu_counts::decodes);
+    if (is(name, "kvl_prefill")) return attend_problem(attend, false, &kvli_gpu_counts::prefills);
+    if (!strcmp(name, "kvl_plain")) return attend_problem(attend, false, &kvli_gpu_counts::decodes);
     return nullptr;
 }

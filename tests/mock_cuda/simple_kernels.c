@@ -16,12 +16,12 @@ static double get_number(uint32_t dtype, const void *at) {
     uint32_t u;
     uint16_t h;
     float f;
-    if (dtype == KVLI_CU_DTYPE_F32) {
+    if (dtype == KVLI_GPU_DTYPE_F32) {
         memcpy(&f, at, 4);
         return f;
     }
     memcpy(&h, at, 2);
-    if (dtype == KVLI_CU_DTYPE_F16) return kvli_f16_to_f32(h);
+    if (dtype == KVLI_GPU_DTYPE_F16) return kvli_f16_to_f32(h);
     u = (uint32_t)h << 16;
     memcpy(&f, &u, 4);
     return f;
@@ -29,36 +29,36 @@ static double get_number(uint32_t dtype, const void *at) {
 static void put_number(uint32_t dtype, void *at, double x) {
     float f = (float)x;
     uint16_t h;
-    if (dtype == KVLI_CU_DTYPE_F32) {
+    if (dtype == KVLI_GPU_DTYPE_F32) {
         memcpy(at, &f, 4);
         return;
     }
-    h = dtype == KVLI_CU_DTYPE_F16 ? kvli_f32_to_f16(f) : kvli_f32_to_bf16(f);
+    h = dtype == KVLI_GPU_DTYPE_F16 ? kvli_f32_to_f16(f) : kvli_f32_to_bf16(f);
     memcpy(at, &h, 2);
 }
 static char *element(const kvli_cu_tensor *t, uint64_t row, uint64_t head, uint64_t e) {
-    uint64_t size = t->dtype == KVLI_CU_DTYPE_F32 ? 4 : 2;
+    uint64_t size = t->dtype == KVLI_GPU_DTYPE_F32 ? 4 : 2;
     return (char *)(uintptr_t)(t->data + (row * t->row_stride + head * t->head_stride + e) * size);
 }
 /* The dtype whose numbers an exact format's are. */
 static uint32_t dtype_of(uint32_t exact) {
-    return exact == KVLI_CU_F32   ? KVLI_CU_DTYPE_F32
-           : exact == KVLI_CU_F16 ? KVLI_CU_DTYPE_F16
-                                  : KVLI_CU_DTYPE_BF16;
+    return exact == KVLI_GPU_F32   ? KVLI_GPU_DTYPE_F32
+           : exact == KVLI_GPU_F16 ? KVLI_GPU_DTYPE_F16
+                                  : KVLI_GPU_DTYPE_BF16;
 }
 
 /* ---- tiles ---- */
 static char *tile_at(const kvli_cu_pages *p, uint64_t entry, uint32_t head, int v) {
-    int c = (entry & KVLI_CU_EXACT) != 0;
-    uint64_t at = (entry & ~(uint64_t)KVLI_CU_FLAGS) + head * p->head_stride[c] + (v ? p->v_offset[c] : 0);
-    return (char *)(uintptr_t)(entry & KVLI_CU_SCRATCH ? at : at + p->offset[c]);
+    int c = (entry & KVLI_GPU_EXACT) != 0;
+    uint64_t at = (entry & ~(uint64_t)KVLI_GPU_FLAGS) + head * p->head_stride[c] + (v ? p->v_offset[c] : 0);
+    return (char *)(uintptr_t)(entry & KVLI_GPU_SCRATCH ? at : at + p->offset[c]);
 }
 
 /* ---- store ---- */
-static void store_one(const kvli_cu_store_args *a, const kvli_cu_store *s, uint32_t head, int v) {
+static void store_one(const kvli_cu_store_args *a, const kvli_gpu_store *s, uint32_t head, int v) {
     const kvli_cu_tensor *from = v ? &a->v : &a->k;
     uint32_t dim = v ? a->v_dim : a->k_dim, type = dtype_of(a->exact),
-             size = type == KVLI_CU_DTYPE_F32 ? 4 : 2;
+             size = type == KVLI_GPU_DTYPE_F32 ? 4 : 2;
     char *tile = tile_at(&a->pages, s->exact, head, v);
     uint32_t r, e;
     for (r = 0; r < s->n_rows; r++) {
@@ -102,14 +102,14 @@ static const struct {
 
 typedef struct view { /* the blocks that an item sees, decoded */
     const kvli_cu_attend_args *a;
-    const kvli_cu_span *span;
-    const kvli_cu_item *item;
+    const kvli_gpu_span *span;
+    const kvli_gpu_item *item;
     uint32_t n_blocks, n_table;
     float *k, *v; /* [n_blocks][block_tokens][dim] */
 } view;
 
 static uint64_t block_entry(const view *w, uint32_t i) {
-    const kvli_cu_item *t = w->item;
+    const kvli_gpu_item *t = w->item;
     if (i < w->n_table) return w->a->entries[(uint32_t)(w->span->table + t->begin + i)];
     return w->a->entries[(uint32_t)(w->span->own + t->own_begin + (i - w->n_table) - w->span->first_own)];
 }
@@ -122,7 +122,7 @@ static void view_decode(view *w, kvl_format k, kvl_format v, uint32_t head) {
     w->v = (float *)malloc(tile * (w->n_blocks + 1) * sizeof(float));
     for (i = 0; i < w->n_blocks; i++) {
         uint64_t entry = block_entry(w, i);
-        bool exact = (entry & KVLI_CU_EXACT) != 0;
+        bool exact = (entry & KVLI_GPU_EXACT) != 0;
         if (!entry) continue;
         kvl_tile_decode(exact ? a->exact : k, a->block_tokens, a->dim, a->k_global,
                         tile_at(&a->pages, entry, head, 0), true, w->k + i * tile);
@@ -191,7 +191,7 @@ static void write_out(const kvli_cu_attend_args *a, uint32_t row, uint32_t q_hea
     for (e = 0; e < a->dim; e++) put_number(a->out.dtype, element(&a->out, row, q_head, e), o[e] / l);
 }
 
-static void attend_item(const kvli_cu_attend_args *a, const kvli_cu_item *t, kvl_format k, kvl_format v,
+static void attend_item(const kvli_cu_attend_args *a, const kvli_gpu_item *t, kvl_format k, kvl_format v,
                         uint32_t head) {
     view w = {a, &a->spans[t->span], t, 0, 0, NULL, NULL};
     double o[256], m, l;
@@ -202,7 +202,7 @@ static void attend_item(const kvli_cu_attend_args *a, const kvli_cu_item *t, kvl
     for (p = t->row; p < t->row + t->n_rows; p++) {
         uint32_t row = w.span->first_row + p / a->gqa, q_head = head * a->gqa + p % a->gqa;
         attend_row(&w, row, q_head, w.span->position + p / a->gqa, o, &m, &l);
-        if (t->partial == KVLI_CU_NONE) {
+        if (t->partial == KVLI_GPU_NONE) {
             write_out(a, row, q_head, o, m, l);
         } else {
             uint64_t at = (uint64_t)t->partial * a->n_kv_heads + (uint64_t)head * t->n_rows + (p - t->row);
@@ -223,8 +223,8 @@ static void attend(const unsigned grid[3], const kvli_cu_attend_args *a, uint32_
     }
 }
 
-static void merge_rows(const kvli_cu_attend_args *a, const kvli_cu_merge *g, uint32_t head) {
-    const kvli_cu_span *s = &a->spans[g->span];
+static void merge_rows(const kvli_cu_attend_args *a, const kvli_gpu_merge *g, uint32_t head) {
+    const kvli_gpu_span *s = &a->spans[g->span];
     uint32_t p, i, e;
     for (p = 0; p < g->n_rows; p++) {
         double o[256] = {0}, m = -1e38, l = 0;

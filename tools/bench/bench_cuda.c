@@ -268,7 +268,7 @@ static kvli_cu_tensor rows_at(gpu_ptr at) {
     return (kvli_cu_tensor){.data = at,
                             .row_stride = CASE_KV_HEADS * CASE_DIM,
                             .head_stride = CASE_DIM,
-                            .dtype = KVLI_CU_DTYPE_F16};
+                            .dtype = KVLI_GPU_DTYPE_F16};
 }
 
 /* Whole blocks of F16 rows written as exact tiles and sealed. */
@@ -282,17 +282,17 @@ static void measure_store(bench *b, const char *name) {
     gpu_ptr blocks[2] = {gpu_alloc(&b->g, n * l[0].block_bytes), gpu_alloc(&b->g, n * l[1].block_bytes)};
     size_t n_rows = (size_t)n * CASE_T * CASE_KV_HEADS * CASE_DIM;
     gpu_ptr k = case_tensor(&b->g, n_rows), v = case_tensor(&b->g, n_rows), taint = gpu_alloc(&b->g, 4);
-    kvli_cu_store *stores = calloc(n, sizeof *stores);
+    kvli_gpu_store *stores = calloc(n, sizeof *stores);
     for (uint32_t i = 0; stores && i < n; i++)
-        stores[i] = (kvli_cu_store){.exact = (blocks[1] + i * l[1].block_bytes) | KVLI_CU_EXACT,
+        stores[i] = (kvli_gpu_store){.exact = (blocks[1] + i * l[1].block_bytes) | KVLI_GPU_EXACT,
                                     .sealed = seals ? blocks[0] + i * l[0].block_bytes : 0,
                                     .row = i * CASE_T,
                                     .n_rows = CASE_T};
-    kvli_cu_counts counts = {.stores = n};
+    kvli_gpu_counts counts = {.stores = n};
     gpu_ptr there = gpu_uploaded(&b->g, stores, n * sizeof *stores),
             count = gpu_uploaded(&b->g, &counts, sizeof counts);
-    kvli_cu_store_args args = {.counts = (const kvli_cu_counts *)(uintptr_t)count,
-                               .stores = (const kvli_cu_store *)(uintptr_t)there,
+    kvli_cu_store_args args = {.counts = (const kvli_gpu_counts *)(uintptr_t)count,
+                               .stores = (const kvli_gpu_store *)(uintptr_t)there,
                                .taint = (uint32_t *)(uintptr_t)taint,
                                .k = rows_at(k),
                                .v = rows_at(v),
@@ -354,11 +354,11 @@ static void measure_copies(bench *b) {
     const size_t block = 128 << 10; /* an F16 block of one layer here */
     uint32_t n = b->smoke ? 2 : 2048;
     gpu_ptr data = gpu_alloc(&b->g, 2 * n * block);
-    kvli_cu_copy *copies = calloc(n, sizeof *copies);
+    kvli_gpu_copy *copies = calloc(n, sizeof *copies);
     for (uint32_t i = 0; copies && i < n; i++) /* neighbours go far apart */
-        copies[i] = (kvli_cu_copy){data + (n + (uint64_t)i * 769 % n) * block, data + i * block, block};
+        copies[i] = (kvli_gpu_copy){data + (n + (uint64_t)i * 769 % n) * block, data + i * block, block};
     gpu_ptr there = gpu_uploaded(&b->g, copies, n * sizeof *copies);
-    kvli_cu_copy_args args = {.copies = (const kvli_cu_copy *)(uintptr_t)there, .n_copies = n};
+    kvli_cu_copy_args args = {.copies = (const kvli_gpu_copy *)(uintptr_t)there, .n_copies = n};
     launch one = {kernel(b, "kvl_copy"), {n, 4, 1}, KVLI_CU_COPY_THREADS, 0, &args};
     add_copy(b, "blocks of 128 KiB on the device", 2.0 * (double)(n * block),
              time_launches(b, launch_one, &one), true);

@@ -1,0 +1,81 @@
+/* What the host side in kvlite.h (>>vulkan) and the shaders say to each other, beside tables.h: C99 and GLSL. The text of this
+   file stands in the generated kvlite_vulkan_kernels.h, so that both sides always have the same. */
+#ifndef KVLI_VULKAN_ABI_H
+#define KVLI_VULKAN_ABI_H
+
+/* Variants of a shader, bits: what the device must have, or may have and is used. Each is compiled with these as macros of
+   value 0 or 1: KVL_FP16 (shaderFloat16: numbers are dequantised with 16-bit arithmetic), KVL_STORAGE16
+   (storageBuffer16BitAccess: 16-bit tensors are read and written by element), KVL_SUBGROUP (shuffles in a subgroup instead of
+   shared memory). */
+#define KVLI_VK_FP16 1u
+#define KVLI_VK_STORAGE16 2u
+#define KVLI_VK_SUBGROUP 4u
+
+/* Specialisation constants (constant_id). */
+#define KVLI_VK_WORKGROUP 0 /* invocations of a workgroup: local_size_x */
+#define KVLI_VK_BANKS 1     /* storage buffers in pages[] */
+#define KVLI_VK_K_FORMAT 2  /* of packed tiles */
+#define KVLI_VK_V_FORMAT 3
+#define KVLI_VK_EXACT_FORMAT 4 /* of exact tiles: F32, F16 or BF16 */
+#define KVLI_VK_ROTATED 5      /* bit 0: packed keys, bit 1: packed values */
+#define KVLI_VK_DIM 6          /* k_dim == v_dim, a multiple of 16 in 64..256 */
+#define KVLI_VK_BLOCK_TOKENS 7 /* 16, 32 or 64 */
+#define KVLI_VK_ROWS 8         /* the most packed rows of an item that this pipeline takes */
+#define KVLI_VK_LANES 9        /* decode: invocations that share a token, a power of two */
+#define KVLI_VK_SPECIALISATIONS 10
+
+/* Descriptors, all of storage buffers. Set 0: */
+#define KVLI_VK_PAGES \
+    0 /* [BANKS]: 0 the step's exact scratch, 1 + s slab s. An entry's low word is an offset in bytes (and
+                               flags), its high word the bank. The bank is the same for all invocations of a workgroup. */
+#define KVLI_VK_TABLES 1     /* words of the step's tables */
+#define KVLI_VK_PARTIAL_O 2  /* [partials][dim] floats */
+#define KVLI_VK_PARTIAL_ML 3 /* [partials][2] floats: m, l */
+#define KVLI_VK_LAYERS 4     /* words: a kvli_vk_layer for each layer, then sink logits */
+#define KVLI_VK_TAINT 5      /* [spans] words */
+/* Set 1: a and b of the push constants: k and v of a store, q and out of the others. */
+#define KVLI_VK_TENSOR_A 0
+#define KVLI_VK_TENSOR_B 1
+
+/* q, k, v or out: [rows][heads][dim]; element (r, h, e) at offset + r * row_stride + h * head_stride + e elements from the
+   start of the buffer that is bound. Without KVL_STORAGE16, 16-bit tensors that are written have all three even. */
+KVLI_GPU_STRUCT(kvli_vk_tensor) { kvli_u32 offset, row_stride, head_stride, dtype; }
+KVLI_GPU_END(kvli_vk_tensor);
+
+/* Push constants of every shader: at most 128 bytes. Places in the tables and in the layers' buffer are in words. */
+KVLI_GPU_STRUCT(kvli_vk_push) {
+    kvli_vk_tensor a, b;
+    kvli_u32 layer;   /* number of the layer */
+    kvli_u32 list;    /* of stores, items, merges or copies: its first */
+    kvli_u32 n;       /* elements of the list */
+    kvli_u32 first;   /* element of workgroup 0 */
+    kvli_u32 spans;   /* kvli_gpu_span[] */
+    kvli_u32 entries; /* kvli_entry[] */
+    kvli_u32 n_q_heads, n_kv_heads, gqa;
+    kvli_u32 reserved;
+}
+KVLI_GPU_END(kvli_vk_push);
+
+/* Where a layer's tiles stand, in units of 16 bytes. Index 0: packed blocks, 1: exact ones (equal where there is one class).
+   K tile of KV head h at (entry & ~FLAGS) / 16 + offset[class] + h * head_stride[class] (scratch: without offset), its V tile
+   v_offset[class] after it. */
+KVLI_GPU_STRUCT(kvli_vk_layer) {
+    kvli_u32 offset[2], head_stride[2], v_offset[2];
+    kvli_u32 window, sink_tokens; /* window 0 = none */
+    kvli_u32 sink_logits;         /* where its [n_q_heads] floats stand, or KVLI_GPU_NONE */
+    float scale, softcap;
+    float k_global, v_global; /* NVFP4 */
+    kvli_u32 reserved[3];
+}
+KVLI_GPU_END(kvli_vk_layer);
+
+/* Shaders. Scores, partial results and what a row sees: as kernels_cuda/abi.h and tables.h have it.
+     store    workgroups (n, n_kv_heads, 2: K and V)   writes rows into exact tiles, seals complete blocks
+     decode   workgroups (n, n_kv_heads)               items of at most ROWS rows
+     prefill  workgroups (n, n_kv_heads)               items of at most ROWS rows
+     merge    workgroups (n, n_kv_heads)               n kvli_gpu_merge
+     copy     workgroups (n, any)                      n kvli_gpu_copy; workgroups of a column share each
+     read     workgroups (any)                         for benchmarks: adds the sum of the words of bank `first`, n 16-byte units
+                                                       from unit `list` on, to word 0 of the taint buffer (which keeps it from being
+                                                       left out) */
+#endif
