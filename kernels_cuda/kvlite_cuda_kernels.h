@@ -6,18 +6,18 @@
 #ifndef KVLI_TABLES_H
 #define KVLI_TABLES_H
 
-/* kvli_entry: an entry of a block table, the address of a block (a multiple of 128) with flags in its low bits. 0: no block
+/* kvli_gpu_entry: an entry of a block table, the address of a block (a multiple of 128) with flags in its low bits. 0: no block
    (behind a window). A slot of the step's exact scratch holds one layer's tiles alone: no layer offset is added. */
 #ifdef VULKAN /* (glslang defines it) */
 #define kvli_u32 uint
-#define kvli_entry uvec2 /* low word first */
+#define kvli_gpu_entry uvec2 /* low word first */
 #define KVLI_GPU_STRUCT(name) struct name
 #define KVLI_GPU_END(name)
 #define KVLI_GPU_FN
 #else
 #include <stdint.h>
 typedef uint32_t kvli_u32;
-typedef uint64_t kvli_entry;
+typedef uint64_t kvli_gpu_entry;
 #define KVLI_GPU_STRUCT(name) typedef struct name
 #define KVLI_GPU_END(name) name
 #if defined(__CUDACC__) /* functions for both sides; constant expressions where the language has them */
@@ -74,8 +74,8 @@ KVLI_GPU_END(kvli_gpu_counts);
 
 /* One own block of one span: rows of k and v to write into its exact tiles, and whether it is sealed then. */
 KVLI_GPU_STRUCT(kvli_gpu_store) {
-    kvli_entry exact;  /* entry of the exact block or scratch slot */
-    kvli_entry sealed; /* entry of the packed block to seal into, 0: it is not complete, or stays exact */
+    kvli_gpu_entry exact;  /* entry of the exact block or scratch slot */
+    kvli_gpu_entry sealed; /* entry of the packed block to seal into, 0: it is not complete, or stays exact */
     kvli_u32 span;     /* whose taint is set */
     kvli_u32 row;      /* first row in k and v */
     kvli_u32 n_rows;
@@ -114,7 +114,7 @@ KVLI_GPU_END(kvli_gpu_merge);
 
 /* Copies of whole blocks, gathers into and scatters from staging: any list of copies. Addresses (entries without flags)
    and sizes are multiples of 16. */
-KVLI_GPU_STRUCT(kvli_gpu_copy) { kvli_entry dst, src, bytes; }
+KVLI_GPU_STRUCT(kvli_gpu_copy) { kvli_gpu_entry dst, src, bytes; }
 KVLI_GPU_END(kvli_gpu_copy);
 
 #endif

@@ -50,7 +50,7 @@ KVLI_GPU_STRUCT(kvli_vk_push) {
     kvli_u32 n;       /* elements of the list */
     kvli_u32 first;   /* element of workgroup 0 */
     kvli_u32 spans;   /* kvli_gpu_span[] */
-    kvli_u32 entries; /* kvli_entry[] */
+    kvli_u32 entries; /* kvli_gpu_entry[] */
     kvli_u32 n_q_heads, n_kv_heads, gqa;
     kvli_u32 reserved;
 }
