@@ -18,28 +18,12 @@
    (sm_75: straight to registers, as exact units of packed formats everywhere). Issue slots come next: instructions for 16 x D
    keys and values, D = 128, N = 8: see formats.cuh, plus D / 8 mma and about 60 for the softmax and the ring. */
 #include "formats.cuh"
+#include "presets.cuh"
 #include "steps.cuh"
 
 constexpr uint32_t KVL_WARPS = KVLI_CU_DECODE_WARPS, KVL_UNIT = KVLI_CU_UNIT;
-constexpr uint32_t KVL_ALL_LANES = 0xffffffff;
 constexpr float KVL_NOTHING = -1e38f; /* m of a row that has seen nothing */
 constexpr float KVL_SLACK = 8;        /* how far a score may be above m: weights up to 2^8 */
-
-/* Formats of the packed and the exact class, and whether packed K and V are rotated. */
-template <uint32_t K, uint32_t V, uint32_t EXACT, bool K_ROTATED, bool V_ROTATED> struct kvl_preset {
-    static constexpr uint32_t k = K, v = V, exact = EXACT;
-    static constexpr bool k_rotated = K_ROTATED, v_rotated = V_ROTATED, one_class = K == EXACT;
-    static constexpr bool two_passes =
-        V_ROTATED || V == KVLI_GPU_NVFP4; /* sums over packed and exact values differ in kind */
-};
-typedef kvl_preset<KVLI_GPU_F16, KVLI_GPU_F16, KVLI_GPU_F16, false, false> kvl_preset_f16;
-typedef kvl_preset<KVLI_GPU_BF16, KVLI_GPU_BF16, KVLI_GPU_BF16, false, false> kvl_preset_bf16;
-typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8;
-typedef kvl_preset<KVLI_GPU_INT8_CHANNEL, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8c;
-typedef kvl_preset<KVLI_GPU_FP8_E4M3, KVLI_GPU_FP8_E4M3, KVLI_GPU_F16, false, false> kvl_preset_fp8;
-typedef kvl_preset<KVLI_GPU_NVFP4, KVLI_GPU_NVFP4, KVLI_GPU_F16, true, false> kvl_preset_nvfp4;
-typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_balanced;
-typedef kvl_preset<KVLI_GPU_INT4_CHANNEL, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_int4;
 
 /* ---- 16-bit arithmetic of a class: bfloat16 where it is the format, else f16 ---- */
 template <uint32_t F> KVL_D uint16_t kvl_to_16(float x) {
@@ -99,19 +83,9 @@ template <uint32_t D> KVL_D bool kvl_spread_has(uint32_t lane, uint32_t i) {
     return D % 32 == 0 || lane + 32 * i < D;
 }
 
-KVLI_GPU_FN uint32_t kvl_hadamard_size(uint32_t dim) {
-    uint32_t n = 1;
-    while (n < 128 && dim % (2 * n) == 0) n *= 2;
-    return n;
-}
-
 /* Times the Hadamard matrix (its own inverse), block-diagonal in blocks of kvl_hadamard_size. */
 template <uint32_t D> KVL_D void kvl_hadamard(kvl_spread<D> &row, uint32_t lane) {
     constexpr uint32_t size = kvl_hadamard_size(D);
-    constexpr float norm = size == 128  ? 0.08838834764831845f
-                           : size == 64 ? 0.125f
-                           : size == 32 ? 0.17677669529663687f
-                                        : 0.25f;
     KVL_UNROLL for (uint32_t stride = 1; stride < 32 && stride < size; stride *= 2) {
         KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) {
             float other = __shfl_xor_sync(KVL_ALL_LANES, row.x[i], stride);
@@ -126,16 +100,10 @@ template <uint32_t D> KVL_D void kvl_hadamard(kvl_spread<D> &row, uint32_t lane)
             row.x[i + apart] = low - high;
         }
     }
-    KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) row.x[i] *= norm;
+    KVL_UNROLL for (uint32_t i = 0; i < row.count; i++) row.x[i] *= kvl_hadamard_norm(size);
 }
 
 /* ---- queries ---- */
-
-/* The power of two at or below a row's largest magnitude, within what has an inverse. */
-KVL_D float kvl_row_power(float largest) {
-    uint32_t exponent = __float_as_uint(largest) >> 23;
-    return __uint_as_float((exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
-}
 
 /* Where a head dim's number stands in a stored query row, such that each step of kvl_k_codes finds its four beside each
    other. */
@@ -968,7 +936,7 @@ KVLI_GPU_FN uint32_t kvl_blocks_per_sm(uint32_t dim, uint32_t n) {
     KVL_KERNEL(kvl_decode_##preset##_d##D##_n##N, 32 * KVLI_CU_DECODE_WARPS, kvl_blocks_per_sm(D, N), \
                kvli_cu_attend_args) {                                                                 \
         KVL_DYN_SMEM(uint8_t, memory);                                                                \
-        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::k != KVLI_GPU_BF16)                      \
+        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::k != KVLI_GPU_BF16)                     \
             kvl_decode<kvl_preset_##preset, D, N>(a, memory);                                         \
     }
 #define KVL_DECODE(preset) /* as kvli_cu_decode_rows says */ \

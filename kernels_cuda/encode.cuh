@@ -60,7 +60,7 @@ KVL_D void kvl_load8_unaligned(uint32_t format, const uint8_t *p, float *x) {
     KVL_UNROLL
     for (int i = 0; i < 8; i++)
         x[i] = format == KVLI_GPU_F32 ? __uint_as_float(kvl_ld4(p + 4 * i))
-                                     : kvl_from_half(format, kvl_ld2(p + 2 * i));
+                                      : kvl_from_half(format, kvl_ld2(p + 2 * i));
 }
 
 KVL_D uint32_t kvl_pack2(uint32_t format, float low, float high) {

@@ -175,8 +175,8 @@ KVL_D void kvl_k_codes(const kvl_words<BYTES> &p, uint32_t h[2]) {
 }
 KVLI_GPU_FN uint32_t kvl_k_number(uint32_t f, uint32_t bytes, uint32_t s, uint32_t r, uint32_t c) {
     return f != KVLI_GPU_NVFP4 ? 4 * s + 2 * r + c
-           : bytes == 2       ? r + 2 * c
-                              : s / 2 * 8 + s % 2 * 2 + r + 4 * c;
+           : bytes == 2        ? r + 2 * c
+                               : s / 2 * 8 + s % 2 * 2 + r + 4 * c;
 }
 
 /* V: from the pieces of two tokens, in step J (2 numbers of each), the half2 (token x, token y) of numbers kvl_v_number(…, 0)

@@ -4,10 +4,7 @@
 
    Roofline: bytes, 4 (dim + 2) for each part and row, read once; four parts' loads are under way at a time. Far less than the
    attention that made them: a part stands for some hundred tokens of 2 dim numbers. */
-#include "pages.cuh"
-
-constexpr uint32_t KVL_ALL_LANES = 0xffffffff;
-constexpr float KVL_LOG2E = 1.4426950408889634f;
+#include "steps.cuh"
 
 /* m and l of part i of a row. */
 KVL_D float2 kvl_part_ml(const kvli_cu_attend_args &a, uint64_t first, uint32_t step, uint32_t i) {
@@ -32,10 +29,10 @@ KVL_D void kvl_merge_row(const kvli_cu_attend_args &a, const kvli_gpu_merge &mer
             if (lane + 32 * j < a.dim) sum[j] += o[lane + 32 * j] * weight;
         }
     }
-    if (a.sink_logits) l += kvl_exp2(a.sink_logits[row.head] * KVL_LOG2E - m);
+    float factor = kvl_output_factor(a, row.head, m, l);
     KVL_UNROLL for (uint32_t j = 0; j < most; j++) {
         uint32_t e = lane + 32 * j;
-        if (e < a.dim) kvl_tensor_set(a.out, row.tensor_row, row.head, e, l == 0 ? 0 : sum[j] / l);
+        if (e < a.dim) kvl_tensor_set(a.out, row.tensor_row, row.head, e, sum[j] * factor);
     }
 }
 

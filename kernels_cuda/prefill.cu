@@ -22,33 +22,8 @@
    is 2800 FLOP a clock and SM, near what mma.sync reaches on sm_90 (4096 peak, 60-65 % by mma.sync) and five times what
    a 4090 does (512). */
 #include "formats.cuh"
+#include "presets.cuh"
 #include "steps.cuh"
-
-/* ---- presets: formats of K and V in packed blocks and of exact tiles ---- */
-template <uint32_t K, uint32_t V, uint32_t EXACT, bool K_ROTATED, bool V_ROTATED> struct kvl_preset {
-    static constexpr uint32_t k = K, v = V, exact = EXACT;
-    static constexpr bool k_rotated = K_ROTATED, v_rotated = V_ROTATED;
-    static constexpr bool has_packed = K != EXACT;
-};
-typedef kvl_preset<KVLI_GPU_F16, KVLI_GPU_F16, KVLI_GPU_F16, false, false> kvl_preset_f16;
-typedef kvl_preset<KVLI_GPU_BF16, KVLI_GPU_BF16, KVLI_GPU_BF16, false, false> kvl_preset_bf16;
-typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8;
-typedef kvl_preset<KVLI_GPU_INT8_CHANNEL, KVLI_GPU_INT8, KVLI_GPU_F16, false, false> kvl_preset_int8c;
-typedef kvl_preset<KVLI_GPU_FP8_E4M3, KVLI_GPU_FP8_E4M3, KVLI_GPU_F16, false, false> kvl_preset_fp8;
-typedef kvl_preset<KVLI_GPU_NVFP4, KVLI_GPU_NVFP4, KVLI_GPU_F16, true, false> kvl_preset_nvfp4;
-typedef kvl_preset<KVLI_GPU_INT8, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_balanced;
-typedef kvl_preset<KVLI_GPU_INT4_CHANNEL, KVLI_GPU_INT4, KVLI_GPU_F16, false, true> kvl_preset_int4;
-
-constexpr uint32_t kvl_hadamard_size(uint32_t dim) {
-    uint32_t n = 1;
-    while (n < 128 && dim % (2 * n) == 0) n *= 2;
-    return n;
-}
-constexpr float kvl_hadamard_norm(uint32_t n) { /* 1 / sqrt(n), n a power of two up to 128 */
-    float r = 1;
-    for (; n > 2; n /= 4) r /= 2;
-    return n == 2 ? r * 0.70710678118654752f : r;
-}
 
 /* ---- a packed side (K or V) of a step, as it comes: bytes of one unit after another ---- */
 template <uint32_t F, uint32_t D> struct kvl_raw {
@@ -104,7 +79,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     typedef kvl_raw<P::k, D> raw_k;
     typedef kvl_raw<P::v, D> raw_v;
     static constexpr uint32_t RAW_UNIT = raw_k::BYTES + raw_v::BYTES;
-    static_assert(UNITS * RAW_UNIT + STEP * 4 <= 2 * TILE_BYTES || !P::has_packed,
+    static_assert(UNITS * RAW_UNIT + STEP * 4 <= 2 * TILE_BYTES || P::one_class,
                   "bytes and scales of a step fit");
 
     /* What a thread knows of its warp's rows. In a fragment of a 16 x 8 tile lane 4 g + t has columns 2 t and 2 t + 1 of
@@ -165,7 +140,7 @@ template <class P, uint32_t D> struct kvl_prefill {
             KVL_UNROLL
             for (uint32_t i = 0; i < 8; i++) {
                 if (stride >= 8) {
-                    float other = __shfl_xor_sync(0xffffffffu, x[i], stride / 8);
+                    float other = __shfl_xor_sync(KVL_ALL_LANES, x[i], stride / 8);
                     x[i] = threadIdx.x & (stride / 8) ? other - x[i] : x[i] + other;
                 } else if (!(i & stride)) {
                     float a = x[i], b = x[i + stride];
@@ -185,10 +160,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(x[i]));
         KVL_UNROLL
         for (int lane = 1; lane < 32; lane *= 2)
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
-        uint32_t bits = __float_as_uint(largest) & 0x7f800000u;
-        if (bits == 0) bits = 0x3f800000u;
-        return __uint_as_float(bits < 0x7e800000u ? bits : 0x7e800000u);
+            largest = fmaxf(largest, __shfl_xor_sync(KVL_ALL_LANES, largest, lane));
+        return kvl_row_power(largest);
     }
 
     KVL_D uint32_t pack(float low, float high) {
@@ -212,13 +185,13 @@ template <class P, uint32_t D> struct kvl_prefill {
             float x[AT_ONCE][8] = {};
             KVL_UNROLL
             for (uint32_t j = 0; j < AT_ONCE; j++) {
-                uint64_t from = __shfl_sync(0xffffffffu, mine, i + j) + lane * 8;
+                uint64_t from = __shfl_sync(KVL_ALL_LANES, mine, i + j) + lane * 8;
                 if (aligned && first + i + j < rows.item->n_rows && lane < PIECES) load8(a.q, from, x[j]);
             }
             KVL_ROLLED
             for (uint32_t n = aligned ? AT_ONCE * 8 : 0; n < AT_ONCE * 8;
                  n++) { /* rare: small code, not fast */
-                uint64_t from = __shfl_sync(0xffffffffu, mine, i + n / 8) + lane * 8 + n % 8;
+                uint64_t from = __shfl_sync(KVL_ALL_LANES, mine, i + n / 8) + lane * 8 + n % 8;
                 bool here = first + i + n / 8 < rows.item->n_rows && lane < PIECES;
                 float y = here ? kvl_number_at(a.q, from) : 0;
                 KVL_UNROLL
@@ -241,7 +214,7 @@ template <class P, uint32_t D> struct kvl_prefill {
         }
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
-            float p = __shfl_sync(0xffffffffu, power, i * 8 + lane / 4);
+            float p = __shfl_sync(KVL_ALL_LANES, power, i * 8 + lane / 4);
             s.factor[i / 2][i % 2] = fmaxf(p * (fabsf(a.scale) * KVL_LOG2E * global), 0x1p-96f);
         }
     }
@@ -421,14 +394,14 @@ template <class P, uint32_t D> struct kvl_prefill {
         KVL_UNROLL
         for (uint32_t r = 0; r < TILES * 2; r++) {
             float x = top[r / 2][r % 2], &max = s.max[r / 2][r % 2];
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * s.factor[r / 2][r % 2];
+            x = fmaxf(x, __shfl_xor_sync(KVL_ALL_LANES, x, 1));
+            x = fmaxf(x, __shfl_xor_sync(KVL_ALL_LANES, x, 2)) * s.factor[r / 2][r % 2];
             bool raise = x > max + 8;
             rescale[r / 2][r % 2] = raise ? kvl_exp2(max - x) : 1;
             max = raise ? x : max;
             raised |= raise;
         }
-        if (!__any_sync(0xffffffffu, raised)) return;
+        if (!__any_sync(KVL_ALL_LANES, raised)) return;
         KVL_UNROLL
         for (uint32_t m = 0; m < TILES; m++) {
             s.sum[m][0] *= rescale[m][0];
@@ -532,7 +505,7 @@ template <class P, uint32_t D> struct kvl_prefill {
             w[i] = __float_as_uint(x[i]);
             if (dtype != KVLI_GPU_DTYPE_F32 && i < 4) {
                 w[i] = dtype == KVLI_GPU_DTYPE_F16 ? kvl_f22h2(x[2 * i], x[2 * i + 1])
-                                                  : kvl_f22bf2(x[2 * i], x[2 * i + 1]);
+                                                   : kvl_f22bf2(x[2 * i], x[2 * i + 1]);
             }
         }
         uint8_t *to = (uint8_t *)data + at * (dtype == KVLI_GPU_DTYPE_F32 ? 4 : 2);
@@ -554,8 +527,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         KVL_ROLLED
         for (uint32_t i = thread() % 32; i < WARP_ROWS * PIECES; i += 32) {
             uint32_t r = i / PIECES, e = i % PIECES * 8;
-            uint64_t at = __shfl_sync(0xffffffffu, mine, r) + e;
-            float f = __shfl_sync(0xffffffffu, factor, r);
+            uint64_t at = __shfl_sync(KVL_ALL_LANES, mine, r) + e;
+            float f = __shfl_sync(KVL_ALL_LANES, factor, r);
             if (first + r < rows.item->n_rows) store8(data, at, dtype, aligned, quarter(smem) + i * 8, f);
         }
     }
@@ -565,7 +538,7 @@ template <class P, uint32_t D> struct kvl_prefill {
         float x = 0;
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
-            float y = __shfl_sync(0xffffffffu, of[i / 2][i % 2], thread() % 8 * 4);
+            float y = __shfl_sync(KVL_ALL_LANES, of[i / 2][i % 2], thread() % 8 * 4);
             if (thread() % 32 / 8 == i) x = y;
         }
         return x;
@@ -575,8 +548,8 @@ template <class P, uint32_t D> struct kvl_prefill {
         KVL_UNROLL
         for (uint32_t i = 0; i < TILES * 2; i++) {
             float &sum = s.sum[i / 2][i % 2];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            sum += __shfl_xor_sync(KVL_ALL_LANES, sum, 1);
+            sum += __shfl_xor_sync(KVL_ALL_LANES, sum, 2);
         }
         float max = of_row(s.max), sum = of_row(s.sum), factor = 1;
         uint32_t lane = thread() % 32, r = thread() / 32 * WARP_ROWS + lane;
@@ -614,7 +587,7 @@ template <class P, uint32_t D> struct kvl_prefill {
     /* All steps over one kind of blocks. False: there were none. */
     KVL_D bool walk(state &s, uint8_t *smem, const kvli_cu_attend_args &a, const kvl_rows &rows,
                     kvl_walk_kind kind) {
-        const bool packed = P::has_packed && kind == KVL_WALK_PACKED;
+        const bool packed = !P::one_class && kind == KVL_WALK_PACKED;
         const uint32_t written = kvl_written(a, rows);
         uint32_t from = 0; /* buffer of the step that is computed */
         kvl_walk w = kvl_walk_start(rows);
@@ -626,7 +599,7 @@ template <class P, uint32_t D> struct kvl_prefill {
             bool some = step.flags != 0, more = next.flags != 0;
             kvl_cp_wait<0>();
             __syncthreads();
-            if constexpr (P::has_packed) {
+            if constexpr (!P::one_class) {
                 if (packed && some) {
                     decode(smem);
                     __syncthreads();
@@ -648,13 +621,13 @@ template <class P, uint32_t D> struct kvl_prefill {
         if (!kvl_rows_of_block(a, a.counts->prefills, rows)) return;
         state s;
         start(s, a, rows);
-        for (uint32_t kind = P::has_packed ? KVL_WALK_PACKED : KVL_WALK_ALL;;) {
+        for (uint32_t kind = !P::one_class ? KVL_WALK_PACKED : KVL_WALK_ALL;;) {
             bool packed = kind == KVL_WALK_PACKED;
             float global = P::k == KVLI_GPU_NVFP4 && packed ? a.k_global * KVL_NVFP4_FACTOR : 1;
             if (kind != KVL_WALK_EXACT || P::k_rotated || P::v_rotated)
                 load_q(s, smem, a, rows, packed, global);
             bool some = walk(s, smem, a, rows, (kvl_walk_kind)kind);
-            if (!P::has_packed || !packed) break;
+            if (P::one_class || !packed) break;
             if (some) finish_packed(s, smem, a.v_global);
             kind = KVL_WALK_EXACT;
             __syncthreads(); /* all shared memory is free again */
@@ -665,7 +638,7 @@ template <class P, uint32_t D> struct kvl_prefill {
 
 #define KVL_PREFILL(preset, dim)                                                                    \
     KVL_KERNEL(kvl_prefill_##preset##_d##dim, 32 * KVLI_CU_PREFILL_WARPS, 2, kvli_cu_attend_args) { \
-        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::exact != KVLI_GPU_BF16) {              \
+        if constexpr (KVL_ARCH >= 800 || kvl_preset_##preset::exact != KVLI_GPU_BF16) {             \
             kvl_prefill<kvl_preset_##preset, dim>::run(a);                                          \
         }                                                                                           \
     }

@@ -37,9 +37,17 @@ KVL_D bool kvl_rows_of_block(const kvli_cu_attend_args &a, uint32_t n_items, kvl
     return true;
 }
 
+constexpr uint32_t KVL_ALL_LANES = 0xffffffff;
+
 /* ---- the online softmax, in base 2 ---- */
 constexpr float KVL_LOG2E = 1.4426950408889634f;
 constexpr float KVL_NO_SCORE = -2e30f; /* below every score; times anything in [2^-96, 2^27] still a number */
+
+/* The power of two at or below a row's largest magnitude, within what has an inverse. */
+KVL_D float kvl_row_power(float largest) {
+    uint32_t exponent = __float_as_uint(largest) >> 23;
+    return __uint_as_float((exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
+}
 
 /* What a row's accumulators are multiplied with to be its output, given its maximum and sum of weights; sink_logits have
    their share of the sum. */
@@ -134,7 +142,7 @@ KVL_D bool kvl_walk_look(kvl_walk &w, const kvli_cu_attend_args &a, const kvl_ro
     uint64_t entry = here ? kvl_walk_entry(w, a, r, b) : 0;
     bool exact = w.own || kvl_entry_is_exact(entry);
     bool takes = entry != 0 && (kind == KVL_WALK_ALL || exact == (kind == KVL_WALK_EXACT));
-    w.bits = __ballot_sync(0xffffffffu, takes);
+    w.bits = __ballot_sync(KVL_ALL_LANES, takes);
     w.next += 32;
     return true;
 }
