@@ -13,7 +13,7 @@ CLANG_TIDY ?= clang-tidy
 CPPCHECK ?= cppcheck
 NVCC ?= nvcc
 CMOCKA ?= -lcmocka
-TESTS ?= compile unit model backend golden fault fuzz cuda_cpu e2e
+TESTS ?= compile unit model backend golden fault fuzz cuda_cpu vulkan e2e
 TEST_TIMEOUT ?= 900 # seconds, for one test program
 ifeq ($(origin CC),default)
 CC := gcc

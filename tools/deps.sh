@@ -2,10 +2,12 @@
 # Installs what `make` and `make test` need, on Debian 12 and its relatives. Quick when all of it is there.
 set -eu
 
-# compilers and build; then lint and format; then tests and tools (cmocka, cJSON, the Python oracle)
+# compilers and build; then lint and format; then tests and tools (cmocka, cJSON, the Python oracle); then a Vulkan driver for
+# the CPU (lavapipe), the loader with its headers, the validation layer, and what compiles shaders
 required='gcc g++ clang make libc6-dev
 clang-format clang-tidy cppcheck
-libcmocka-dev libcjson-dev python3 python3-venv ca-certificates'
+libcmocka-dev libcjson-dev python3 python3-venv ca-certificates
+mesa-vulkan-drivers libvulkan1 libvulkan-dev vulkan-validationlayers glslang-tools spirv-tools'
 
 # 32-bit compile check on amd64. (gcc-multilib would conflict with the cross compilers.)
 optional=''
@@ -17,6 +19,9 @@ make deps: this system has no apt-get, so nothing was installed. kvlite's build 
   gcc and g++ (or set CC and CXX), GNU make
   for `make model` and the end-to-end tests: Python >= 3.10 with venv and pip
   for the tests: cmocka (headers and library), clang
+  for the tests of the Vulkan backend: Vulkan's loader and headers, Mesa's lavapipe, Khronos' validation layer
+    (where the last two or the loader's library are missing, these tests are skipped)
+  for `make kernels`: glslangValidator and SPIR-V Tools
   for the tools: cJSON (headers and library)
   for `make lint` and `make format`: clang-tidy, cppcheck, clang-format
 Install them with your package manager; then `make demo` and `make test` work without `make deps`.
