@@ -145,12 +145,17 @@ run-bench-peers: $(PEER_PROGRAMS) model
 	@$(call with_data,wikitext2_test.txt,bench_peer_quality) --json $(RESULTS)/peer_quality.json
 .PHONY: test test-full sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
 
-kernels: ## compile kernels_cuda/ into kernels_cuda/kvlite_cuda_kernels.h, which is committed (NVCC=nvcc)
+kernels: kernels-cuda kernels-vulkan ## compile the GPU kernels of both kinds into the headers that are committed
+kernels-cuda: ## compile kernels_cuda/ into kernels_cuda/kvlite_cuda_kernels.h (NVCC=nvcc)
 	@$(PYTHON) tools/kernels.py build --nvcc $(NVCC)
 
-check-kernels: ## fail if that header is not the one of these sources; needs no nvcc
+kernels-vulkan: ## compile kernels_vulkan/ into kernels_vulkan/kvlite_vulkan_kernels.h (glslang-tools, spirv-tools)
+	@$(PYTHON) tools/shaders.py build
+
+check-kernels: ## fail if those headers are not the ones of these sources; needs no compiler
 	@$(PYTHON) tools/kernels.py check
-.PHONY: kernels check-kernels
+	@$(PYTHON) tools/shaders.py check
+.PHONY: kernels kernels-cuda kernels-vulkan check-kernels
 
 report: $(TOOLS) $(BENCH_PROGRAMS) $(B)/demo model $(VENV)/.report $(if $(filter peers,$(MAKECMDGOALS)),peers) ## measure all, write BENCHMARKS.md and plots (QUICK=1, DATA=FOLDER; make peers first)
 	@if [ -f $(PEERS)/.made ]; then $(MAKE) --no-print-directory $(PEER_PROGRAMS); fi
@@ -195,11 +200,12 @@ cppcheck:
 
 VERSION = $(shell sed -nE 's/^\#define KVL_VERSION_(MAJOR|MINOR|PATCH) +([0-9]+).*/\2/p' kvlite.h | paste -sd.)
 DATADIR = $(DESTDIR)$(PREFIX)/share
-install: ## install kvlite.h, its CUDA kernels, documents and kvlite.pc (PREFIX=/usr/local, DESTDIR)
+install: ## install kvlite.h, its GPU kernels, documents and kvlite.pc (PREFIX=/usr/local, DESTDIR)
 	install -d $(DESTDIR)$(PREFIX)/include $(DATADIR)/doc/kvlite $(DATADIR)/pkgconfig
 	install -m 644 kvlite.h $(DESTDIR)$(PREFIX)/include/
-	install -d $(DESTDIR)$(PREFIX)/include/kernels_cuda
+	install -d $(DESTDIR)$(PREFIX)/include/kernels_cuda $(DESTDIR)$(PREFIX)/include/kernels_vulkan
 	install -m 644 kernels_cuda/kvlite_cuda_kernels.h $(DESTDIR)$(PREFIX)/include/kernels_cuda/
+	install -m 644 kernels_vulkan/kvlite_vulkan_kernels.h $(DESTDIR)$(PREFIX)/include/kernels_vulkan/
 	install -m 644 README.md CHANGELOG.md LICENSE $(DATADIR)/doc/kvlite/
 	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: kvlite' \
 	  'Description: KV-cache runtime for language models in one header' 'Version: $(VERSION)' \

@@ -17,10 +17,9 @@ import lzma
 import os
 import re
 import shutil
-import subprocess
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from kernel_sources import ROOT, check_header, constant, fail, hash_of, read, run, write_if_other
+
 SOURCES = "kernels_cuda"
 HEADER = SOURCES + "/kvlite_cuda_kernels.h"
 TEXTS = "tables.h", "abi.h", "unpack.h"  # what they say stands in the header
@@ -35,15 +34,6 @@ FLAGS = ["-std=c++17", "-O3", "-I" + SOURCES]
 CHUNK = 4000  # characters in a string literal: C99 promises 4095
 ALPHABET = "".join(chr(c) for c in range(35, 122) if chr(c) not in "?\\")
 RFC1924 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~"  # Python's base 85
-
-
-def fail(text):
-    sys.exit("kernels.py: " + text)
-
-
-def read(path):
-    with open(path, encoding="utf-8") as f:
-        return f.read()
 
 
 # ---- the image as text ----
@@ -85,13 +75,6 @@ def unpack(header):
         yield arch, ptx, streams[chunk][before:before + raw]
 
 
-def constant(text, name):
-    found = re.search(name + r'(?:\[\])? = "?(\w+?)u?"?;', text)
-    if not found:
-        raise ValueError("no %s in the header" % name)
-    return found.group(1)
-
-
 # ---- the sources ----
 
 def source_files():
@@ -99,17 +82,12 @@ def source_files():
     return sorted(n for n in names if n.endswith((".cu", ".cuh")) or n in TEXTS)
 
 
-def texts():
-    return [read(os.path.join(SOURCES, name)) for name in TEXTS]
+def text_files():
+    return [os.path.join(SOURCES, name) for name in TEXTS]
 
 
 def source_hash():
-    h = hashlib.sha256()
-    for name in source_files():
-        with open(os.path.join(SOURCES, name), "rb") as f:
-            data = f.read().replace(b"\r\n", b"\n")
-        h.update(b"%s %d\n" % (name.encode(), len(data)) + data)
-    return h.hexdigest()
+    return hash_of(os.path.join(SOURCES, name) for name in source_files())
 
 
 def with_includes(name, seen):
@@ -130,18 +108,11 @@ class Toolkit:
         if not self.nvcc:
             fail("nvcc is not there (NVCC= names it); only those who change kernels need it")
         self.bin = os.path.dirname(os.path.realpath(self.nvcc))
-        text = self.run([self.nvcc, "--version"])
+        text = run([self.nvcc, "--version"])
         release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", text)
         self.release = int(release.group(1)), int(release.group(2))
         self.version = release.group(3)
         self.archs = [(a, f) for a, f in ARCHS if self.release >= SINCE.get(a, (0, 0))]
-
-    @staticmethod
-    def run(command):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode:
-            fail("%s\n%s" % (" ".join(command), done.stdout))
-        return done.stdout
 
     def tool(self, name):
         return os.path.join(self.bin, name)
@@ -159,7 +130,7 @@ def make(kit, out, key, command, say):
         if log.startswith(key):
             return log[len(key):]
     print("  %-5s %s" % (os.path.basename(command[0]).upper(), say), flush=True)
-    report = kit.run(command)
+    report = run(command)
     for line in report.splitlines():
         if "warning" in line:
             print("%s: %s" % (say, line))
@@ -182,9 +153,7 @@ def join(front, work):
     """All files' PTX as one, which makes one cubin. (Linked from relocatable ones, kernels would spill registers.)"""
     out = object_path(work, "kernels", "compute_" + front)
     text = join_ptx([object_path(work, n, "compute_" + front) for n in source_files() if n.endswith(".cu")])
-    if not os.path.exists(out) or read(out) != text:
-        with open(out, "w", encoding="utf-8") as f:
-            f.write(text)
+    write_if_other(out, text)
     return out
 
 
@@ -316,7 +285,7 @@ def header_text(kit, parts, jobs):
             text = encode(packed)
             chunks += ['"%s",' % text[i:i + CHUNK] for i in range(0, len(text), CHUNK)]
     return TEXT % {"version": kit.version, "archs": ", ".join("sm_" + a for a, _ in kit.archs), "ptx": PTX,
-                   "texts": "\n".join(texts()), "hash": source_hash(),
+                   "texts": "\n".join(read(t) for t in text_files()), "hash": source_hash(),
                    "sum": sum_of(parts), "driver": kit.release[0] * 1000, "parts": "\n".join(table),
                    "chunks": "\n".join(chunks)}
 
@@ -329,29 +298,20 @@ def build(args):
     compile_all(kit, args.work, args.jobs)
     parts = parts_of(kit, args.work)
     text = header_text(kit, parts, args.jobs)
-    if not os.path.exists(args.output) or read(args.output) != text:
-        with open(args.output, "w", encoding="utf-8", newline="\n") as f:
-            f.write(text)
+    write_if_other(args.output, text)
     if list(unpack(args.output)) != parts:
         fail("what was written does not give the kernels back")
     print("%s: %d bytes" % (args.output, len(text)))
 
 
 def check(args):
-    if not os.path.exists(args.header):
-        fail("%s is not there: make kernels writes it (needs nvcc)" % args.header)
-    text = read(args.header)
-    if constant(text, "kvli_cu_image_hash") != source_hash():
-        fail("%s was made from other sources than those in %s/: run `make kernels` (needs nvcc) and commit it" %
-             (args.header, SOURCES))
-    if any(t not in text for t in texts()):
-        fail("%s does not hold the text of %s: run `make kernels`" % (args.header, ", ".join(TEXTS)))
+    text = check_header(args.header, "kernels-cuda", "kvli_cu_image_hash", source_hash(), text_files())
     try:
         parts = list(unpack(args.header))
     except (lzma.LZMAError, OverflowError):
         parts = []
     if "SHA-256 of what is packed: %s " % sum_of(parts) not in text:
-        fail("%s: its kernels are damaged: run `make kernels`" % args.header)
+        fail("%s: its kernels are damaged: run `make kernels-cuda`" % args.header)
     print("%s is current: %d bytes" % (args.header, len(text)))
 
 
@@ -377,9 +337,9 @@ def main():
     parser = argparse.ArgumentParser(usage=__doc__.split("usage: ")[1].split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
 
-    def command(name, run, **options):
+    def command(name, function):
         p = commands.add_parser(name)
-        p.set_defaults(run=run)
+        p.set_defaults(run=function)
         p.add_argument("--nvcc", default="nvcc")
         p.add_argument("--work", default="build/kernels")
         p.add_argument("-j", "--jobs", type=int, default=os.cpu_count())
