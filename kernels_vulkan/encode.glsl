@@ -168,9 +168,10 @@ kvl_scale kvl_scale_of(uint h) {
     return kvl_scale(s, 1.0 / s);
 }
 
-// The nearest integer to x / s in 0..top, ties to even.
+// The nearest to x / s of the integers 0..top, ties to even.
 uint kvl_code(float x, kvl_scale scale, float top) {
-    uint c = uint(clamp(x * scale.inverse + 0.5, 0.0, top));
+    x = max(x, 0.0);
+    uint c = uint(min(x * scale.inverse + 0.5, top));
     precise float above = (float(c) + 0.5) * scale.s, below = (float(c) - 0.5) * scale.s; // exact
     bool odd = (c & 1u) != 0;
     if (x > above || (x == above && odd)) return min(c + 1, uint(top));
