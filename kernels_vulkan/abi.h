@@ -24,6 +24,9 @@
 #define KVLI_VK_LANES 9        /* decode: invocations that share a token, a power of two */
 #define KVLI_VK_SPECIALISATIONS 10
 
+/* WORKGROUP of the store shader: a power of two in 32..128. */
+#define KVLI_VK_STORE_WORKGROUP 128
+
 /* Descriptors, all of storage buffers. Set 0: */
 #define KVLI_VK_PAGES \
     0 /* [BANKS]: 0 the step's exact scratch, 1 + s slab s. An entry's low word is an offset in bytes (and

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 
-from kernel_sources import ROOT, check_header, constant, fail, hash_of, read, run, write_if_other
+from kernel_sources import ROOT, check_header, fail, hash_of, read, run, write_if_other
 
 SOURCES = "kernels_cuda"
 HEADER = SOURCES + "/kvlite_cuda_kernels.h"

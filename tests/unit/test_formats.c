@@ -12,6 +12,7 @@
 
 #define KVL_IMPLEMENTATION
 #include "../../kvlite.h"
+#include "../common/golden.h"
 
 #define MAX_ROWS (64 * 256)
 enum { GUARD = 64 };
@@ -65,12 +66,6 @@ static void seal(const kvli_side *side, kvl_format exact, uint8_t *tile, kvl_sim
     memset(tile, 0xa5, side->tile_bytes + GUARD);
     kvli_seal_tile(side, exact, exact_tile, tile, simd);
     for (uint32_t i = 0; i < GUARD; i++) assert_int_equal(tile[side->tile_bytes + i], 0xa5);
-}
-
-static uint64_t fnv(const uint8_t *p, size_t n) {
-    uint64_t h = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
-    return h;
 }
 
 /* The f32 nearest to x, on machines with excess precision too. */
@@ -309,72 +304,12 @@ static void test_hadamard(void **state) {
 }
 
 /* ---- golden bytes: the inputs are those of tools/gen_golden.py ---- */
-static uint32_t mix(uint32_t h) {
-    h ^= h >> 16;
-    h *= 0x85ebca6bu;
-    h ^= h >> 13;
-    h *= 0xc2b2ae35u;
-    return h ^ h >> 16;
-}
-
-enum { BELL, OUTLIERS, SPREAD, TIES, SINGLE, HUGE_ROWS, CONSTANT, N_PATTERNS };
-
-static double tie_value(kvl_format base, uint32_t h, uint32_t t, uint32_t e) {
-    if (base == KVL_INT4 || kvli_is_channel(base)) {
-        uint32_t top = base == KVL_INT8_CHANNEL ? 255 : 15, i = base == KVL_INT4 ? e % 16 : t;
-        return i == 0 ? 0 : i == 1 ? top : h % (2 * top + 1) / 2.0;
-    }
-    if (base == KVL_NVFP4) return e % 16 == 0 ? 6 : ((int)(h % 49) - 24) / 4.0;
-    if (base == KVL_FP8_E4M3) {
-        double middle = (e4m3_value((uint8_t)(h % 126)) + e4m3_value((uint8_t)(h % 126 + 1))) / 2;
-        return e == 0 ? 448 : h >> 20 & 1 ? -middle : middle;
-    }
-    return e == 0 ? 127 : ((int)(h % 509) - 254) / 2.0;
-}
-
-static float golden_value(uint32_t pattern, kvl_format base, uint32_t tokens, uint32_t dim, uint32_t t,
-                          uint32_t e) {
-    uint32_t h = mix(t * dim + e + 977 * dim + 31 * tokens + 7777 * pattern);
-    int n = (int)((h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24)) - 510;
-    switch (pattern) {
-    case BELL: return (float)n / 256;
-    case OUTLIERS: return e % 16 == 3 ? (float)n / 16 : e % 16 == 7 ? (float)(n + 1536) / 64 : (float)n / 256;
-    case SPREAD: return t % 5 == 4 ? h & 1 ? -0.0f : 0.0f : ldexpf((float)n, (int)(t * 5 % 30) - 24);
-    case TIES: return (float)tie_value(base, h, t, e);
-    case SINGLE: return ldexpf((h & 1 ? -1.0f : 1.0f) * (float)(h >> 8 | 1), (int)(mix(h) & 15) - 32);
-    case HUGE_ROWS: return (float)n * 128;
-    default: return (float)((int)((t * 37 + 11) % 101) - 50) / 8;
-    }
-}
-
-static void golden_rows(uint32_t pattern, kvl_format f, uint32_t tokens, uint32_t dim) {
-    for (uint32_t t = 0; t < tokens; t++) {
-        for (uint32_t e = 0; e < dim; e++) {
-            input[t * dim + e] = golden_value(pattern, f & ~(kvl_format)KVL_ROTATED, tokens, dim, t, e);
-        }
-    }
-}
-
-typedef struct golden_hash {
-    const char *format;
-    uint32_t pattern, tokens, dim;
-    float global;
-    size_t bytes;
-    uint64_t hash;
-} golden_hash;
 typedef struct golden_tile {
     const char *format;
     uint32_t tokens, dim;
     const char *hex;
 } golden_tile;
 
-#define HASH(...) {__VA_ARGS__},
-#define TILE(...)
-static const golden_hash golden_hashes[] = {
-#include "../golden/tiles.inc"
-};
-#undef HASH
-#undef TILE
 #define HASH(...)
 #define TILE(...) {__VA_ARGS__},
 static const golden_tile golden_tiles[] = {
@@ -387,7 +322,7 @@ static void test_golden_tiles(void **state) {
         const golden_tile *g = &golden_tiles[i];
         kvl_format f = kvl_format_from_name(g->format);
         size_t n = strlen(g->hex) / 2, bytes = kvl_tile_bytes(f, g->tokens, g->dim);
-        golden_rows(OUTLIERS, f, g->tokens, g->dim);
+        golden_rows(GOLDEN_OUTLIERS, f, g->tokens, g->dim, input);
         assert_int_equal(kvl_tile_encode(f, g->tokens, g->dim, 0, input, tile_a), KVL_OK);
         for (size_t b = 0; b < bytes; b++) {
             char digits[3] = "00";
@@ -405,13 +340,13 @@ static void test_golden_hashes(void **state) {
         kvl_format f = kvl_format_from_name(g->format);
         kvli_side side = side_of(f, g->tokens, g->dim, g->global);
         assert_int_equal(side.tile_bytes, g->bytes);
-        golden_rows(g->pattern, f, g->tokens, g->dim);
+        golden_rows(g->pattern, f, g->tokens, g->dim, input);
         for (uint32_t p = 0; p < n_paths; p++) {
             for (kvl_format exact = KVL_F32; exact <= KVL_F16;
                  exact++) { /* all but one pattern are exact in f16 */
-                if (g->pattern == SINGLE && exact != KVL_F32) continue;
+                if (g->pattern == GOLDEN_SINGLE && exact != KVL_F32) continue;
                 seal(&side, exact, tile_a, paths[p]);
-                if (fnv(tile_a, g->bytes) != g->hash) {
+                if (golden_fnv(tile_a, g->bytes) != g->hash) {
                     fail_msg("%s, pattern %u, %u x %u, from %s, path %d: other bytes", g->format, g->pattern,
                              g->tokens, g->dim, kvl_format_name(exact), (int)paths[p]);
                 }
@@ -570,8 +505,8 @@ static void test_codes_are_nearest(void **state) {
     for (uint32_t i = 0; format_at(i); i++) {
         if (kvli_is_exact(format_at(i))) continue;
         for (uint32_t d = 0; d < 4; d++) {
-            for (uint32_t pattern = 0; pattern < N_PATTERNS; pattern++) {
-                golden_rows(pattern, format_at(i), 32, dims[d]);
+            for (uint32_t pattern = 0; pattern < GOLDEN_PATTERNS; pattern++) {
+                golden_rows(pattern, format_at(i), 32, dims[d], input);
                 check_meaning(format_at(i), 32, dims[d]);
             }
         }
