@@ -71,7 +71,7 @@ static void nothing_left(void) {
 static kvl_cache_desc describe(life *w, kvl_backend_kind kind) {
     kvl_cache_desc d;
     memset(&d, 0, sizeof d);
-    d.geometry = cm_geometry("int8", NULL);
+    d.geometry = gm_geometry("int8", NULL);
     d.context_desc = kt_context(&w->env, kind);
     if (w->lend) {
         d.context_desc.cuda_context = w->context;
@@ -156,12 +156,12 @@ static kvl_result life_start(life *w, kvl_backend_kind kind) {
 }
 
 static void life_step(life *w, const kvl_step *step) {
-    static cm_buffers b;
-    int32_t next[CM_ROWS];
+    static gm_buffers b;
+    int32_t next[GM_ROWS];
     kvl_result r = KVL_OK;
-    for (uint32_t l = 0; l < CM_LAYERS && r == KVL_OK; l++) r = cm_attend(w->cache, step, l, w->tensors, &b);
+    for (uint32_t l = 0; l < GM_LAYERS && r == KVL_OK; l++) r = cm_attend(w->cache, step, l, w->tensors, &b);
     if (r == KVL_OK) {
-        for (uint32_t i = 0; i < step->n_logits; i++) next[i] = cm_next(&b, step->logit_rows[i]);
+        for (uint32_t i = 0; i < step->n_logits; i++) next[i] = gm_next(&b, step->logit_rows[i]);
         r = kvl_sched_commit(w->sched, step, next);
         if (r == KVL_OK) return;
     }
@@ -315,7 +315,7 @@ static void test_recover_fails(void **state) {
         KT_OK(NULL, life_start(&w, KVL_BACKEND_CUDA));
         KT_OK(w.cache, kvl_sched_plan(w.sched, &step));
         mock_cuda_fail(1, LAUNCH_FAILED, true);
-        r = cm_attend(w.cache, step, 0, NULL, &(cm_buffers){0});
+        r = cm_attend(w.cache, step, 0, NULL, &(gm_buffers){0});
         KT_CHECK(r == KVL_DEVICE_LOST, "%s", kvl_result_name(r));
         KT_RESULT(KVL_BUSY, w.cache, kvl_cache_recover(w.cache)); /* a step is open */
         KT_OK(w.cache, kvl_sched_abort(w.sched, step));
@@ -358,7 +358,7 @@ static void test_lend_first(void **state) {
         KT_CHECK(kvl_context_lend(ctx, w.context, w.stream) == KVL_BUSY, "nothing is lost");
         KT_OK(w.cache, kvl_sched_plan(w.sched, &step));
         mock_cuda_fail(2, LAUNCH_FAILED, true);
-        KT_CHECK(cm_attend(w.cache, step, 0, w.tensors, &(cm_buffers){0}) == KVL_DEVICE_LOST, "not lost");
+        KT_CHECK(cm_attend(w.cache, step, 0, w.tensors, &(gm_buffers){0}) == KVL_DEVICE_LOST, "not lost");
         KT_OK(w.cache, kvl_sched_abort(w.sched, step));
         app_close(&w);
         app_open(&w);
