@@ -302,13 +302,27 @@ KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
    is dead, too). No other thread may be inside a call. */
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream);
 
+typedef struct kvl_memory_info {
+    uint64_t total;  /* of the device memory that KV blocks stand in */
+    uint64_t budget; /* of that, what the driver says this process may use now; 80% where it does not say */
+    uint64_t used;   /* by this process; where the driver does not say, by this context */
+    uint64_t available; /* budget - used, 0 where more is used */
+    bool live;          /* the driver says (VK_EXT_memory_budget): caches follow it */
+    bool unified;       /* the host's memory, too: an integrated GPU */
+} kvl_memory_info;
+/* The device's memory now. INVALID_ARG, UNSUPPORTED (CPU, null, CUDA: only their apps know), DEVICE_LOST. Any thread. */
+KVL_API kvl_result kvl_context_memory(const kvl_context *ctx, kvl_memory_info *out);
+
 /* ==== cache ============================================================ */
 typedef struct kvl_cache_desc {
     kvl_context *context; /* null = a private one made from context_desc; under AUTO of the first backend that
                              takes this geometry too (kvl_context_report says why others do not) */
     kvl_context_desc context_desc;
     kvl_geometry geometry;
-    uint64_t device_bytes;     /* required: the cap on KV blocks and attention scratch */
+    /* required: the cap on KV blocks and attention scratch. On Vulkan no more than 70% of what the device has left is
+       taken (kvl_stats.device_budget), and that follows what other programs take: between steps the cache gives
+       memory back and takes it again */
+    uint64_t device_bytes;
     uint64_t max_device_bytes; /* what kvl_cache_resize may reach; 0 = device_bytes */
     uint64_t host_bytes;       /* cap on metadata; 0 = none */
     uint32_t max_sequences;    /* open at once; 0 = 256 */
@@ -339,8 +353,8 @@ KVL_API kvl_context *kvl_cache_context(kvl_cache *cache);
    thread. A failed create writes its text to desc.error. */
 KVL_API const char *kvl_last_error(const kvl_cache *cache);
 
-/* Changes the budget between steps: compacts, evicts, preempts. 0 suspends. *held_bytes (may be null): what
-   could not be given up. Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned
+/* Changes the budget between steps (kvl_cache_desc.device_bytes): compacts, evicts, preempts. 0 suspends. *held_bytes
+   (may be null): what could not be given up. Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned
    and directly opened sequences hold), OUT_OF_DEVICE_MEMORY (grown as far as possible). Owner thread. */
 KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uint64_t *held_bytes);
 /* After DEVICE_LOST: starts the device again and forgets all KV: requests of the scheduler wait with their tokens
@@ -779,7 +793,10 @@ typedef struct kvl_stats {
     uint32_t blocks_free[2];   /* free slots of slabs of that class */
     uint32_t slabs, slabs_free;
     /* the ledger, bytes by purpose */
-    uint64_t device_budget, device_peak;
+    /* device_bytes, as last resized; what is in force: less where the device has not that much left, more where
+       more is held */
+    uint64_t device_asked, device_budget;
+    uint64_t device_peak;
     uint64_t bytes_slabs, bytes_scratch, bytes_workspace; /* device */
     uint64_t bytes_used, bytes_cached;                    /* of blocks, inside the slabs */
     uint64_t bytes_metadata, bytes_tokens;                /* host */
@@ -2428,6 +2445,7 @@ typedef struct kvli_backend {
     kvl_result (*finish)(kvl_cache *c);  /* of the step: its taint is in step.taint */
     kvl_result (*check)(kvl_cache *c);   /* DEVICE_LOST or OK */
     kvl_result (*recover)(kvl_cache *c); /* nothing is mapped: the device works again */
+    kvl_result (*room)(const kvl_context *ctx, kvl_memory_info *out); /* null: nobody knows */
 } kvli_backend;
 
 /* ==== >>blocks: slabs, classes, block ids ==== */
@@ -2548,6 +2566,8 @@ struct kvl_cache {
     uint32_t max_blocks, max_slabs, max_per_slab, max_nodes, max_seqs, seq_blocks, max_spans, max_logits,
         n_buckets;
     uint64_t fixed_bytes; /* scratch + workspace, one after the other */
+    uint64_t least_bytes; /* for one sequence of two blocks */
+    uint32_t until_poll;  /* steps until the device is asked for its room again */
     size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
     uint64_t scratch, workspace;        /* addresses, 0 while the budget is below them */
     void *backend_state;                /* [backend_bytes] of the arena */
@@ -2582,6 +2602,7 @@ struct kvl_cache {
 
 static kvli_text kvli_err(kvl_cache *c) { return kvli_text_at(c->error, sizeof c->error); }
 #define KVLI_ERROR(cache, result, ...) kvli_fail((cache)->ctx, kvli_err(cache), result, __VA_ARGS__)
+static void kvli_budget_poll(kvl_cache *c); /* >>public: at the start of plan and step_begin */
 
 static uint32_t *kvli_table(const kvl_cache *c, uint32_t seq, uint32_t group) {
     return c->tables + ((size_t)seq * c->geo.n_groups + group) * c->seq_blocks;
@@ -4604,6 +4625,7 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     if (c->step.open) return kvli_fail(c->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_plan: a step is open");
     kvl_result r = c->ctx->backend->check(c), finished = KVL_OK;
     if (r != KVL_OK) return kvli_fail(c->ctx, kvli_serr(s), r, "kvl_sched_plan: %s", c->error);
+    kvli_budget_poll(c);
     uint32_t active = kvli_sched_intake(s);
     memset(&s->budget, 0, sizeof s->budget);
     memset(s->ahead, 0, sizeof s->ahead);
@@ -4883,7 +4905,7 @@ static void kvli_record_begin(kvl_sched *s) {
     s->record.used += 4;
     kvli_put(s, fresh | (c->desc.slab_granularity > 1 ? 2u : 0));
     kvli_record_geometry(s);
-    uint64_t now = kvli_less_workspace(c, c->desc.device_bytes);
+    uint64_t now = kvli_less_workspace(c, c->stats.device_budget);
     const uint64_t of_cache[] = {now ? now : 1,           kvli_less_workspace(c, c->desc.max_device_bytes),
                                  c->desc.max_sequences,   c->desc.max_seq_tokens,
                                  c->desc.max_step_tokens, c->desc.lookup_hash_bits,
@@ -9043,23 +9065,27 @@ static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
 #endif
 
 /* In the order that AUTO tries them. */
+/* clang-format off */
 static const kvli_backend kvli_backends[] = {
 #if KVLI_CUDA
     {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_cu_close, kvli_cu_supports, kvli_cu_plan,
      kvli_cu_start, kvli_cu_stop, kvli_cu_map, kvli_cu_unmap, kvli_cu_move, kvli_cu_poison, kvli_cu_step,
-     kvli_cu_attend, kvli_cu_finish, kvli_cu_check, kvli_cu_recover},
+     kvli_cu_attend, kvli_cu_finish, kvli_cu_check, kvli_cu_recover, NULL},
 #else
     {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_host_close, kvli_side_supported,
      kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
-     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache,
+     NULL},
 #endif
     {"cpu", KVL_BACKEND_CPU, true, true, kvli_cpu_open, kvli_host_close, kvli_side_supported, kvli_cpu_size,
      kvli_null_cache, kvli_host_stop, kvli_cpu_map, kvli_cpu_unmap, kvli_cpu_copy, kvli_cpu_poison,
-     kvli_cpu_step, kvli_cpu_layer, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+     kvli_cpu_step, kvli_cpu_layer, kvli_null_cache, kvli_null_cache, kvli_null_cache, NULL},
     {"null", KVL_BACKEND_NULL, false, false, kvli_host_open, kvli_host_close, kvli_side_supported,
      kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
-     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache,
+     NULL},
 };
+/* clang-format on */
 
 /* ==== >>public: context ==== */
 KVL_API const char *kvl_result_name(kvl_result r) {
@@ -9214,6 +9240,11 @@ KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? c
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream) {
     return ctx && cuda_context ? kvli_cu_lend(ctx, cuda_context, cuda_stream) : KVL_INVALID_ARG;
+}
+KVL_API kvl_result kvl_context_memory(const kvl_context *ctx, kvl_memory_info *out) {
+    if (out) memset(out, 0, sizeof *out);
+    if (!ctx || !out) return KVL_INVALID_ARG;
+    return ctx->backend->room ? ctx->backend->room(ctx, out) : KVL_UNSUPPORTED;
 }
 KVL_API int kvl_native_error(const kvl_context *ctx, const char **text) {
     if (text) *text = ctx ? ctx->native_text : "";
@@ -9526,6 +9557,7 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
             "device_bytes: %llu is too small: one sequence of two blocks takes %llu (%llu of it scratch)",
             (unsigned long long)d->max_device_bytes,
             (unsigned long long)(least * c->slab_bytes + c->fixed_bytes), (unsigned long long)c->fixed_bytes);
+    c->least_bytes = least * c->slab_bytes + c->fixed_bytes;
     c->max_slabs = (uint32_t)slabs;
     c->max_blocks = c->max_slabs * c->max_per_slab;
     c->max_seqs = d->max_sequences;
@@ -9706,6 +9738,62 @@ KVL_API void kvl_cache_destroy(kvl_cache *c) {
     if (own) kvl_context_destroy(ctx);
 }
 
+static kvl_result kvli_resize(kvl_cache *c, uint64_t device_bytes, uint64_t *held_bytes);
+
+/* ---- the budget in force, where the backend knows how much room the device has ----
+   Of what this process may still take and what the cache has, 70%: others grow, too. */
+enum { KVLI_POLL_STEPS = 16, KVLI_POLL_LATER = 1024 };
+
+static uint64_t kvli_budget_of(const kvl_cache *c, uint64_t asked, kvl_memory_info *m) {
+    uint64_t have = c->scratch ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : 0;
+    memset(m, 0, sizeof *m);
+    if (!c->ctx->backend->room || c->ctx->backend->room(c->ctx, m) != KVL_OK) return asked;
+    uint64_t left = m->budget + have > m->used ? m->budget + have - m->used : 0, most = left / 10 * 7;
+    return asked < most ? asked : most;
+}
+
+static void kvli_budget_log(const kvl_cache *c, const char *why, const kvl_memory_info *m) {
+    char text[224];
+    snprintf(text, sizeof text,
+             "%s: %llu of %llu MiB of the cache's budget are in use; of the device's memory this process "
+             "has %llu of %llu MiB",
+             why, (unsigned long long)(c->stats.device_budget >> 20),
+             (unsigned long long)(c->stats.device_asked >> 20), (unsigned long long)(m->used >> 20),
+             (unsigned long long)(m->budget >> 20));
+    if (c->ctx->desc.log) c->ctx->desc.log(c->ctx->desc.user, KVL_LOG_INFO, text);
+}
+
+static kvl_result kvli_budget_first(kvl_cache *c) { /* at create */
+    kvl_memory_info m;
+    uint64_t asked = c->desc.device_bytes, budget = kvli_budget_of(c, asked, &m);
+    c->stats.device_asked = asked;
+    c->stats.device_budget = budget;
+    c->until_poll = KVLI_POLL_STEPS;
+    if (budget < asked && budget < c->least_bytes)
+        return KVLI_ERROR(
+            c, KVL_OUT_OF_DEVICE_MEMORY,
+            "the device has %llu MiB left for this process: 70%% of it is less than the %llu MiB "
+            "that one sequence of two blocks takes",
+            (unsigned long long)(m.available >> 20), (unsigned long long)(c->least_bytes >> 20));
+    if (budget < asked) kvli_budget_log(c, "little memory is left", &m);
+    return KVL_OK;
+}
+
+/* Between steps: gives back what the driver wants back, and takes it again, in larger pieces, when there is room. */
+static void kvli_budget_poll(kvl_cache *c) {
+    kvl_memory_info m;
+    if (!c->ctx->backend->room || --c->until_poll) return;
+    c->until_poll = KVLI_POLL_STEPS;
+    uint64_t now = c->stats.device_budget, asked = c->stats.device_asked, to = kvli_budget_of(c, asked, &m);
+    if (!m.live) return;
+    bool shrink = m.used > m.budget && to < now;
+    if (shrink && to < c->least_bytes) to = now < c->least_bytes ? now : c->least_bytes;
+    if (to == now || (!shrink && (to < now || (to < asked && to - now < asked / 8)))) return;
+    if (kvli_resize(c, to, NULL) == KVL_OUT_OF_DEVICE_MEMORY) c->until_poll = KVLI_POLL_LATER;
+    if (c->stats.device_budget != now)
+        kvli_budget_log(c, shrink ? "memory is short" : "memory is there again", &m);
+}
+
 static kvl_result kvli_cache_build(kvl_cache *c) {
     kvli_arena a = {NULL, 0};
     kvl_result r = kvli_cache_plan(c);
@@ -9726,10 +9814,10 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     kvli_step_views(c);
     c->stats.bytes_metadata = host;
     c->stats.slab_bytes = c->slab_bytes;
-    c->stats.device_budget = c->desc.device_bytes;
-    uint32_t target = kvli_slabs_in(c, c->desc.device_bytes);
-    r = c->ctx->backend->start(c);
+    r = kvli_budget_first(c);
+    if (r == KVL_OK) r = c->ctx->backend->start(c);
     if (r != KVL_OK) return r;
+    uint32_t target = kvli_slabs_in(c, c->stats.device_budget);
     if (target) r = kvli_fixed_map(c);
     if (r != KVL_OK)
         return KVLI_ERROR(c, r, "no memory for %llu bytes of scratch. %s", (unsigned long long)c->fixed_bytes,
@@ -9837,9 +9925,19 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
     if (device_bytes > c->desc.max_device_bytes)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes: %llu is above max_device_bytes %llu",
                           (unsigned long long)device_bytes, (unsigned long long)c->desc.max_device_bytes);
-    uint32_t target = kvli_slabs_in(c, device_bytes);
-    kvl_result r = c->ctx->backend->check(c), room;
+    kvl_result r = c->ctx->backend->check(c);
     if (r != KVL_OK) return r;
+    kvl_memory_info m;
+    uint64_t budget = kvli_budget_of(c, device_bytes, &m);
+    c->stats.device_asked = device_bytes;
+    r = kvli_resize(c, budget, held_bytes);
+    if (budget < device_bytes) kvli_budget_log(c, "little memory is left", &m);
+    return r;
+}
+
+static kvl_result kvli_resize(kvl_cache *c, uint64_t device_bytes, uint64_t *held_bytes) {
+    uint32_t target = kvli_slabs_in(c, device_bytes);
+    kvl_result r = KVL_OK, room;
     while (c->n_slabs > target) {
         if (c->n_free_slabs)
             kvli_slab_unmap(c);
@@ -10181,6 +10279,7 @@ KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t 
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_step_begin: a step is open");
     r = c->ctx->backend->check(c);
     if (r != KVL_OK) return r;
+    kvli_budget_poll(c);
     if (n_spans > c->max_spans)
         return KVLI_ERROR(c, KVL_LIMIT, "kvl_step_begin: %u spans are more than %u", n_spans, c->max_spans);
     for (uint32_t s = 0; s < n_spans; s++) {
