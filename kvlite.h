@@ -302,13 +302,27 @@ KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
    is dead, too). No other thread may be inside a call. */
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream);
 
+typedef struct kvl_memory_info {
+    uint64_t total;  /* of the device memory that KV blocks stand in */
+    uint64_t budget; /* of that, what the driver says this process may use now; 80% where it does not say */
+    uint64_t used;   /* by this process; where the driver does not say, by this context */
+    uint64_t available; /* budget - used, 0 where more is used */
+    bool live;          /* the driver says (VK_EXT_memory_budget): caches follow it */
+    bool unified;       /* the host's memory, too: an integrated GPU */
+} kvl_memory_info;
+/* The device's memory now. INVALID_ARG, UNSUPPORTED (CPU, null, CUDA: only their apps know), DEVICE_LOST. Any thread. */
+KVL_API kvl_result kvl_context_memory(const kvl_context *ctx, kvl_memory_info *out);
+
 /* ==== cache ============================================================ */
 typedef struct kvl_cache_desc {
     kvl_context *context; /* null = a private one made from context_desc; under AUTO of the first backend that
                              takes this geometry too (kvl_context_report says why others do not) */
     kvl_context_desc context_desc;
     kvl_geometry geometry;
-    uint64_t device_bytes;     /* required: the cap on KV blocks and attention scratch */
+    /* required: the cap on KV blocks and attention scratch. On Vulkan no more than 70% of what the device has left is
+       taken (kvl_stats.device_budget), and that follows what other programs take: between steps the cache gives
+       memory back and takes it again */
+    uint64_t device_bytes;
     uint64_t max_device_bytes; /* what kvl_cache_resize may reach; 0 = device_bytes */
     uint64_t host_bytes;       /* cap on metadata; 0 = none */
     uint32_t max_sequences;    /* open at once; 0 = 256 */
@@ -339,8 +353,8 @@ KVL_API kvl_context *kvl_cache_context(kvl_cache *cache);
    thread. A failed create writes its text to desc.error. */
 KVL_API const char *kvl_last_error(const kvl_cache *cache);
 
-/* Changes the budget between steps: compacts, evicts, preempts. 0 suspends. *held_bytes (may be null): what
-   could not be given up. Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned
+/* Changes the budget between steps (kvl_cache_desc.device_bytes): compacts, evicts, preempts. 0 suspends. *held_bytes
+   (may be null): what could not be given up. Errors: BUSY, INVALID_ARG (above max_device_bytes), NO_BLOCKS (shrunk to what pinned
    and directly opened sequences hold), OUT_OF_DEVICE_MEMORY (grown as far as possible). Owner thread. */
 KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uint64_t *held_bytes);
 /* After DEVICE_LOST: starts the device again and forgets all KV: requests of the scheduler wait with their tokens
@@ -779,7 +793,10 @@ typedef struct kvl_stats {
     uint32_t blocks_free[2];   /* free slots of slabs of that class */
     uint32_t slabs, slabs_free;
     /* the ledger, bytes by purpose */
-    uint64_t device_budget, device_peak;
+    /* device_bytes, as last resized; what is in force: less where the device has not that much left, more where
+       more is held */
+    uint64_t device_asked, device_budget;
+    uint64_t device_peak;
     uint64_t bytes_slabs, bytes_scratch, bytes_workspace; /* device */
     uint64_t bytes_used, bytes_cached;                    /* of blocks, inside the slabs */
     uint64_t bytes_metadata, bytes_tokens;                /* host */
@@ -2428,6 +2445,7 @@ typedef struct kvli_backend {
     kvl_result (*finish)(kvl_cache *c);  /* of the step: its taint is in step.taint */
     kvl_result (*check)(kvl_cache *c);   /* DEVICE_LOST or OK */
     kvl_result (*recover)(kvl_cache *c); /* nothing is mapped: the device works again */
+    kvl_result (*room)(const kvl_context *ctx, kvl_memory_info *out); /* null: nobody knows */
 } kvli_backend;
 
 /* ==== >>blocks: slabs, classes, block ids ==== */
@@ -2548,6 +2566,8 @@ struct kvl_cache {
     uint32_t max_blocks, max_slabs, max_per_slab, max_nodes, max_seqs, seq_blocks, max_spans, max_logits,
         n_buckets;
     uint64_t fixed_bytes; /* scratch + workspace, one after the other */
+    uint64_t least_bytes; /* for one sequence of two blocks */
+    uint32_t until_poll;  /* steps until the device is asked for its room again */
     size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
     uint64_t scratch, workspace;        /* addresses, 0 while the budget is below them */
     void *backend_state;                /* [backend_bytes] of the arena */
@@ -2582,6 +2602,7 @@ struct kvl_cache {
 
 static kvli_text kvli_err(kvl_cache *c) { return kvli_text_at(c->error, sizeof c->error); }
 #define KVLI_ERROR(cache, result, ...) kvli_fail((cache)->ctx, kvli_err(cache), result, __VA_ARGS__)
+static void kvli_budget_poll(kvl_cache *c); /* >>public: at the start of plan and step_begin */
 
 static uint32_t *kvli_table(const kvl_cache *c, uint32_t seq, uint32_t group) {
     return c->tables + ((size_t)seq * c->geo.n_groups + group) * c->seq_blocks;
@@ -4604,6 +4625,7 @@ KVL_API kvl_result kvl_sched_plan(kvl_sched *s, const kvl_step **out) {
     if (c->step.open) return kvli_fail(c->ctx, kvli_serr(s), KVL_BUSY, "kvl_sched_plan: a step is open");
     kvl_result r = c->ctx->backend->check(c), finished = KVL_OK;
     if (r != KVL_OK) return kvli_fail(c->ctx, kvli_serr(s), r, "kvl_sched_plan: %s", c->error);
+    kvli_budget_poll(c);
     uint32_t active = kvli_sched_intake(s);
     memset(&s->budget, 0, sizeof s->budget);
     memset(s->ahead, 0, sizeof s->ahead);
@@ -4883,7 +4905,7 @@ static void kvli_record_begin(kvl_sched *s) {
     s->record.used += 4;
     kvli_put(s, fresh | (c->desc.slab_granularity > 1 ? 2u : 0));
     kvli_record_geometry(s);
-    uint64_t now = kvli_less_workspace(c, c->desc.device_bytes);
+    uint64_t now = kvli_less_workspace(c, c->stats.device_budget);
     const uint64_t of_cache[] = {now ? now : 1,           kvli_less_workspace(c, c->desc.max_device_bytes),
                                  c->desc.max_sequences,   c->desc.max_seq_tokens,
                                  c->desc.max_step_tokens, c->desc.lookup_hash_bits,
@@ -7647,13 +7669,11 @@ static kvl_result kvli_cpu_layer(kvl_cache *c, const kvli_attend *args) {
     return KVL_OK;
 }
 
-/* ==== >>cuda: NVIDIA GPUs, through the driver alone ====
-   A step's tables are uploaded once, when it is planned: which rows to store and seal, which blocks of which tables
-   each block of threads attends to, what to merge. A layer's call then only launches kernels on them: store, decode
-   and prefill, merge. Everything a launch depends on is fixed but for counts, which stand in device memory, so that a
-   captured graph may be replayed for another step with the same graph_key.
-     What is attended by one block of threads is cut by position and geometry alone, and merged in a fixed order, so
-   that an answer does not depend on who else runs. */
+/* ==== >>tables: a step as kernels on a GPU read it ====
+   Which rows to store and seal, which blocks of which tables each workgroup attends to, what to merge: built once, when
+   the step is planned, for CUDA and Vulkan alike (kernels_cuda/tables.h says what kernels make of it).
+     What one workgroup attends to is cut by position and geometry alone, and merged in a fixed order, so that an answer
+   does not depend on who else runs. */
 #if UINTPTR_MAX <= 0xffffffffu || defined(KVL_NO_CUDA)
 #define KVLI_CUDA 0 /* (there are no drivers for programs of 32 bits) */
 #elif defined(KVL_CUDA_KERNELS)
@@ -7672,11 +7692,475 @@ static kvl_result kvli_cpu_layer(kvl_cache *c, const kvli_attend *args) {
 #define KVLI_CUDA 0
 #endif
 
+#if UINTPTR_MAX <= 0xffffffffu || defined(KVL_NO_VULKAN)
+#define KVLI_VULKAN 0
+#elif defined(KVL_VULKAN_KERNELS)
+#include KVL_VULKAN_KERNELS
+#define KVLI_VULKAN 1
+#elif defined(__has_include)
+#if __has_include("kernels_vulkan/kvlite_vulkan_kernels.h")
+#include "kernels_vulkan/kvlite_vulkan_kernels.h"
+#define KVLI_VULKAN 1
+#elif __has_include("kvlite_vulkan_kernels.h")
+#include "kvlite_vulkan_kernels.h"
+#define KVLI_VULKAN 1
+#endif
+#endif
+#ifndef KVLI_VULKAN
+#define KVLI_VULKAN 0
+#endif
+
+#if KVLI_CUDA || KVLI_VULKAN
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#endif
+
+/* ---- libraries of drivers ---- */
+static void *kvli_gpu_library(const char *name) {
+#if defined(_WIN32)
+    return (void *)LoadLibraryA(name);
+#else
+    return dlopen(name, RTLD_NOW | RTLD_LOCAL);
+#endif
+}
+static void kvli_gpu_unload(void *library) {
+#if defined(_WIN32)
+    FreeLibrary((HMODULE)library);
+#else
+    dlclose(library);
+#endif
+}
+/* Writes the address of a function of the library to *to, a pointer to a function. */
+static bool kvli_gpu_symbol(void *library, const char *symbol, void *to) {
+#if defined(_WIN32)
+    FARPROC at = GetProcAddress((HMODULE)library, symbol);
+#else
+    void *at = dlsym(library, symbol);
+#endif
+    memcpy(to, &at, sizeof at);
+    return at != NULL;
+}
+
+enum {
+    KVLI_GPU_PART_TOKENS = 256, /* least length of what one workgroup attends to */
+    KVLI_GPU_PARTS = 64,        /* most parts of what a row sees */
+    KVLI_GPU_PART_ROWS = 1024,  /* most parts times rows */
+    KVLI_GPU_DRAFT_ROWS = 8     /* query tokens of a span that decode kernels take */
+};
+
+/* What is attended: sorts of items, one kernel each. */
+enum { KVLI_GPU_DECODE, KVLI_GPU_DECODE_MORE, KVLI_GPU_PREFILL, KVLI_GPU_MERGE, KVLI_GPU_SORTS };
+
+/* What a backend's kernels take. */
+typedef struct kvli_gpu_shape {
+    uint32_t rows[KVLI_GPU_MERGE]; /* most packed rows of an item of each sort; 0: there is no such kernel */
+    uint32_t few;                  /* spans of at most so many packed rows are decoded, not prefilled */
+} kvli_gpu_shape;
+
+/* Launches over some items of a group: their partial results are merged before the next pass. */
+typedef struct kvli_gpu_pass {
+    uint64_t largest[KVLI_GPU_SORTS]; /* packed rows x tokens of the largest item */
+    uint32_t n[KVLI_GPU_SORTS], padded[KVLI_GPU_SORTS];
+    uint32_t at[KVLI_GPU_SORTS]; /* in the tables: bytes */
+} kvli_gpu_pass;
+typedef struct kvli_gpu_group {
+    uint32_t counts, spans, stores; /* in the tables: bytes */
+    uint32_t n_stores, padded_stores, first_pass, n_passes;
+} kvli_gpu_group;
+
+/* A cache's part of it: what stands where in the tables of this step. */
+typedef struct kvli_gpu_tables {
+    kvli_gpu_shape shape;
+    kvli_gpu_group groups[KVLI_MAX_GROUPS];
+    kvli_gpu_pass *passes; /* [n_groups * (tiles + 1)] */
+    uint32_t max_partials, max_spans;
+    uint32_t entries, copies, used; /* bytes */
+    uint32_t mapped;                /* grows whenever memory is mapped or unmapped */
+} kvli_gpu_tables;
+
+/* ---- what a cache needs ---- */
+/* Which preset a layer has; KVL_NONE: none. */
+static uint32_t kvli_gpu_preset(const kvl_cache *c, uint32_t layer) {
+    const kvli_side *k = &c->geo.layers[layer].k[KVLI_PACKED], *v = &c->geo.layers[layer].v[KVLI_PACKED];
+    uint32_t n;
+    const kvl_preset *p = kvl_presets(&n);
+    for (uint32_t i = 0; i < n; i++)
+        if (p[i].k == (k->format | (k->rotated ? (kvl_format)KVL_ROTATED : 0)) &&
+            p[i].v == (v->format | (v->rotated ? (kvl_format)KVL_ROTATED : 0)) && p[i].exact == c->geo.exact)
+            return i;
+    return KVL_NONE;
+}
+
+static kvl_result kvli_gpu_geometry(kvl_cache *c) {
+    const kvli_geometry *g = &c->geo;
+    const char *backend = c->ctx->backend->name;
+    if (g->k_dim != g->v_dim)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.v_dim: %u is not k_dim %u (%s)", g->v_dim, g->k_dim,
+                          backend);
+    if (g->gqa > 16)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.n_q_heads: %u for each KV head are more than 16 (%s)",
+                          g->gqa, backend);
+    for (uint32_t l = 0; l < g->n_layers; l++) {
+        const kvli_side *k = &g->layers[l].k[KVLI_PACKED], *v = &g->layers[l].v[KVLI_PACKED];
+        if (kvli_gpu_preset(c, l) != KVL_NONE) continue;
+        return KVLI_ERROR(
+            c, KVL_UNSUPPORTED,
+            "k_format, v_format, exact_format of layer %u: %s%s, %s%s, %s are not together in a preset "
+            "(%s)",
+            l, kvl_format_name(k->format), k->rotated ? "+rot" : "", kvl_format_name(v->format),
+            v->rotated ? "+rot" : "", kvl_format_name(g->exact), backend);
+    }
+    return KVL_OK;
+}
+
+/* n rounded up to a shape: at most a quarter more. */
+static uint32_t kvli_gpu_pad(uint32_t n) {
+    uint32_t step = 1;
+    while (n > 8 * step) step *= 2;
+    return (n + step - 1) / step * step;
+}
+static size_t kvli_gpu_align(size_t bytes) { return (bytes + 255) & ~(size_t)255; }
+
+/* Sizes that follow from the desc. */
+typedef struct kvli_gpu_sizes {
+    uint32_t spans, tiles, parts, partials;
+    uint64_t tables, staging, partial_o, partial_ml;
+} kvli_gpu_sizes;
+
+/* No sequence is longer: each of its blocks in a group without a window takes memory of its own. */
+static uint32_t kvli_gpu_longest(const kvl_cache *c) {
+    uint64_t longest = c->desc.max_seq_tokens;
+    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
+        size_t bytes = c->groups[g].bytes[c->groups[g].two_class ? KVLI_PACKED : KVLI_EXACT];
+        uint64_t blocks = c->desc.max_device_bytes / bytes + 2;
+        if (!c->groups[g].window && blocks * c->geo.block_tokens < longest)
+            longest = blocks * c->geo.block_tokens;
+    }
+    return (uint32_t)longest;
+}
+
+static kvli_gpu_sizes kvli_gpu_size(const kvl_cache *c, const kvli_gpu_shape *shape) {
+    kvli_gpu_sizes z;
+    const kvli_geometry *g = &c->geo;
+    uint64_t rows = c->desc.max_step_tokens, T = g->block_tokens, seq = kvli_gpu_longest(c), arrays, room;
+    uint64_t row_bytes = (uint64_t)g->n_kv_heads * (g->v_dim + 2) * sizeof(float);
+    uint32_t most = kvli_max_u32(shape->rows[KVLI_GPU_PREFILL], shape->rows[KVLI_GPU_DECODE]);
+    memset(&z, 0, sizeof z);
+    z.spans = kvli_min_u32(c->desc.max_sequences, c->desc.max_step_tokens);
+    z.tiles =
+        z.spans * kvli_div_up(shape->few, shape->rows[KVLI_GPU_DECODE]) + (uint32_t)(rows * g->gqa / most);
+    z.parts = kvli_min_u32(KVLI_GPU_PARTS,
+                           (uint32_t)(seq / kvli_min_u32(KVLI_GPU_PART_TOKENS, g->segment_tokens)) + 4);
+    /* tables: taint; of each group spans, stores, items, merges and counts of each pass, all padded; entries; copies */
+    arrays = z.spans * sizeof(kvli_gpu_span) + (rows / T + 2 * z.spans) * sizeof(kvli_gpu_store);
+    arrays +=
+        (2ull * z.spans * z.parts + 2 * z.tiles) * sizeof(kvli_gpu_item) + z.tiles * sizeof(kvli_gpu_merge);
+    arrays = arrays / 4 * 5 + (z.tiles + 1) * (2 * sizeof(kvli_gpu_counts) + KVLI_GPU_SORTS * 256ull) + 2048;
+    arrays += z.spans * (seq / T + 2 + rows / T) * sizeof(uint64_t) + z.spans * sizeof(kvli_gpu_copy);
+    z.tables = kvli_gpu_align((size_t)(z.spans * sizeof(uint32_t) + g->n_groups * arrays));
+    /* partial results: a tile's at least, else of all that may be, or what the budget can spare */
+    z.partials = kvli_min_u32(KVLI_GPU_PART_ROWS, most * z.parts);
+    room = c->desc.max_device_bytes / 64;
+    room = (room < 32u << 20 ? room : 32u << 20) / row_bytes;
+    if (room > (uint64_t)z.spans * z.parts * shape->few) room = (uint64_t)z.spans * z.parts * shape->few;
+    if (room > z.partials) z.partials = (uint32_t)room;
+    z.partial_o = kvli_gpu_align((size_t)z.partials * g->n_kv_heads * g->v_dim * sizeof(float));
+    z.partial_ml = kvli_gpu_align((size_t)z.partials * g->n_kv_heads * 2 * sizeof(float));
+    z.staging = c->desc.device_tensors
+                    ? 0
+                    : 2 * rows * (g->n_q_heads + g->n_kv_heads) * g->k_dim * sizeof(float) + 1024;
+    return z;
+}
+
+static kvl_result kvli_gpu_too_large(kvl_cache *c, uint64_t tables) {
+    return KVLI_ERROR(c, KVL_LIMIT,
+                      "max_sequences, max_seq_tokens, max_step_tokens: a step's tables take %llu bytes",
+                      (unsigned long long)tables);
+}
+
+static size_t kvli_gpu_passes_bytes(const kvl_cache *c, const kvli_gpu_sizes *z) {
+    return (size_t)c->geo.n_groups * (z->tiles + 1) * sizeof(kvli_gpu_pass);
+}
+
+/* passes: [kvli_gpu_passes_bytes] */
+static void kvli_gpu_tables_init(kvli_gpu_tables *t, const kvli_gpu_shape *shape, const kvli_gpu_sizes *z,
+                                 void *passes) {
+    memset(t, 0, sizeof *t);
+    t->shape = *shape;
+    t->passes = (kvli_gpu_pass *)passes;
+    t->max_spans = z->spans;
+    t->max_partials = z->partials;
+}
+
+/* ---- a step's tables ---- */
+typedef struct kvli_gpu_builder {
+    kvl_cache *c;
+    kvli_gpu_tables *t;
+    uint8_t *to; /* the tables; null: to count */
+    uint64_t largest[KVLI_GPU_SORTS];
+    uint32_t group, pass, n[KVLI_GPU_SORTS], partials;
+} kvli_gpu_builder;
+
+static void kvli_gpu_pass_end(kvli_gpu_builder *b) {
+    kvli_gpu_pass *pass = &b->t->passes[b->pass++];
+    if (!b->to) {
+        memcpy(pass->n, b->n, sizeof b->n);
+        memcpy(pass->largest, b->largest, sizeof b->largest);
+    }
+    memset(b->n, 0, sizeof b->n);
+    memset(b->largest, 0, sizeof b->largest);
+    b->partials = 0;
+}
+
+/* (Items and merges are of one size.) */
+static void *kvli_gpu_slot(kvli_gpu_builder *b, uint32_t sort) {
+    return b->to + b->t->passes[b->pass].at[sort] + b->n[sort]++ * sizeof(kvli_gpu_item);
+}
+
+/* Blocks that rows at positions first..last see: one range, or two with a gap between sinks and window. */
+typedef struct kvli_gpu_ranges {
+    uint32_t begin[2], end[2], n;
+} kvli_gpu_ranges;
+
+static kvli_gpu_ranges kvli_gpu_ranges_of(const kvl_cache *c, uint32_t group, uint32_t first, uint32_t last) {
+    uint32_t T = c->geo.block_tokens, window = c->groups[group].window, end = last / T + 1;
+    uint32_t sinks = kvli_min_u32(kvli_div_up(c->groups[group].sink_tokens, T), end);
+    uint32_t from = window && first + 1 > window ? (first + 1 - window) / T : 0;
+    kvli_gpu_ranges r = {{0, 0}, {end, end}, 1};
+    if (from <= sinks && sinks) return r;
+    r.begin[0] = from;
+    if (!sinks) return r;
+    r.begin[0] = 0;
+    r.end[0] = sinks;
+    r.begin[1] = from;
+    r.n = 2;
+    return r;
+}
+
+static uint32_t kvli_gpu_pieces(const kvli_gpu_ranges *r,
+                                uint32_t step) { /* cut at multiples of step blocks */
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < r->n; i++) n += (r->end[i] - 1) / step - r->begin[i] / step + 1;
+    return n;
+}
+
+/* Packed rows of a span that a workgroup takes, in at most so many parts. */
+static void kvli_gpu_tile(kvli_gpu_builder *b, uint32_t s, uint32_t row, uint32_t n_rows, uint32_t sort,
+                          uint32_t parts) {
+    const kvl_cache *c = b->c;
+    const kvli_attend_span *span = &c->step.attend[(size_t)b->group * c->max_spans + s];
+    uint32_t T = c->geo.block_tokens, gqa = c->geo.gqa, first = span->position + row / gqa,
+             last = span->position + (row + n_rows - 1) / gqa;
+    kvli_gpu_ranges r = kvli_gpu_ranges_of(c, b->group, first, last);
+    uint32_t step = parts > 1 ? kvli_min_u32(KVLI_GPU_PART_TOKENS, c->geo.segment_tokens) / T : 1u << 30, n;
+    for (n = kvli_gpu_pieces(&r, step); n > parts && step < 1u << 30; n = kvli_gpu_pieces(&r, step))
+        step *= 2;
+    if (n > 1 && b->partials + n * n_rows > b->t->max_partials) kvli_gpu_pass_end(b);
+    uint32_t partial = b->partials;
+    if (n > 1) b->partials += n * n_rows;
+    if (!b->to) {
+        uint64_t work = (uint64_t)n_rows * T * kvli_min_u32(step, last / T + 1);
+        if (work > b->largest[sort]) b->largest[sort] = work;
+        b->n[sort] += n;
+        b->n[KVLI_GPU_MERGE] += n > 1;
+        return;
+    }
+    if (n > 1) {
+        kvli_gpu_merge merge = {s, row, n_rows, partial, n, {0, 0, 0}};
+        *(kvli_gpu_merge *)kvli_gpu_slot(b, KVLI_GPU_MERGE) = merge;
+    }
+    for (uint32_t i = 0; i < r.n; i++)
+        for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, partial += n_rows) {
+            end = kvli_min_u32((at / step + 1) * step, r.end[i]);
+            uint32_t table_end = kvli_min_u32(end, last / T), own = kvli_max_u32(at, first / T);
+            kvli_gpu_item item = {s,         row,
+                                  n_rows,    kvli_min_u32(at, table_end),
+                                  table_end, kvli_min_u32(own, end),
+                                  end,       n > 1 ? partial : KVLI_GPU_NONE};
+            *(kvli_gpu_item *)kvli_gpu_slot(b, sort) = item;
+        }
+}
+
+static void kvli_gpu_items(kvli_gpu_builder *b) { /* of all spans, for one group */
+    const kvl_cache *c = b->c;
+    const kvli_gpu_shape *shape = &b->t->shape;
+    for (uint32_t s = 0; s < c->step.n_spans; s++) {
+        uint32_t n = c->step.spans[s].n_rows, packed = n * c->geo.gqa;
+        bool few = packed <= shape->few && n <= KVLI_GPU_DRAFT_ROWS,
+             more = shape->rows[KVLI_GPU_DECODE_MORE] && packed > shape->rows[KVLI_GPU_DECODE];
+        uint32_t sort = !few && shape->rows[KVLI_GPU_PREFILL] ? KVLI_GPU_PREFILL
+                        : more                                ? KVLI_GPU_DECODE_MORE
+                                                              : KVLI_GPU_DECODE;
+        uint32_t most = shape->rows[sort];
+        uint32_t parts =
+            few || packed <= most ? kvli_min_u32(KVLI_GPU_PARTS, KVLI_GPU_PART_ROWS / packed) : 1;
+        for (uint32_t row = 0; row < packed; row += most)
+            kvli_gpu_tile(b, s, row, kvli_min_u32(most, packed - row), sort, parts);
+    }
+    kvli_gpu_pass_end(b);
+}
+
+/* Sizes of all arrays and where they stand; into the key what launches depend on. */
+static uint32_t kvli_gpu_array(uint32_t *used, uint32_t n, uint32_t size, uint64_t *key) {
+    uint32_t at = (*used + 127) & ~127u;
+    *used = at + n * size;
+    *key = kvli_mix(*key, n);
+    return at;
+}
+
+static uint64_t kvli_gpu_lay_out(kvl_cache *c, kvli_gpu_builder *b) {
+    kvli_gpu_tables *t = b->t;
+    const kvli_step_state *st = &c->step;
+    uint32_t used = t->max_spans * (uint32_t)sizeof(uint32_t);
+    uint64_t key = kvli_mix(t->mapped, kvli_gpu_pad(st->n_rows));
+    for (b->group = 0; b->group < c->geo.n_groups; b->group++) {
+        kvli_gpu_group *g = &t->groups[b->group];
+        g->first_pass = b->pass;
+        kvli_gpu_items(b);
+        g->n_passes = b->pass - g->first_pass;
+        g->n_stores = 0;
+        for (uint32_t s = 0; s < st->n_spans; s++)
+            g->n_stores += st->attend[(size_t)b->group * c->max_spans + s].blocks.n_own;
+        g->padded_stores = kvli_gpu_pad(g->n_stores);
+        g->counts = kvli_gpu_array(&used, 2 * g->n_passes, sizeof(kvli_gpu_counts), &key);
+        g->spans = kvli_gpu_array(&used, kvli_gpu_pad(st->n_spans), sizeof(kvli_gpu_span), &key);
+        g->stores = kvli_gpu_array(&used, g->padded_stores, sizeof(kvli_gpu_store), &key);
+        for (uint32_t p = g->first_pass; p < b->pass; p++)
+            for (uint32_t k = 0; k < KVLI_GPU_SORTS; k++) {
+                kvli_gpu_pass *pass = &t->passes[p];
+                pass->padded[k] = kvli_gpu_pad(pass->n[k]);
+                pass->at[k] = kvli_gpu_array(&used, pass->padded[k], sizeof(kvli_gpu_item), &key);
+            }
+    }
+    t->used = (used + 127) & ~127u;
+    return key;
+}
+
+static uint64_t kvli_gpu_entry_of(const kvl_cache *c, uint32_t entry) {
+    if (entry == KVL_NONE) return 0;
+    uint32_t id = entry & KVL_ENTRY_ID;
+    if (entry & KVL_ENTRY_SCRATCH)
+        return (c->scratch + (uint64_t)id * c->scratch_slot) | KVLI_GPU_EXACT | KVLI_GPU_SCRATCH;
+    return c->address[id] | (entry & KVL_ENTRY_EXACT ? KVLI_GPU_EXACT : 0);
+}
+
+/* A span's entries, from *n on; what is before a window (and no sink) is left out. */
+static kvli_gpu_span kvli_gpu_put_span(const kvl_cache *c, uint32_t group, const kvli_attend_span *span,
+                                       uint64_t *entries, uint32_t *n) {
+    const kvl_span_blocks *b = &span->blocks;
+    uint32_t window = c->groups[group].window, from = 0;
+    if (window && !c->groups[group].sink_tokens && span->position + 1 > window)
+        from = (span->position + 1 - window) / c->geo.block_tokens;
+    kvli_gpu_span out = {span->first_row, span->n_rows, span->position, *n - from, b->first_own, 0};
+    for (uint32_t j = from; j + 1 < b->n_blocks; j++) entries[(*n)++] = kvli_gpu_entry_of(c, b->table[j]);
+    out.own = *n;
+    for (uint32_t i = 0; i < b->n_own; i++) entries[(*n)++] = kvli_gpu_entry_of(c, b->own[i]);
+    return out;
+}
+
+static void kvli_gpu_put_stores(const kvl_cache *c, const kvli_attend_span *span, uint32_t s,
+                                kvli_gpu_store *stores, uint32_t *n) {
+    const kvl_span_blocks *b = &span->blocks;
+    uint32_t T = c->geo.block_tokens, end = span->position + span->n_rows;
+    for (uint32_t i = 0; i < b->n_own; i++) {
+        uint32_t start = (b->first_own + i) * T, from = kvli_max_u32(start, span->position), own = b->own[i],
+                 target = b->table[b->first_own + i];
+        kvli_gpu_store out = {
+            kvli_gpu_entry_of(c, own), target != own ? kvli_gpu_entry_of(c, target) : 0, s, 0, 0, 0};
+        out.row = span->first_row + (from - span->position);
+        out.n_rows = kvli_min_u32(start + T, end) - from;
+        out.at = from - start;
+        stores[(*n)++] = out;
+    }
+}
+
+static void kvli_gpu_put_counts(const kvli_gpu_tables *t, const kvli_gpu_group *g, uint8_t *to) {
+    kvli_gpu_counts *counts = (kvli_gpu_counts *)(void *)(to + g->counts);
+    memset(counts, 0, 2 * g->n_passes * sizeof *counts);
+    counts->stores = g->n_stores;
+    for (uint32_t p = 0; p < g->n_passes; p++) {
+        const kvli_gpu_pass *pass = &t->passes[g->first_pass + p];
+        counts[2 * p].decodes = pass->n[KVLI_GPU_DECODE];
+        counts[2 * p].prefills = pass->n[KVLI_GPU_PREFILL];
+        counts[2 * p].merges = pass->n[KVLI_GPU_MERGE];
+        counts[2 * p + 1].decodes = pass->n[KVLI_GPU_DECODE_MORE];
+    }
+}
+
+/* The tables of the step, the graph_key with them. */
+static void kvli_gpu_build(kvl_cache *c, kvli_gpu_tables *t, uint8_t *to) {
+    const kvli_step_state *st = &c->step;
+    kvli_gpu_builder b;
+    memset(&b, 0, sizeof b);
+    b.c = c;
+    b.t = t;
+    c->step.view->graph_key = kvli_gpu_lay_out(c, &b);
+    c->step.view->n_padded = kvli_min_u32(kvli_gpu_pad(st->n_rows), c->desc.max_step_tokens);
+    b.to = to;
+    b.pass = 0;
+    memset(to, 0, t->max_spans * sizeof(uint32_t));
+    uint64_t *entries = (uint64_t *)(void *)(to + t->used);
+    uint32_t n = 0;
+    t->entries = t->used;
+    for (b.group = 0; b.group < c->geo.n_groups; b.group++) {
+        const kvli_gpu_group *g = &t->groups[b.group];
+        uint32_t n_stores = 0;
+        kvli_gpu_put_counts(t, g, to);
+        for (uint32_t s = 0; s < st->n_spans; s++) {
+            const kvli_attend_span *span = &st->attend[(size_t)b.group * c->max_spans + s];
+            ((kvli_gpu_span *)(void *)(to + g->spans))[s] = kvli_gpu_put_span(c, b.group, span, entries, &n);
+            kvli_gpu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &n_stores);
+        }
+        kvli_gpu_items(&b);
+    }
+    t->copies = (t->entries + n * (uint32_t)sizeof *entries + 15) & ~15u;
+    kvli_gpu_copy *list = (kvli_gpu_copy *)(void *)(to + t->copies);
+    for (uint32_t i = 0; i < st->n_copies; i++) {
+        const kvl_copy *copy = &st->copies[i];
+        list[i].dst = c->address[copy->dst & KVL_ENTRY_ID];
+        list[i].src = c->address[copy->src & KVL_ENTRY_ID];
+        list[i].bytes = c->groups[copy->group].bytes[KVLI_EXACT];
+    }
+    t->used = t->copies + st->n_copies * (uint32_t)sizeof *list;
+}
+
+/* ---- tensors in host memory ---- */
+static size_t kvli_gpu_dtype_size(kvl_dtype d) { return d == KVL_DTYPE_F32 ? 4 : 2; }
+
+/* Rows of a tensor, one after the other, to or from `at`. */
+static void kvli_gpu_pack(const kvl_tensor *t, uint32_t rows, uint32_t heads, uint32_t dim, uint8_t *at,
+                          bool from) {
+    size_t size = kvli_gpu_dtype_size(t->dtype), n = dim * size;
+    bool whole = t->head_stride == dim;
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t h = 0; h < (whole ? 1 : heads); h++) {
+            uint8_t *there = (uint8_t *)t->data + (r * t->row_stride + h * t->head_stride) * size;
+            size_t bytes = whole ? n * heads : n;
+            memcpy(from ? there : at, from ? at : there, bytes);
+            at += bytes;
+        }
+}
+
+/* The same tensor packed at `base` + *used, where its bytes are taken. */
+static kvl_tensor kvli_gpu_stage(const kvl_cache *c, const kvl_tensor *t, uint32_t heads, uint32_t dim,
+                                 uint64_t base, size_t *used) {
+    kvl_tensor out = *t;
+    out.data = (void *)(uintptr_t)(base + *used);
+    out.head_stride = dim;
+    out.row_stride = (size_t)heads * dim;
+    *used += kvli_gpu_align((size_t)c->step.n_rows * heads * dim * kvli_gpu_dtype_size(t->dtype));
+    return out;
+}
+#endif
+
+/* ==== >>cuda: NVIDIA GPUs, through the driver alone ====
+   A step's tables are uploaded once, when it is planned. A layer's call then only launches kernels on them: store,
+   decode and prefill, merge. Everything a launch depends on is fixed but for counts, which stand in device memory, so
+   that a captured graph may be replayed for another step with the same graph_key. */
 #if KVLI_CUDA
 #if defined(_WIN32)
 #define KVLI_CU_CALL __stdcall
 #else
-#include <dlfcn.h>
 #define KVLI_CU_CALL
 #endif
 
@@ -7779,13 +8263,7 @@ enum { /* of CUdevice_attribute, CUfunction_attribute, flags */
        KVLI_CU_EVENT_NO_TIMING = 2,
        KVLI_CU_READ_WRITE = 3
 };
-enum {
-    KVLI_CU_RING = 3,          /* uploads that may be under way */
-    KVLI_CU_PART_TOKENS = 256, /* least length of what one block of threads attends to */
-    KVLI_CU_PARTS = 64,        /* most parts of what a row sees */
-    KVLI_CU_PART_ROWS = 1024,  /* most parts times rows */
-    KVLI_CU_DRAFT_ROWS = 8     /* query tokens of a span that decode kernels take */
-};
+enum { KVLI_CU_RING = 3 }; /* uploads that may be under way */
 
 /* The device, of a context. */
 struct kvli_cu {
@@ -7809,19 +8287,6 @@ typedef struct kvli_cu_kernels {
     uint32_t decode_shared[2], prefill_shared, stages;
 } kvli_cu_kernels;
 
-/* What is attended: sorts of items. */
-enum { KVLI_CU_DECODE8, KVLI_CU_DECODE16, KVLI_CU_PREFILL, KVLI_CU_MERGE, KVLI_CU_SORTS };
-
-/* Launches over some items of a group: their partial results are merged before the next pass. */
-typedef struct kvli_cu_pass {
-    uint32_t n[KVLI_CU_SORTS], padded[KVLI_CU_SORTS];
-    uint32_t at[KVLI_CU_SORTS]; /* in the tables: bytes */
-} kvli_cu_pass;
-typedef struct kvli_cu_group {
-    uint32_t counts, spans, stores; /* in the tables: bytes */
-    uint32_t n_stores, padded_stores, first_pass, n_passes;
-} kvli_cu_group;
-
 /* A cache's part of it. The tables are built in pinned memory and have the same offsets on the device. */
 typedef struct kvli_cu_cache {
     uint32_t generation; /* of the device when it was started */
@@ -7835,13 +8300,9 @@ typedef struct kvli_cu_cache {
     void *store, *copy, *merge;
     kvli_cu_kernels kernels[16]; /* by preset */
     uint8_t *layer_kernels;      /* [n_layers] */
-    kvli_cu_group groups[KVLI_MAX_GROUPS];
-    kvli_cu_pass *passes; /* [n_groups * (tiles + 1)] */
-    uint32_t max_partials, max_spans, prefill_rows;
+    kvli_gpu_tables tables;
     size_t tables_bytes, staging_bytes;
     size_t partial_o, partial_ml, staging, sinks; /* where in the workspace; the tables are at its start */
-    uint32_t entries, used;                       /* in the tables of this step: bytes */
-    uint32_t mapped;                              /* grows whenever memory is mapped or unmapped */
 } kvli_cu_cache;
 
 static kvli_cu_cache *kvli_cu_of(const kvl_cache *c) { return (kvli_cu_cache *)c->backend_state; }
@@ -7889,29 +8350,11 @@ static void kvli_cu_leave(const kvl_context *ctx) {
 /* ---- open: library, device, context, module ---- */
 static void *kvli_cu_library(void) {
 #if defined(_WIN32)
-    return (void *)LoadLibraryA("nvcuda.dll");
+    return kvli_gpu_library("nvcuda.dll");
 #else
-    void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    return library ? library : dlopen("libcuda.so", RTLD_NOW | RTLD_LOCAL);
+    void *library = kvli_gpu_library("libcuda.so.1");
+    return library ? library : kvli_gpu_library("libcuda.so");
 #endif
-}
-static void kvli_cu_unload(void *library) {
-#if defined(_WIN32)
-    FreeLibrary((HMODULE)library);
-#else
-    dlclose(library);
-#endif
-}
-
-/* Writes the address of a function of the library to *to, a pointer to a function. */
-static bool kvli_cu_symbol(void *library, const char *symbol, void *to) {
-#if defined(_WIN32)
-    FARPROC at = GetProcAddress((HMODULE)library, symbol);
-#else
-    void *at = dlsym(library, symbol);
-#endif
-    memcpy(to, &at, sizeof at);
-    return at != NULL;
 }
 
 static kvl_result kvli_cu_load(kvl_context *ctx, kvli_text why) {
@@ -7919,14 +8362,14 @@ static kvl_result kvli_cu_load(kvl_context *ctx, kvli_text why) {
     bool ok;
     cu->library = kvli_cu_library();
     if (!cu->library) return kvli_fail(NULL, why, KVL_NO_BACKEND, "no driver: libcuda is not there");
-#define KVLI_CU_LOAD_(name, symbol, args)                   \
-    ok = kvli_cu_symbol(cu->library, symbol, &cu->fn.name); \
+#define KVLI_CU_LOAD_(name, symbol, args)                    \
+    ok = kvli_gpu_symbol(cu->library, symbol, &cu->fn.name); \
     if (!ok) return kvli_fail(NULL, why, KVL_NO_BACKEND, "the driver is too old: no %s", symbol);
     KVLI_CU_DRIVER(KVLI_CU_LOAD_)
 #undef KVLI_CU_LOAD_
     cu->virtual_memory = true;
-#define KVLI_CU_LOAD_(name, symbol, args)                   \
-    ok = kvli_cu_symbol(cu->library, symbol, &cu->fn.name); \
+#define KVLI_CU_LOAD_(name, symbol, args)                    \
+    ok = kvli_gpu_symbol(cu->library, symbol, &cu->fn.name); \
     cu->virtual_memory = cu->virtual_memory && ok;
     KVLI_CU_VIRTUAL(KVLI_CU_LOAD_)
 #undef KVLI_CU_LOAD_
@@ -8058,7 +8501,7 @@ static void kvli_cu_close(kvl_context *ctx) {
     struct kvli_cu *cu = ctx->cu;
     if (!cu) return;
     if (cu->library) kvli_cu_stop_device(ctx, false);
-    if (cu->library && !cu->started) kvli_cu_unload(cu->library);
+    if (cu->library && !cu->started) kvli_gpu_unload(cu->library);
     kvli_free(ctx, cu->image, cu->image_bytes);
     kvli_free(ctx, cu, sizeof *cu);
     ctx->cu = NULL;
@@ -8095,117 +8538,41 @@ static bool kvli_cu_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_
     return known && tokens >= 16 && kvli_side_supported(f, is_key, tokens, dim, why);
 }
 
-/* Which preset a layer has; KVL_NONE: none. */
-static uint32_t kvli_cu_preset(const kvl_cache *c, uint32_t layer) {
-    const kvli_side *k = &c->geo.layers[layer].k[KVLI_PACKED], *v = &c->geo.layers[layer].v[KVLI_PACKED];
-    uint32_t n;
-    const kvl_preset *p = kvl_presets(&n);
-    for (uint32_t i = 0; i < n; i++)
-        if (p[i].k == (k->format | (k->rotated ? (kvl_format)KVL_ROTATED : 0)) &&
-            p[i].v == (v->format | (v->rotated ? (kvl_format)KVL_ROTATED : 0)) && p[i].exact == c->geo.exact)
-            return i;
-    return KVL_NONE;
+static bool kvli_cu_is_plain(const kvl_cache *c) { /* all its layers, since they share the exact format */
+    return c->geo.exact == KVL_F32 || (c->geo.exact == KVL_BF16 && c->ctx->cu->major < 8);
 }
 
-static kvl_result kvli_cu_geometry(kvl_cache *c) {
-    const kvli_geometry *g = &c->geo;
-    if (g->k_dim != g->v_dim)
-        return KVLI_ERROR(c, KVL_UNSUPPORTED, "geometry.v_dim: %u is not k_dim %u (cuda)", g->v_dim,
-                          g->k_dim);
-    if (g->gqa > 16)
-        return KVLI_ERROR(c, KVL_UNSUPPORTED,
-                          "geometry.n_q_heads: %u for each KV head are more than 16 (cuda)", g->gqa);
-    for (uint32_t l = 0; l < g->n_layers; l++) {
-        const kvli_side *k = &g->layers[l].k[KVLI_PACKED], *v = &g->layers[l].v[KVLI_PACKED];
-        if (kvli_cu_preset(c, l) != KVL_NONE) continue;
-        return KVLI_ERROR(
-            c, KVL_UNSUPPORTED,
-            "k_format, v_format, exact_format of layer %u: %s%s, %s%s, %s are not together in a preset "
-            "(cuda)",
-            l, kvl_format_name(k->format), k->rotated ? "+rot" : "", kvl_format_name(v->format),
-            v->rotated ? "+rot" : "", kvl_format_name(g->exact));
-    }
-    return KVL_OK;
+static kvli_gpu_shape kvli_cu_shape(const kvl_cache *c) {
+    uint32_t decode = kvli_cu_decode_rows(c->geo.k_dim);
+    kvli_gpu_shape normal = {{8, decode > 8 ? decode : 0, kvli_cu_prefill_rows(c->geo.k_dim)}, decode},
+                   plain = {{KVLI_CU_PLAIN_ROWS, 0, 0}, decode};
+    return kvli_cu_is_plain(c) ? plain : normal;
 }
 
-/* n rounded up to a shape: at most a quarter more. */
-static uint32_t kvli_cu_pad(uint32_t n) {
-    uint32_t step = 1;
-    while (n > 8 * step) step *= 2;
-    return (n + step - 1) / step * step;
-}
-static size_t kvli_cu_align(size_t bytes) { return (bytes + 255) & ~(size_t)255; }
-
-/* Sizes that follow from the desc. */
-typedef struct kvli_cu_sizes {
-    uint32_t spans, tiles, parts, partials, prefill_rows;
-    uint64_t tables, staging, partial_o, partial_ml, sinks;
-} kvli_cu_sizes;
-
-/* No sequence is longer: each of its blocks in a group without a window takes memory of its own. */
-static uint32_t kvli_cu_longest(const kvl_cache *c) {
-    uint64_t longest = c->desc.max_seq_tokens;
-    for (uint32_t g = 0; g < c->geo.n_groups; g++) {
-        size_t bytes = c->groups[g].bytes[c->groups[g].two_class ? KVLI_PACKED : KVLI_EXACT];
-        uint64_t blocks = c->desc.max_device_bytes / bytes + 2;
-        if (!c->groups[g].window && blocks * c->geo.block_tokens < longest)
-            longest = blocks * c->geo.block_tokens;
-    }
-    return (uint32_t)longest;
+static kvli_gpu_sizes kvli_cu_size(const kvl_cache *c) {
+    kvli_gpu_shape shape = kvli_cu_shape(c);
+    return kvli_gpu_size(c, &shape);
 }
 
-static kvli_cu_sizes kvli_cu_size(const kvl_cache *c) {
-    kvli_cu_sizes z;
-    const kvli_geometry *g = &c->geo;
-    uint64_t rows = c->desc.max_step_tokens, T = g->block_tokens, seq = kvli_cu_longest(c), arrays, room;
-    uint64_t row_bytes = (uint64_t)g->n_kv_heads * (g->v_dim + 2) * sizeof(float);
-    memset(&z, 0, sizeof z);
-    z.spans = kvli_min_u32(c->desc.max_sequences, c->desc.max_step_tokens);
-    z.prefill_rows = kvli_cu_prefill_rows(g->k_dim);
-    z.tiles = z.spans + (uint32_t)(rows * g->gqa / KVLI_CU_PLAIN_ROWS);
-    z.parts = kvli_min_u32(KVLI_CU_PARTS,
-                           (uint32_t)(seq / kvli_min_u32(KVLI_CU_PART_TOKENS, g->segment_tokens)) + 4);
-    /* tables: taint; of each group spans, stores, items, merges and counts of each pass, all padded; entries; copies */
-    arrays = z.spans * sizeof(kvli_gpu_span) + (rows / T + 2 * z.spans) * sizeof(kvli_gpu_store);
-    arrays +=
-        (2ull * z.spans * z.parts + 2 * z.tiles) * sizeof(kvli_gpu_item) + z.tiles * sizeof(kvli_gpu_merge);
-    arrays = arrays / 4 * 5 + (z.tiles + 1) * (2 * sizeof(kvli_gpu_counts) + KVLI_CU_SORTS * 256ull) + 2048;
-    arrays += z.spans * (seq / T + 2 + rows / T) * sizeof(uint64_t) + z.spans * sizeof(kvli_gpu_copy);
-    z.tables = kvli_cu_align((size_t)(z.spans * sizeof(uint32_t) + g->n_groups * arrays));
-    /* partial results: a tile's at least, else of all that may be, or what the budget can spare */
-    z.partials = kvli_min_u32(KVLI_CU_PART_ROWS, z.prefill_rows * z.parts);
-    room = c->desc.max_device_bytes / 64;
-    room = (room < 32u << 20 ? room : 32u << 20) / row_bytes;
-    if (room > (uint64_t)z.spans * z.parts * KVLI_CU_DECODE_ROWS)
-        room = (uint64_t)z.spans * z.parts * KVLI_CU_DECODE_ROWS;
-    if (room > z.partials) z.partials = (uint32_t)room;
-    z.partial_o = kvli_cu_align((size_t)z.partials * g->n_kv_heads * g->v_dim * sizeof(float));
-    z.partial_ml = kvli_cu_align((size_t)z.partials * g->n_kv_heads * 2 * sizeof(float));
-    z.staging = c->desc.device_tensors
-                    ? 0
-                    : 2 * rows * (g->n_q_heads + g->n_kv_heads) * g->k_dim * sizeof(float) + 1024;
-    for (uint32_t l = 0; l < g->n_layers; l++)
-        if (g->layers[l].sink_logits) z.sinks = (uint64_t)g->n_layers * g->n_q_heads * sizeof(float);
-    return z;
+static size_t kvli_cu_sinks(const kvl_cache *c) { /* bytes */
+    for (uint32_t l = 0; l < c->geo.n_layers; l++)
+        if (c->geo.layers[l].sink_logits) return (size_t)c->geo.n_layers * c->geo.n_q_heads * sizeof(float);
+    return 0;
 }
 
 static kvl_result kvli_cu_plan(kvl_cache *c) {
     const struct kvli_cu *cu = c->ctx->cu;
-    kvl_result r = kvli_cu_geometry(c);
+    kvl_result r = kvli_gpu_geometry(c);
     if (r != KVL_OK) return r;
     if (!c->desc.slab_granularity) c->desc.slab_granularity = cu->granularity;
-    kvli_cu_sizes z = kvli_cu_size(c);
-    uint64_t bytes = z.tables + z.partial_o + z.partial_ml + z.staging + z.sinks + 5 * 256;
-    if (z.tables > UINT32_MAX / 2 || bytes > SIZE_MAX / 4)
-        return KVLI_ERROR(c, KVL_LIMIT,
-                          "max_sequences, max_seq_tokens, max_step_tokens: a step's tables take %llu bytes",
-                          (unsigned long long)z.tables);
+    kvli_gpu_sizes z = kvli_cu_size(c);
+    uint64_t bytes = z.tables + z.partial_o + z.partial_ml + z.staging + kvli_cu_sinks(c) + 5 * 256;
+    if (z.tables > UINT32_MAX / 2 || bytes > SIZE_MAX / 4) return kvli_gpu_too_large(c, z.tables);
     uint64_t fixed = bytes + c->scratch_bytes, unit = cu->granularity;
     if (fixed >= unit) bytes += (unit - fixed % unit) % unit; /* as the driver rounds it */
     c->workspace_bytes = (size_t)bytes;
     c->pinned_bytes = (size_t)(KVLI_CU_RING * z.tables + z.staging + z.spans * sizeof(uint32_t));
-    c->backend_bytes = sizeof(kvli_cu_cache) + c->geo.n_layers +
-                       (size_t)c->geo.n_groups * (z.tiles + 1) * sizeof(kvli_cu_pass) + 64;
+    c->backend_bytes = sizeof(kvli_cu_cache) + c->geo.n_layers + kvli_gpu_passes_bytes(c, &z) + 64;
     return KVL_OK;
 }
 
@@ -8235,10 +8602,6 @@ static uint32_t kvli_cu_stages(const struct kvli_cu *cu, kvl_format k, kvl_forma
     for (uint32_t stages = 4; stages > 1; stages--)
         if (kvli_cu_decode_smem(k, v, dim, stages, n) <= (uint32_t)cu->block_shared) return stages;
     return 1;
-}
-
-static bool kvli_cu_is_plain(const kvl_cache *c) { /* all its layers, since they share the exact format */
-    return c->geo.exact == KVL_F32 || (c->geo.exact == KVL_BF16 && c->ctx->cu->major < 8);
 }
 
 static kvl_result kvli_cu_kernels_get(kvl_cache *c, const kvl_preset *p, kvli_cu_kernels *out) {
@@ -8329,22 +8692,19 @@ static void kvli_cu_stop(kvl_cache *c) {
 }
 
 static kvl_result kvli_cu_start(kvl_cache *c) {
-    kvli_cu_sizes z = kvli_cu_size(c);
+    kvli_gpu_shape shape = kvli_cu_shape(c);
+    kvli_gpu_sizes z = kvli_gpu_size(c, &shape);
     kvli_cu_cache *cc = kvli_cu_of(c);
-    uint8_t *at = (uint8_t *)(cc + 1);
     memset(cc, 0, c->backend_bytes);
-    cc->passes = (kvli_cu_pass *)(void *)at;
-    cc->layer_kernels = at + (size_t)c->geo.n_groups * (z.tiles + 1) * sizeof(kvli_cu_pass);
-    for (uint32_t l = 0; l < c->geo.n_layers; l++) cc->layer_kernels[l] = (uint8_t)kvli_cu_preset(c, l);
-    cc->max_spans = z.spans;
-    cc->max_partials = z.partials;
-    cc->prefill_rows = z.prefill_rows;
+    kvli_gpu_tables_init(&cc->tables, &shape, &z, cc + 1);
+    cc->layer_kernels = (uint8_t *)(cc + 1) + kvli_gpu_passes_bytes(c, &z);
+    for (uint32_t l = 0; l < c->geo.n_layers; l++) cc->layer_kernels[l] = (uint8_t)kvli_gpu_preset(c, l);
     cc->tables_bytes = (size_t)z.tables;
     cc->staging_bytes = (size_t)z.staging;
     cc->partial_o = cc->tables_bytes;
     cc->partial_ml = cc->partial_o + (size_t)z.partial_o;
     cc->staging = cc->partial_ml + (size_t)z.partial_ml;
-    cc->sinks = z.sinks ? kvli_cu_align(cc->staging + cc->staging_bytes) : 0;
+    cc->sinks = kvli_cu_sinks(c) ? kvli_gpu_align(cc->staging + cc->staging_bytes) : 0;
     return kvli_cu_acquire(c);
 }
 
@@ -8419,7 +8779,7 @@ static kvl_result kvli_cu_map(kvl_cache *c, uint32_t slab, size_t bytes, uint64_
     }
     kvli_cu_leave(c->ctx);
     *address = r == KVL_OK ? at : 0;
-    cc->mapped++;
+    cc->tables.mapped++;
     return r;
 }
 
@@ -8428,7 +8788,7 @@ static void kvli_cu_unmap(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t ad
     kvli_cu_cache *cc = kvli_cu_of(c);
     bool is_virtual = slab != KVL_NONE && cc->reserved_bytes, there = cc->generation == cu->generation;
     bool pushed = there && !cu->fn.context_push(cu->context);
-    cc->mapped++;
+    cc->tables.mapped++;
     if (pushed) cu->fn.stream_wait(cc->stream); /* nobody may still be using it */
     if (is_virtual)
         cu->fn.unmap(address, bytes);
@@ -8461,224 +8821,6 @@ static kvl_result kvli_cu_poison(kvl_cache *c, uint64_t address, size_t bytes) {
     return r;
 }
 
-/* ---- a step's tables ---- */
-typedef struct kvli_cu_builder {
-    kvl_cache *c;
-    kvli_cu_cache *cc;
-    uint8_t *to; /* the tables; null: to count */
-    uint32_t group, pass, n[KVLI_CU_SORTS], partials;
-} kvli_cu_builder;
-
-static void kvli_cu_pass_end(kvli_cu_builder *b) {
-    if (!b->to) memcpy(b->cc->passes[b->pass].n, b->n, sizeof b->n);
-    memset(b->n, 0, sizeof b->n);
-    b->partials = 0;
-    b->pass++;
-}
-
-/* (Items and merges are of one size.) */
-static void *kvli_cu_slot(kvli_cu_builder *b, uint32_t sort) {
-    return b->to + b->cc->passes[b->pass].at[sort] + b->n[sort]++ * sizeof(kvli_gpu_item);
-}
-
-/* Blocks that rows at positions first..last see: one range, or two with a gap between sinks and window. */
-typedef struct kvli_cu_ranges {
-    uint32_t begin[2], end[2], n;
-} kvli_cu_ranges;
-
-static kvli_cu_ranges kvli_cu_ranges_of(const kvl_cache *c, uint32_t group, uint32_t first, uint32_t last) {
-    uint32_t T = c->geo.block_tokens, window = c->groups[group].window, end = last / T + 1;
-    uint32_t sinks = kvli_min_u32(kvli_div_up(c->groups[group].sink_tokens, T), end);
-    uint32_t from = window && first + 1 > window ? (first + 1 - window) / T : 0;
-    kvli_cu_ranges r = {{0, 0}, {end, end}, 1};
-    if (from <= sinks && sinks) return r;
-    r.begin[0] = from;
-    if (!sinks) return r;
-    r.begin[0] = 0;
-    r.end[0] = sinks;
-    r.begin[1] = from;
-    r.n = 2;
-    return r;
-}
-
-static uint32_t kvli_cu_pieces(const kvli_cu_ranges *r, uint32_t step) { /* cut at multiples of step blocks */
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < r->n; i++) n += (r->end[i] - 1) / step - r->begin[i] / step + 1;
-    return n;
-}
-
-/* Packed rows of a span that a block of threads takes, in at most so many parts. */
-static void kvli_cu_tile(kvli_cu_builder *b, uint32_t s, uint32_t row, uint32_t n_rows, uint32_t sort,
-                         uint32_t parts) {
-    const kvl_cache *c = b->c;
-    const kvli_attend_span *span = &c->step.attend[(size_t)b->group * c->max_spans + s];
-    uint32_t T = c->geo.block_tokens, gqa = c->geo.gqa, first = span->position + row / gqa,
-             last = span->position + (row + n_rows - 1) / gqa;
-    kvli_cu_ranges r = kvli_cu_ranges_of(c, b->group, first, last);
-    uint32_t step = parts > 1 ? kvli_min_u32(KVLI_CU_PART_TOKENS, c->geo.segment_tokens) / T : 1u << 30, n;
-    for (n = kvli_cu_pieces(&r, step); n > parts && step < 1u << 30; n = kvli_cu_pieces(&r, step)) step *= 2;
-    if (n > 1 && b->partials + n * n_rows > b->cc->max_partials) kvli_cu_pass_end(b);
-    uint32_t partial = b->partials;
-    if (n > 1) b->partials += n * n_rows;
-    if (!b->to) {
-        b->n[sort] += n;
-        b->n[KVLI_CU_MERGE] += n > 1;
-        return;
-    }
-    if (n > 1) {
-        kvli_gpu_merge merge = {s, row, n_rows, partial, n, {0, 0, 0}};
-        *(kvli_gpu_merge *)kvli_cu_slot(b, KVLI_CU_MERGE) = merge;
-    }
-    for (uint32_t i = 0; i < r.n; i++)
-        for (uint32_t at = r.begin[i], end; at < r.end[i]; at = end, partial += n_rows) {
-            end = kvli_min_u32((at / step + 1) * step, r.end[i]);
-            uint32_t table_end = kvli_min_u32(end, last / T), own = kvli_max_u32(at, first / T);
-            kvli_gpu_item item = {s,         row,
-                                 n_rows,    kvli_min_u32(at, table_end),
-                                 table_end, kvli_min_u32(own, end),
-                                 end,       n > 1 ? partial : KVLI_GPU_NONE};
-            *(kvli_gpu_item *)kvli_cu_slot(b, sort) = item;
-        }
-}
-
-static void kvli_cu_items(kvli_cu_builder *b) { /* of all spans, for one group */
-    const kvl_cache *c = b->c;
-    bool plain = kvli_cu_is_plain(c);
-    for (uint32_t s = 0; s < c->step.n_spans; s++) {
-        uint32_t n = c->step.spans[s].n_rows, packed = n * c->geo.gqa;
-        bool few = packed <= kvli_cu_decode_rows(c->geo.k_dim) && n <= KVLI_CU_DRAFT_ROWS;
-        uint32_t sort = plain || packed <= 8 ? KVLI_CU_DECODE8 : few ? KVLI_CU_DECODE16 : KVLI_CU_PREFILL;
-        uint32_t most = plain ? (uint32_t)KVLI_CU_PLAIN_ROWS : few ? packed : b->cc->prefill_rows;
-        uint32_t parts = few || packed <= most ? kvli_min_u32(KVLI_CU_PARTS, KVLI_CU_PART_ROWS / packed) : 1;
-        for (uint32_t row = 0; row < packed; row += most)
-            kvli_cu_tile(b, s, row, kvli_min_u32(most, packed - row), sort, parts);
-    }
-    kvli_cu_pass_end(b);
-}
-
-/* Sizes of all arrays and where they stand; into the key what launches depend on. */
-static uint32_t kvli_cu_array(uint32_t *used, uint32_t n, uint32_t size, uint64_t *key) {
-    uint32_t at = (*used + 127) & ~127u;
-    *used = at + n * size;
-    *key = kvli_mix(*key, n);
-    return at;
-}
-
-static uint64_t kvli_cu_lay_out(kvl_cache *c, kvli_cu_builder *b) {
-    kvli_cu_cache *cc = b->cc;
-    const kvli_step_state *st = &c->step;
-    uint32_t used = cc->max_spans * (uint32_t)sizeof(uint32_t);
-    uint64_t key = kvli_mix(cc->mapped, kvli_cu_pad(st->n_rows));
-    for (b->group = 0; b->group < c->geo.n_groups; b->group++) {
-        kvli_cu_group *g = &cc->groups[b->group];
-        g->first_pass = b->pass;
-        kvli_cu_items(b);
-        g->n_passes = b->pass - g->first_pass;
-        g->n_stores = 0;
-        for (uint32_t s = 0; s < st->n_spans; s++)
-            g->n_stores += st->attend[(size_t)b->group * c->max_spans + s].blocks.n_own;
-        g->padded_stores = kvli_cu_pad(g->n_stores);
-        g->counts = kvli_cu_array(&used, 2 * g->n_passes, sizeof(kvli_gpu_counts), &key);
-        g->spans = kvli_cu_array(&used, kvli_cu_pad(st->n_spans), sizeof(kvli_gpu_span), &key);
-        g->stores = kvli_cu_array(&used, g->padded_stores, sizeof(kvli_gpu_store), &key);
-        for (uint32_t p = g->first_pass; p < b->pass; p++)
-            for (uint32_t k = 0; k < KVLI_CU_SORTS; k++) {
-                kvli_cu_pass *pass = &cc->passes[p];
-                pass->padded[k] = kvli_cu_pad(pass->n[k]);
-                pass->at[k] = kvli_cu_array(&used, pass->padded[k], sizeof(kvli_gpu_item), &key);
-            }
-    }
-    cc->used = (used + 127) & ~127u;
-    return key;
-}
-
-static uint64_t kvli_cu_entry(const kvl_cache *c, uint32_t entry) {
-    if (entry == KVL_NONE) return 0;
-    uint32_t id = entry & KVL_ENTRY_ID;
-    if (entry & KVL_ENTRY_SCRATCH)
-        return (c->scratch + (uint64_t)id * c->scratch_slot) | KVLI_GPU_EXACT | KVLI_GPU_SCRATCH;
-    return c->address[id] | (entry & KVL_ENTRY_EXACT ? KVLI_GPU_EXACT : 0);
-}
-
-/* A span's entries, from *n on; what is before a window (and no sink) is left out. */
-static kvli_gpu_span kvli_cu_put_span(const kvl_cache *c, uint32_t group, const kvli_attend_span *span,
-                                     uint64_t *entries, uint32_t *n) {
-    const kvl_span_blocks *b = &span->blocks;
-    uint32_t window = c->groups[group].window, from = 0;
-    if (window && !c->groups[group].sink_tokens && span->position + 1 > window)
-        from = (span->position + 1 - window) / c->geo.block_tokens;
-    kvli_gpu_span out = {span->first_row, span->n_rows, span->position, *n - from, b->first_own, 0};
-    for (uint32_t j = from; j + 1 < b->n_blocks; j++) entries[(*n)++] = kvli_cu_entry(c, b->table[j]);
-    out.own = *n;
-    for (uint32_t i = 0; i < b->n_own; i++) entries[(*n)++] = kvli_cu_entry(c, b->own[i]);
-    return out;
-}
-
-static void kvli_cu_put_stores(const kvl_cache *c, const kvli_attend_span *span, uint32_t s,
-                               kvli_gpu_store *stores, uint32_t *n) {
-    const kvl_span_blocks *b = &span->blocks;
-    uint32_t T = c->geo.block_tokens, end = span->position + span->n_rows;
-    for (uint32_t i = 0; i < b->n_own; i++) {
-        uint32_t start = (b->first_own + i) * T, from = kvli_max_u32(start, span->position), own = b->own[i],
-                 target = b->table[b->first_own + i];
-        kvli_gpu_store out = {kvli_cu_entry(c, own), target != own ? kvli_cu_entry(c, target) : 0, s, 0, 0, 0};
-        out.row = span->first_row + (from - span->position);
-        out.n_rows = kvli_min_u32(start + T, end) - from;
-        out.at = from - start;
-        stores[(*n)++] = out;
-    }
-}
-
-static void kvli_cu_put_counts(const kvli_cu_cache *cc, const kvli_cu_group *g, uint8_t *to) {
-    kvli_gpu_counts *counts = (kvli_gpu_counts *)(void *)(to + g->counts);
-    memset(counts, 0, 2 * g->n_passes * sizeof *counts);
-    counts->stores = g->n_stores;
-    for (uint32_t p = 0; p < g->n_passes; p++) {
-        const kvli_cu_pass *pass = &cc->passes[g->first_pass + p];
-        counts[2 * p].decodes = pass->n[KVLI_CU_DECODE8];
-        counts[2 * p].prefills = pass->n[KVLI_CU_PREFILL];
-        counts[2 * p].merges = pass->n[KVLI_CU_MERGE];
-        counts[2 * p + 1].decodes = pass->n[KVLI_CU_DECODE16];
-    }
-}
-
-/* The tables of the step; *copies: where its copies stand in them. */
-static void kvli_cu_build(kvl_cache *c, uint8_t *to, uint32_t *copies) {
-    kvli_cu_cache *cc = kvli_cu_of(c);
-    const kvli_step_state *st = &c->step;
-    kvli_cu_builder b;
-    memset(&b, 0, sizeof b);
-    b.c = c;
-    b.cc = cc;
-    c->step.view->graph_key = kvli_cu_lay_out(c, &b);
-    b.to = to;
-    b.pass = 0;
-    memset(to, 0, cc->max_spans * sizeof(uint32_t));
-    uint64_t *entries = (uint64_t *)(void *)(to + cc->used);
-    uint32_t n = 0;
-    cc->entries = cc->used;
-    for (b.group = 0; b.group < c->geo.n_groups; b.group++) {
-        const kvli_cu_group *g = &cc->groups[b.group];
-        uint32_t n_stores = 0;
-        kvli_cu_put_counts(cc, g, to);
-        for (uint32_t s = 0; s < st->n_spans; s++) {
-            const kvli_attend_span *span = &st->attend[(size_t)b.group * c->max_spans + s];
-            ((kvli_gpu_span *)(void *)(to + g->spans))[s] = kvli_cu_put_span(c, b.group, span, entries, &n);
-            kvli_cu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &n_stores);
-        }
-        kvli_cu_items(&b);
-    }
-    *copies = (cc->entries + n * (uint32_t)sizeof *entries + 15) & ~15u;
-    kvli_gpu_copy *list = (kvli_gpu_copy *)(void *)(to + *copies);
-    for (uint32_t i = 0; i < st->n_copies; i++) {
-        const kvl_copy *copy = &st->copies[i];
-        list[i].dst = c->address[copy->dst & KVL_ENTRY_ID];
-        list[i].src = c->address[copy->src & KVL_ENTRY_ID];
-        list[i].bytes = c->groups[copy->group].bytes[KVLI_EXACT];
-    }
-    cc->used = *copies + st->n_copies * (uint32_t)sizeof *list;
-}
-
 /* ---- launches ---- */
 static kvl_result kvli_cu_launch(kvl_cache *c, void *function, uint32_t x, uint32_t y, uint32_t z,
                                  uint32_t threads, uint32_t shared, void *args) {
@@ -8694,21 +8836,19 @@ static kvl_result kvli_cu_step(kvl_cache *c) {
     struct kvli_cu *cu = c->ctx->cu;
     kvli_cu_cache *cc = kvli_cu_of(c);
     uint8_t *to = cc->pinned + cc->turn * cc->tables_bytes;
-    uint32_t copies = 0;
     kvl_result r = kvli_cu_enter(c);
     if (r != KVL_OK) return r;
     r = kvli_cu_ok(c, cu->fn.event_wait(cc->event[cc->turn]), "cuEventSynchronize");
     if (r == KVL_OK) {
-        kvli_cu_build(c, to, &copies);
-        c->step.view->n_padded = kvli_min_u32(kvli_cu_pad(c->step.n_rows), c->desc.max_step_tokens);
-        r = kvli_cu_ok(c, cu->fn.upload(c->workspace, to, cc->used, cc->stream), "cuMemcpyHtoDAsync");
+        kvli_gpu_build(c, &cc->tables, to);
+        r = kvli_cu_ok(c, cu->fn.upload(c->workspace, to, cc->tables.used, cc->stream), "cuMemcpyHtoDAsync");
     }
     if (r == KVL_OK) r = kvli_cu_ok(c, cu->fn.event_record(cc->event[cc->turn], cc->stream), "cuEventRecord");
     cc->turn = (cc->turn + 1) % KVLI_CU_RING;
     if (r == KVL_OK && c->step.n_copies) {
         kvli_cu_copy_args args;
         memset(&args, 0, sizeof args);
-        args.copies = (const kvli_gpu_copy *)(uintptr_t)(c->workspace + copies);
+        args.copies = (const kvli_gpu_copy *)(uintptr_t)(c->workspace + cc->tables.copies);
         args.n_copies = c->step.n_copies;
         r = kvli_cu_launch(c, cc->copy, c->step.n_copies, 16, 1, KVLI_CU_COPY_THREADS, 0, &args);
     }
@@ -8736,7 +8876,7 @@ static kvli_cu_pages kvli_cu_pages_of(const kvli_layer *l) {
     return p;
 }
 
-static kvl_result kvli_cu_store_rows(kvl_cache *c, const kvli_attend *a, const kvli_cu_group *g) {
+static kvl_result kvli_cu_store_rows(kvl_cache *c, const kvli_attend *a, const kvli_gpu_group *g) {
     const kvli_layer *l = a->layer;
     const kvli_side *k = &l->k[KVLI_PACKED], *v = &l->v[KVLI_PACKED];
     kvli_cu_store_args args;
@@ -8761,14 +8901,14 @@ static kvl_result kvli_cu_store_rows(kvl_cache *c, const kvli_attend *a, const k
                           KVLI_CU_STORE_THREADS, KVLI_CU_STORE_SMEM, &args);
 }
 
-static kvli_cu_attend_args kvli_cu_args(kvl_cache *c, const kvli_attend *a, const kvli_cu_group *g) {
+static kvli_cu_attend_args kvli_cu_args(kvl_cache *c, const kvli_attend *a, const kvli_gpu_group *g) {
     const kvli_cu_cache *cc = kvli_cu_of(c);
     const kvli_layer *l = a->layer;
     uint32_t layer = (uint32_t)(l - c->geo.layers);
     kvli_cu_attend_args args;
     memset(&args, 0, sizeof args);
     args.spans = (const kvli_gpu_span *)kvli_cu_at(c, g->spans);
-    args.entries = (const uint64_t *)kvli_cu_at(c, cc->entries);
+    args.entries = (const uint64_t *)kvli_cu_at(c, cc->tables.entries);
     if (l->sink_logits)
         args.sink_logits =
             (const float *)kvli_cu_at(c, cc->sinks + (size_t)layer * c->geo.n_q_heads * sizeof(float));
@@ -8795,23 +8935,23 @@ static kvli_cu_attend_args kvli_cu_args(kvl_cache *c, const kvli_attend *a, cons
 
 /* One sort of items of a pass. */
 static kvl_result kvli_cu_run(kvl_cache *c, kvli_cu_attend_args *args, const kvli_cu_kernels *f,
-                              const kvli_cu_group *g, uint32_t p, uint32_t sort) {
+                              const kvli_gpu_group *g, uint32_t p, uint32_t sort) {
     const kvli_cu_cache *cc = kvli_cu_of(c);
-    const kvli_cu_pass *pass = &cc->passes[p];
-    uint32_t second = sort == KVLI_CU_DECODE16, threads = 32 * KVLI_CU_DECODE_WARPS, shared;
+    const kvli_gpu_pass *pass = &cc->tables.passes[p];
+    uint32_t second = sort == KVLI_GPU_DECODE_MORE, threads = 32 * KVLI_CU_DECODE_WARPS, shared;
     void *function;
     if (!pass->padded[sort]) return KVL_OK;
     args->counts = (const kvli_gpu_counts *)kvli_cu_at(c, g->counts) + 2 * (p - g->first_pass) + second;
     args->end_item = pass->padded[sort];
-    if (sort == KVLI_CU_MERGE)
+    if (sort == KVLI_GPU_MERGE)
         args->merges = (const kvli_gpu_merge *)kvli_cu_at(c, pass->at[sort]);
     else
         args->items = (const kvli_gpu_item *)kvli_cu_at(c, pass->at[sort]);
-    if (sort == KVLI_CU_MERGE) {
+    if (sort == KVLI_GPU_MERGE) {
         function = cc->merge;
         threads = KVLI_CU_MERGE_THREADS;
         shared = 0;
-    } else if (sort == KVLI_CU_PREFILL) {
+    } else if (sort == KVLI_GPU_PREFILL) {
         function = f->prefill;
         threads = 32 * KVLI_CU_PREFILL_WARPS;
         shared = f->prefill_shared;
@@ -8825,44 +8965,17 @@ static kvl_result kvli_cu_run(kvl_cache *c, kvli_cu_attend_args *args, const kvl
 
 static kvl_result kvli_cu_layer(kvl_cache *c, const kvli_attend *a) { /* tensors in device memory */
     const kvli_cu_cache *cc = kvli_cu_of(c);
-    const kvli_cu_group *g = &cc->groups[a->layer->group];
+    const kvli_gpu_group *g = &cc->tables.groups[a->layer->group];
     const kvli_cu_kernels *f = &cc->kernels[cc->layer_kernels[a->layer - c->geo.layers]];
     kvl_result r = kvli_cu_store_rows(c, a, g);
     kvli_cu_attend_args args = kvli_cu_args(c, a, g);
     for (uint32_t p = g->first_pass; p < g->first_pass + g->n_passes; p++)
-        for (uint32_t sort = 0; sort < KVLI_CU_SORTS && r == KVL_OK; sort++)
+        for (uint32_t sort = 0; sort < KVLI_GPU_SORTS && r == KVL_OK; sort++)
             r = kvli_cu_run(c, &args, f, g, p, sort);
     return r;
 }
 
 /* ---- tensors in host memory ---- */
-static size_t kvli_cu_dtype_size(kvl_dtype d) { return d == KVL_DTYPE_F32 ? 4 : 2; }
-
-/* Rows of a tensor, one after the other, to or from `at`. */
-static void kvli_cu_pack(const kvl_tensor *t, uint32_t rows, uint32_t heads, uint32_t dim, uint8_t *at,
-                         bool from) {
-    size_t size = kvli_cu_dtype_size(t->dtype), n = dim * size;
-    bool whole = t->head_stride == dim;
-    for (uint32_t r = 0; r < rows; r++)
-        for (uint32_t h = 0; h < (whole ? 1 : heads); h++) {
-            uint8_t *there = (uint8_t *)t->data + (r * t->row_stride + h * t->head_stride) * size;
-            size_t bytes = whole ? n * heads : n;
-            memcpy(from ? there : at, from ? at : there, bytes);
-            at += bytes;
-        }
-}
-
-/* The same tensor in the staging memory; *used bytes of it are taken. */
-static kvl_tensor kvli_cu_stage(kvl_cache *c, const kvl_tensor *t, uint32_t heads, uint32_t dim,
-                                size_t *used) {
-    kvl_tensor out = *t;
-    out.data = (void *)(uintptr_t)(c->workspace + kvli_cu_of(c)->staging + *used);
-    out.head_stride = dim;
-    out.row_stride = (size_t)heads * dim;
-    *used += kvli_cu_align((size_t)c->step.n_rows * heads * dim * kvli_cu_dtype_size(t->dtype));
-    return out;
-}
-
 static kvl_result kvli_cu_host_layer(kvl_cache *c, const kvli_attend *a) {
     struct kvli_cu *cu = c->ctx->cu;
     kvli_cu_cache *cc = kvli_cu_of(c);
@@ -8870,22 +8983,22 @@ static kvl_result kvli_cu_host_layer(kvl_cache *c, const kvli_attend *a) {
     kvli_attend d = *a;
     uint32_t rows = a->n_rows;
     size_t k_at, v_at, out_at, used = 0;
+    uint64_t base = c->workspace + cc->staging;
     uint8_t *host = cc->pinned + KVLI_CU_RING * cc->tables_bytes;
     if (c->desc.device_tensors)
         return KVLI_ERROR(c, KVL_INVALID_ARG,
                           "kvl_attend: tensors in host memory, though desc.device_tensors");
-    d.q = kvli_cu_stage(c, &a->q, g->n_q_heads, g->k_dim, &used);
+    d.q = kvli_gpu_stage(c, &a->q, g->n_q_heads, g->k_dim, base, &used);
     k_at = used;
-    d.k = kvli_cu_stage(c, &a->k, g->n_kv_heads, g->k_dim, &used);
+    d.k = kvli_gpu_stage(c, &a->k, g->n_kv_heads, g->k_dim, base, &used);
     v_at = used;
-    d.v = kvli_cu_stage(c, &a->v, g->n_kv_heads, g->v_dim, &used);
+    d.v = kvli_gpu_stage(c, &a->v, g->n_kv_heads, g->v_dim, base, &used);
     out_at = used;
-    d.out = kvli_cu_stage(c, &a->out, g->n_q_heads, g->v_dim, &used);
-    kvli_cu_pack(&a->q, rows, g->n_q_heads, g->k_dim, host, false);
-    kvli_cu_pack(&a->k, rows, g->n_kv_heads, g->k_dim, host + k_at, false);
-    kvli_cu_pack(&a->v, rows, g->n_kv_heads, g->v_dim, host + v_at, false);
-    kvl_result r = kvli_cu_ok(c, cu->fn.upload(c->workspace + cc->staging, host, out_at, cc->stream),
-                              "cuMemcpyHtoDAsync");
+    d.out = kvli_gpu_stage(c, &a->out, g->n_q_heads, g->v_dim, base, &used);
+    kvli_gpu_pack(&a->q, rows, g->n_q_heads, g->k_dim, host, false);
+    kvli_gpu_pack(&a->k, rows, g->n_kv_heads, g->k_dim, host + k_at, false);
+    kvli_gpu_pack(&a->v, rows, g->n_kv_heads, g->v_dim, host + v_at, false);
+    kvl_result r = kvli_cu_ok(c, cu->fn.upload(base, host, out_at, cc->stream), "cuMemcpyHtoDAsync");
     if (r == KVL_OK) r = kvli_cu_layer(c, &d);
     if (r == KVL_OK)
         r = kvli_cu_ok(
@@ -8893,7 +9006,7 @@ static kvl_result kvli_cu_host_layer(kvl_cache *c, const kvli_attend *a) {
             "cuMemcpyDtoHAsync");
     kvl_result waited = kvli_cu_ok(c, cu->fn.stream_wait(cc->stream), "cuStreamSynchronize");
     if (r == KVL_OK) r = waited;
-    if (r == KVL_OK) kvli_cu_pack(&a->out, rows, g->n_q_heads, g->v_dim, host + out_at, true);
+    if (r == KVL_OK) kvli_gpu_pack(&a->out, rows, g->n_q_heads, g->v_dim, host + out_at, true);
     return r;
 }
 
@@ -8952,23 +9065,27 @@ static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
 #endif
 
 /* In the order that AUTO tries them. */
+/* clang-format off */
 static const kvli_backend kvli_backends[] = {
 #if KVLI_CUDA
     {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_cu_close, kvli_cu_supports, kvli_cu_plan,
      kvli_cu_start, kvli_cu_stop, kvli_cu_map, kvli_cu_unmap, kvli_cu_move, kvli_cu_poison, kvli_cu_step,
-     kvli_cu_attend, kvli_cu_finish, kvli_cu_check, kvli_cu_recover},
+     kvli_cu_attend, kvli_cu_finish, kvli_cu_check, kvli_cu_recover, NULL},
 #else
     {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_host_close, kvli_side_supported,
      kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
-     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache,
+     NULL},
 #endif
     {"cpu", KVL_BACKEND_CPU, true, true, kvli_cpu_open, kvli_host_close, kvli_side_supported, kvli_cpu_size,
      kvli_null_cache, kvli_host_stop, kvli_cpu_map, kvli_cpu_unmap, kvli_cpu_copy, kvli_cpu_poison,
-     kvli_cpu_step, kvli_cpu_layer, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+     kvli_cpu_step, kvli_cpu_layer, kvli_null_cache, kvli_null_cache, kvli_null_cache, NULL},
     {"null", KVL_BACKEND_NULL, false, false, kvli_host_open, kvli_host_close, kvli_side_supported,
      kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
-     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache},
+     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache,
+     NULL},
 };
+/* clang-format on */
 
 /* ==== >>public: context ==== */
 KVL_API const char *kvl_result_name(kvl_result r) {
@@ -9123,6 +9240,11 @@ KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? c
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream) {
     return ctx && cuda_context ? kvli_cu_lend(ctx, cuda_context, cuda_stream) : KVL_INVALID_ARG;
+}
+KVL_API kvl_result kvl_context_memory(const kvl_context *ctx, kvl_memory_info *out) {
+    if (out) memset(out, 0, sizeof *out);
+    if (!ctx || !out) return KVL_INVALID_ARG;
+    return ctx->backend->room ? ctx->backend->room(ctx, out) : KVL_UNSUPPORTED;
 }
 KVL_API int kvl_native_error(const kvl_context *ctx, const char **text) {
     if (text) *text = ctx ? ctx->native_text : "";
@@ -9435,6 +9557,7 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
             "device_bytes: %llu is too small: one sequence of two blocks takes %llu (%llu of it scratch)",
             (unsigned long long)d->max_device_bytes,
             (unsigned long long)(least * c->slab_bytes + c->fixed_bytes), (unsigned long long)c->fixed_bytes);
+    c->least_bytes = least * c->slab_bytes + c->fixed_bytes;
     c->max_slabs = (uint32_t)slabs;
     c->max_blocks = c->max_slabs * c->max_per_slab;
     c->max_seqs = d->max_sequences;
@@ -9615,6 +9738,62 @@ KVL_API void kvl_cache_destroy(kvl_cache *c) {
     if (own) kvl_context_destroy(ctx);
 }
 
+static kvl_result kvli_resize(kvl_cache *c, uint64_t device_bytes, uint64_t *held_bytes);
+
+/* ---- the budget in force, where the backend knows how much room the device has ----
+   Of what this process may still take and what the cache has, 70%: others grow, too. */
+enum { KVLI_POLL_STEPS = 16, KVLI_POLL_LATER = 1024 };
+
+static uint64_t kvli_budget_of(const kvl_cache *c, uint64_t asked, kvl_memory_info *m) {
+    uint64_t have = c->scratch ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : 0;
+    memset(m, 0, sizeof *m);
+    if (!c->ctx->backend->room || c->ctx->backend->room(c->ctx, m) != KVL_OK) return asked;
+    uint64_t left = m->budget + have > m->used ? m->budget + have - m->used : 0, most = left / 10 * 7;
+    return asked < most ? asked : most;
+}
+
+static void kvli_budget_log(const kvl_cache *c, const char *why, const kvl_memory_info *m) {
+    char text[224];
+    snprintf(text, sizeof text,
+             "%s: %llu of %llu MiB of the cache's budget are in use; of the device's memory this process "
+             "has %llu of %llu MiB",
+             why, (unsigned long long)(c->stats.device_budget >> 20),
+             (unsigned long long)(c->stats.device_asked >> 20), (unsigned long long)(m->used >> 20),
+             (unsigned long long)(m->budget >> 20));
+    if (c->ctx->desc.log) c->ctx->desc.log(c->ctx->desc.user, KVL_LOG_INFO, text);
+}
+
+static kvl_result kvli_budget_first(kvl_cache *c) { /* at create */
+    kvl_memory_info m;
+    uint64_t asked = c->desc.device_bytes, budget = kvli_budget_of(c, asked, &m);
+    c->stats.device_asked = asked;
+    c->stats.device_budget = budget;
+    c->until_poll = KVLI_POLL_STEPS;
+    if (budget < asked && budget < c->least_bytes)
+        return KVLI_ERROR(
+            c, KVL_OUT_OF_DEVICE_MEMORY,
+            "the device has %llu MiB left for this process: 70%% of it is less than the %llu MiB "
+            "that one sequence of two blocks takes",
+            (unsigned long long)(m.available >> 20), (unsigned long long)(c->least_bytes >> 20));
+    if (budget < asked) kvli_budget_log(c, "little memory is left", &m);
+    return KVL_OK;
+}
+
+/* Between steps: gives back what the driver wants back, and takes it again, in larger pieces, when there is room. */
+static void kvli_budget_poll(kvl_cache *c) {
+    kvl_memory_info m;
+    if (!c->ctx->backend->room || --c->until_poll) return;
+    c->until_poll = KVLI_POLL_STEPS;
+    uint64_t now = c->stats.device_budget, asked = c->stats.device_asked, to = kvli_budget_of(c, asked, &m);
+    if (!m.live) return;
+    bool shrink = m.used > m.budget && to < now;
+    if (shrink && to < c->least_bytes) to = now < c->least_bytes ? now : c->least_bytes;
+    if (to == now || (!shrink && (to < now || (to < asked && to - now < asked / 8)))) return;
+    if (kvli_resize(c, to, NULL) == KVL_OUT_OF_DEVICE_MEMORY) c->until_poll = KVLI_POLL_LATER;
+    if (c->stats.device_budget != now)
+        kvli_budget_log(c, shrink ? "memory is short" : "memory is there again", &m);
+}
+
 static kvl_result kvli_cache_build(kvl_cache *c) {
     kvli_arena a = {NULL, 0};
     kvl_result r = kvli_cache_plan(c);
@@ -9635,10 +9814,10 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     kvli_step_views(c);
     c->stats.bytes_metadata = host;
     c->stats.slab_bytes = c->slab_bytes;
-    c->stats.device_budget = c->desc.device_bytes;
-    uint32_t target = kvli_slabs_in(c, c->desc.device_bytes);
-    r = c->ctx->backend->start(c);
+    r = kvli_budget_first(c);
+    if (r == KVL_OK) r = c->ctx->backend->start(c);
     if (r != KVL_OK) return r;
+    uint32_t target = kvli_slabs_in(c, c->stats.device_budget);
     if (target) r = kvli_fixed_map(c);
     if (r != KVL_OK)
         return KVLI_ERROR(c, r, "no memory for %llu bytes of scratch. %s", (unsigned long long)c->fixed_bytes,
@@ -9746,9 +9925,19 @@ KVL_API kvl_result kvl_cache_resize(kvl_cache *c, uint64_t device_bytes, uint64_
     if (device_bytes > c->desc.max_device_bytes)
         return KVLI_ERROR(c, KVL_INVALID_ARG, "device_bytes: %llu is above max_device_bytes %llu",
                           (unsigned long long)device_bytes, (unsigned long long)c->desc.max_device_bytes);
-    uint32_t target = kvli_slabs_in(c, device_bytes);
-    kvl_result r = c->ctx->backend->check(c), room;
+    kvl_result r = c->ctx->backend->check(c);
     if (r != KVL_OK) return r;
+    kvl_memory_info m;
+    uint64_t budget = kvli_budget_of(c, device_bytes, &m);
+    c->stats.device_asked = device_bytes;
+    r = kvli_resize(c, budget, held_bytes);
+    if (budget < device_bytes) kvli_budget_log(c, "little memory is left", &m);
+    return r;
+}
+
+static kvl_result kvli_resize(kvl_cache *c, uint64_t device_bytes, uint64_t *held_bytes) {
+    uint32_t target = kvli_slabs_in(c, device_bytes);
+    kvl_result r = KVL_OK, room;
     while (c->n_slabs > target) {
         if (c->n_free_slabs)
             kvli_slab_unmap(c);
@@ -10090,6 +10279,7 @@ KVL_API kvl_result kvl_step_begin(kvl_cache *c, const kvl_span *spans, uint32_t 
     if (c->step.open) return KVLI_ERROR(c, KVL_BUSY, "kvl_step_begin: a step is open");
     r = c->ctx->backend->check(c);
     if (r != KVL_OK) return r;
+    kvli_budget_poll(c);
     if (n_spans > c->max_spans)
         return KVLI_ERROR(c, KVL_LIMIT, "kvl_step_begin: %u spans are more than %u", n_spans, c->max_spans);
     for (uint32_t s = 0; s < n_spans; s++) {
