@@ -21,7 +21,7 @@ typedef struct device {
     VkDevice device;
     VkDescriptorSetLayout sets[2];
     VkPipelineLayout layout;
-    uint32_t subgroup;
+    uint32_t subgroup, variants;
     char name[VK_MAX_PHYSICAL_DEVICE_NAME_SIZE];
     PFN_vkGetPipelineExecutablePropertiesKHR executables;
     PFN_vkGetPipelineExecutableStatisticsKHR statistics;
@@ -67,16 +67,16 @@ static void open_device(device *d) {
     snprintf(d->name, sizeof d->name, "%s", properties.properties.deviceName);
     d->subgroup = subgroup.subgroupSize;
     VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR executable = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR,
-        .pipelineExecutableInfo = true};
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR};
     VkPhysicalDevice16BitStorageFeatures storage = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_16BIT_STORAGE_FEATURES,
-        .pNext = &executable,
-        .storageBuffer16BitAccess = true};
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_16BIT_STORAGE_FEATURES, .pNext = &executable};
     VkPhysicalDeviceShaderFloat16Int8Features half = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SHADER_FLOAT16_INT8_FEATURES,
-        .pNext = &storage,
-        .shaderFloat16 = true};
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SHADER_FLOAT16_INT8_FEATURES, .pNext = &storage};
+    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2,
+                                          .pNext = &half};
+    vkGetPhysicalDeviceFeatures2(d->physical, &features); /* all of these that it has are enabled below */
+    d->variants = (half.shaderFloat16 ? KVLI_VK_FP16 : 0) |
+                  (storage.storageBuffer16BitAccess ? KVLI_VK_STORAGE16 : 0) | KVLI_VK_SUBGROUP;
     const char *extensions[] = {"VK_KHR_pipeline_executable_properties", "VK_KHR_shader_float16_int8"};
     VkDeviceQueueCreateInfo queue = {
         .sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO, .queueCount = 1, .pQueuePriorities = &priority};
@@ -213,6 +213,7 @@ static uint32_t tile_bytes(uint32_t format, const job *j) { /* without what pads
 static bool run_job(const device *d, const char *folder, const job *j) {
     uint32_t p = 0;
     size_t bytes;
+    if (j->variant & ~d->variants) return true; /* not on this device */
     while (p < N_PRESETS && strcmp(presets[p].name, j->preset) != 0) p++;
     uint32_t *words = p < N_PRESETS ? read_words(folder, j->shader, j->variant, &bytes) : NULL;
     if (!words) {
