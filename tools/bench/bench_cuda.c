@@ -2,6 +2,7 @@
 #define KVL_IMPLEMENTATION
 #include "kvlite.h"
 
+#include "bench_rows.h"
 #include "cuda_case.h"
 #include "llm/options.h"
 
@@ -40,54 +41,16 @@ typedef struct bench {
     gpu g;
     kvl_context *ctx;
     void *module;
-    FILE *table;
+    bench_out out;
     const char *json, *only, *presets;
     bool quick, smoke, list, help;
     uint64_t seconds, device;
     double start, ceiling; /* GB/s */
     size_t l2;
-    FILE *rows; /* JSON, or null */
 } bench;
 
 static double slice_of(const bench *b) { return b->smoke ? 0 : 0.06; }
 static uint64_t extra_of(const bench *b) { return b->smoke ? 48u << 20 : 768u << 20; }
-
-static bool in_list(const char *list, const char *word) {
-    size_t n = strlen(word);
-    for (const char *at = list; at && *at; at += strcspn(at, ", "), at += strspn(at, ", "))
-        if (strcspn(at, ", ") == n && strncmp(at, word, n) == 0) return true;
-    return !list;
-}
-
-/* ---- results: an object a line, so that what was measured before an end that was not planned is there ---- */
-
-static void row_begin(bench *b, const char *section) {
-    if (b->rows) fprintf(b->rows, "{\"section\": \"%s\"", section);
-}
-static void row_text(bench *b, const char *name, const char *text) {
-    if (!b->rows) return;
-    fprintf(b->rows, ", \"%s\": \"", name);
-    for (; *text; text++)
-        fputc((unsigned char)*text < ' ' || *text == '"' || *text == '\\' ? ' ' : *text, b->rows);
-    fputc('"', b->rows);
-}
-static void row_number(bench *b, const char *name, double x) {
-    if (b->rows) fprintf(b->rows, isfinite(x) ? ", \"%s\": %.10g" : ", \"%s\": null", name, x);
-}
-static void row_bool(bench *b, const char *name, bool x) {
-    if (b->rows) fprintf(b->rows, ", \"%s\": %s", name, x ? "true" : "false");
-}
-static void row_end(bench *b) {
-    if (b->rows) fputs("}\n", b->rows), fflush(b->rows);
-}
-
-static void leave_out(bench *b, const char *what, const char *why) {
-    fprintf(b->table, "left out: %s: %s\n", what, why);
-    row_begin(b, "left_out");
-    row_text(b, "case", what);
-    row_text(b, "why", why);
-    row_end(b);
-}
 
 /* ---- the cases ---- */
 
@@ -203,16 +166,16 @@ static void measure_ceiling(bench *b) {
     gpu_free(&b->g, data);
     gpu_free(&b->g, sum);
     b->ceiling = best;
-    fprintf(b->table, "ceiling: reading alone %.0f GB/s\n", best);
-    row_begin(b, "ceiling");
-    row_number(b, "gb_s", best);
-    row_end(b);
+    fprintf(b->out.table, "ceiling: reading alone %.0f GB/s\n", best);
+    row_begin(&b->out, "ceiling");
+    row_number(&b->out, "gb_s", best);
+    row_end(&b->out);
 }
 
 static void add_rate(bench *b, double bytes, double s) {
-    row_number(b, "us", s * 1e6);
-    row_number(b, "gb_s", bytes / s * 1e-9);
-    if (b->ceiling > 0) row_number(b, "share", bytes / s * 1e-9 / b->ceiling);
+    row_number(&b->out, "us", s * 1e6);
+    row_number(&b->out, "gb_s", bytes / s * 1e-9);
+    if (b->ceiling > 0) row_number(&b->out, "share", bytes / s * 1e-9 / b->ceiling);
 }
 
 /* ---- decode and prefill ---- */
@@ -229,36 +192,36 @@ static void measure_case(bench *b, const char *what, const case_shape *shape) {
     bool decode = strcmp(what, "decode") == 0;
     shape_name(what, shape, name, sizeof name);
     if (runtime_now() - b->start > (double)b->seconds) {
-        leave_out(b, name, "time is over (--seconds)");
+        leave_out(&b->out, name, "time is over (--seconds)");
         return;
     }
     if (!case_open(&c, &b->g, b->ctx, shape, decode ? layers_for(b, shape) : 1, extra_of(b), err,
                    sizeof err)) {
-        leave_out(b, name, err);
+        leave_out(&b->out, name, err);
         case_close(&c);
         return;
     }
     double s = case_time(&c, slice_of(b));
-    row_begin(b, what);
-    row_text(b, "preset", shape->preset);
-    row_number(b, "batch", shape->batch);
-    row_number(b, "context", shape->context);
-    row_number(b, "gqa", shape->gqa);
+    row_begin(&b->out, what);
+    row_text(&b->out, "preset", shape->preset);
+    row_number(&b->out, "batch", shape->batch);
+    row_number(&b->out, "context", shape->context);
+    row_number(&b->out, "gqa", shape->gqa);
     if (decode) {
-        row_number(b, "layers", c.n_layers);
-        row_number(b, "bytes", (double)c.bytes);
+        row_number(&b->out, "layers", c.n_layers);
+        row_number(&b->out, "bytes", (double)c.bytes);
         add_rate(b, (double)c.bytes, s);
-        fprintf(b->table, "%-34s %10.1f us %8.0f GB/s  %5.1f%%\n", name, s * 1e6, (double)c.bytes / s * 1e-9,
-                (double)c.bytes / s * 1e-7 / b->ceiling);
+        fprintf(b->out.table, "%-34s %10.1f us %8.0f GB/s  %5.1f%%\n", name, s * 1e6,
+                (double)c.bytes / s * 1e-9, (double)c.bytes / s * 1e-7 / b->ceiling);
     } else {
         double seen = (double)shape->rows * shape->context + (double)shape->rows * (shape->rows + 1) / 2;
         double flop = 4.0 * CASE_DIM * CASE_KV_HEADS * shape->gqa * seen * shape->batch;
-        row_number(b, "rows", shape->rows);
-        row_number(b, "us", s * 1e6);
-        row_number(b, "tflop_s", flop / s * 1e-12);
-        fprintf(b->table, "%-34s %10.1f us %8.1f TFLOP/s\n", name, s * 1e6, flop / s * 1e-12);
+        row_number(&b->out, "rows", shape->rows);
+        row_number(&b->out, "us", s * 1e6);
+        row_number(&b->out, "tflop_s", flop / s * 1e-12);
+        fprintf(b->out.table, "%-34s %10.1f us %8.1f TFLOP/s\n", name, s * 1e6, flop / s * 1e-12);
     }
-    row_end(b);
+    row_end(&b->out);
     case_close(&c);
 }
 
@@ -285,9 +248,9 @@ static void measure_store(bench *b, const char *name) {
     kvli_gpu_store *stores = calloc(n, sizeof *stores);
     for (uint32_t i = 0; stores && i < n; i++)
         stores[i] = (kvli_gpu_store){.exact = (blocks[1] + i * l[1].block_bytes) | KVLI_GPU_EXACT,
-                                    .sealed = seals ? blocks[0] + i * l[0].block_bytes : 0,
-                                    .row = i * CASE_T,
-                                    .n_rows = CASE_T};
+                                     .sealed = seals ? blocks[0] + i * l[0].block_bytes : 0,
+                                     .row = i * CASE_T,
+                                     .n_rows = CASE_T};
     kvli_gpu_counts counts = {.stores = n};
     gpu_ptr there = gpu_uploaded(&b->g, stores, n * sizeof *stores),
             count = gpu_uploaded(&b->g, &counts, sizeof counts);
@@ -314,24 +277,24 @@ static void measure_store(bench *b, const char *name) {
     uint64_t tile = 2 * CASE_T * CASE_DIM * 2 + 2 * case_tile_bytes(p->exact); /* k and v rows; exact tiles */
     if (seals) tile += case_tile_bytes(p->k) + case_tile_bytes(p->v);
     double bytes = (double)tile * CASE_KV_HEADS * n;
-    row_begin(b, "store");
-    row_text(b, "preset", name);
+    row_begin(&b->out, "store");
+    row_text(&b->out, "preset", name);
     add_rate(b, bytes, s);
-    row_end(b);
-    fprintf(b->table, "store %-28s %10.1f us %8.0f GB/s\n", name, s * 1e6, bytes / s * 1e-9);
+    row_end(&b->out);
+    fprintf(b->out.table, "store %-28s %10.1f us %8.0f GB/s\n", name, s * 1e6, bytes / s * 1e-9);
     free(stores);
     const gpu_ptr all[] = {blocks[0], blocks[1], k, v, taint, there, count};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) gpu_free(&b->g, all[i]);
 }
 
 static void add_copy(bench *b, const char *what, double bytes, double s, bool on_device) {
-    row_begin(b, "copies");
-    row_text(b, "what", what);
-    row_number(b, "us", s * 1e6);
-    row_number(b, "gb_s", bytes / s * 1e-9);
-    if (on_device && b->ceiling > 0) row_number(b, "share", bytes / s * 1e-9 / b->ceiling);
-    row_end(b);
-    fprintf(b->table, "%-34s %10.1f us %8.1f GB/s\n", what, s * 1e6, bytes / s * 1e-9);
+    row_begin(&b->out, "copies");
+    row_text(&b->out, "what", what);
+    row_number(&b->out, "us", s * 1e6);
+    row_number(&b->out, "gb_s", bytes / s * 1e-9);
+    if (on_device && b->ceiling > 0) row_number(&b->out, "share", bytes / s * 1e-9 / b->ceiling);
+    row_end(&b->out);
+    fprintf(b->out.table, "%-34s %10.1f us %8.1f GB/s\n", what, s * 1e6, bytes / s * 1e-9);
 }
 
 typedef struct bus_copy {
@@ -378,12 +341,12 @@ static void measure_copies(bench *b) {
 /* ---- the host's part ---- */
 
 static void add_host(bench *b, const char *what, const char *unit, double value, double target) {
-    row_begin(b, "host");
-    row_text(b, "what", what);
-    row_number(b, unit, value);
-    if (target > 0) row_number(b, "target", target);
-    row_end(b);
-    fprintf(b->table, "%-44s %9.2f %s\n", what, value, unit);
+    row_begin(&b->out, "host");
+    row_text(&b->out, "what", what);
+    row_number(&b->out, unit, value);
+    if (target > 0) row_number(&b->out, "target", target);
+    row_end(&b->out);
+    fprintf(b->out.table, "%-44s %9.2f %s\n", what, value, unit);
 }
 
 typedef struct host_times {
@@ -512,13 +475,13 @@ static void answer(case_cache *c, const uint32_t *which, uint32_t n, uint16_t *o
 }
 
 static void add_same(bench *b, const case_shape *s, const char *what, bool equal) {
-    row_begin(b, "same");
-    row_text(b, "preset", s->preset);
-    row_text(b, "what", what);
-    row_number(b, "rows", s->rows);
-    row_bool(b, "equal", equal);
-    row_end(b);
-    if (!equal) fprintf(b->table, "NOT THE SAME: %s, %u rows: %s\n", s->preset, s->rows, what);
+    row_begin(&b->out, "same");
+    row_text(&b->out, "preset", s->preset);
+    row_text(&b->out, "what", what);
+    row_number(&b->out, "rows", s->rows);
+    row_bool(&b->out, "equal", equal);
+    row_end(&b->out);
+    if (!equal) fprintf(b->out.table, "NOT THE SAME: %s, %u rows: %s\n", s->preset, s->rows, what);
 }
 
 /* A second time, and the first sequence without the others, bit for bit. (Its new rows are the first in both.) */
@@ -527,7 +490,7 @@ static void measure_same(bench *b, const char *preset, uint32_t rows) {
     char err[LLM_ERR_LEN] = "";
     case_cache c;
     if (!case_open(&c, &b->g, b->ctx, &s, 1, extra_of(b), err, sizeof err)) {
-        leave_out(b, preset, err);
+        leave_out(&b->out, preset, err);
         case_close(&c);
         return;
     }
@@ -589,20 +552,20 @@ static void describe_device(bench *b) {
     b->l2 = (size_t)gpu_attribute(&b->g, GPU_L2);
     snprintf(capability, sizeof capability, "%d.%d", gpu_attribute(&b->g, GPU_MAJOR),
              gpu_attribute(&b->g, GPU_MINOR));
-    fprintf(b->table, "%s, compute capability %s, driver for CUDA %d.%d\n", b->g.name, capability,
+    fprintf(b->out.table, "%s, compute capability %s, driver for CUDA %d.%d\n", b->g.name, capability,
             b->g.driver / 1000, b->g.driver % 1000 / 10);
-    row_begin(b, "device");
-    row_bool(b, "smoke", b->smoke);
-    row_text(b, "name", b->g.name);
-    row_number(b, "driver", b->g.driver);
-    row_text(b, "capability", capability);
-    row_number(b, "sms", gpu_attribute(&b->g, GPU_SMS));
-    row_number(b, "clock_mhz", gpu_attribute(&b->g, GPU_CLOCK_KHZ) / 1000);
-    row_number(b, "memory_mhz", gpu_attribute(&b->g, GPU_MEM_CLOCK_KHZ) / 1000);
-    row_number(b, "bus_bits", gpu_attribute(&b->g, GPU_BUS_BITS));
-    row_number(b, "l2_bytes", (double)b->l2);
-    row_number(b, "memory_bytes", (double)memory);
-    row_end(b);
+    row_begin(&b->out, "device");
+    row_bool(&b->out, "smoke", b->smoke);
+    row_text(&b->out, "name", b->g.name);
+    row_number(&b->out, "driver", b->g.driver);
+    row_text(&b->out, "capability", capability);
+    row_number(&b->out, "sms", gpu_attribute(&b->g, GPU_SMS));
+    row_number(&b->out, "clock_mhz", gpu_attribute(&b->g, GPU_CLOCK_KHZ) / 1000);
+    row_number(&b->out, "memory_mhz", gpu_attribute(&b->g, GPU_MEM_CLOCK_KHZ) / 1000);
+    row_number(&b->out, "bus_bits", gpu_attribute(&b->g, GPU_BUS_BITS));
+    row_number(&b->out, "l2_bytes", (double)b->l2);
+    row_number(&b->out, "memory_bytes", (double)memory);
+    row_end(&b->out);
 }
 
 static bool open_backend(bench *b, char *err, size_t n) {
@@ -655,7 +618,6 @@ int main(int argc, char **argv) {
     }
     if (b.help) return fputs(usage, stdout) < 0;
     if (b.list) return list_cases(&b), 0;
-    b.table = bench_table(b.json);
     b.start = runtime_now();
     if (!gpu_open(&b.g, (int)b.device, err, sizeof err)) {
         printf("SKIP bench_cuda: %s\n", err);
@@ -665,14 +627,13 @@ int main(int argc, char **argv) {
         fprintf(stderr, "bench_cuda: %s: %s\n", b.g.name, err);
         return 1;
     }
-    if (b.json && !(b.rows = strcmp(b.json, "-") == 0 ? stdout : fopen(b.json, "w"))) {
+    if (!rows_open(&b.out, b.json)) {
         fprintf(stderr, "bench_cuda: --json %.100s: could not be written\n", b.json);
         return 1;
     }
     describe_device(&b);
     measure_all(&b);
-    bool ok = !b.rows || (fflush(b.rows) == 0 && !ferror(b.rows));
-    if (b.rows && b.rows != stdout) ok = fclose(b.rows) == 0 && ok;
+    bool ok = rows_close(&b.out);
     if (!ok) fprintf(stderr, "bench_cuda: --json %.100s: could not be written\n", b.json);
     if (b.module) GPU(&b.g, ModuleUnload, b.module);
     kvl_context_destroy(b.ctx);
