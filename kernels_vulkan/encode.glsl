@@ -1,6 +1,6 @@
 // The encoders: what kvlite.h's >>formats does, so that the bytes are the same. A code is the nearest by comparison with exact
 // midpoints times the scale: an estimate is off by one at most and is corrected, so that no byte depends on how a device
-// divides. Rounding is integer arithmetic. Float products and sums whose rounding counts are `precise`: none is fused.
+// divides. Rounding is integer arithmetic. Float products and sums are `precise`: none is fused.
 //   A device may flush f32 denormals. No byte depends on them: numbers that small get code 0 (a scale is at least 2^-24), and
 // extremes, signs and zeros are compared as integers. (But for NVFP4 with a global scale below 2^-50, where squared errors may
 // be denormal.)
@@ -31,6 +31,19 @@ bool kvl_has(uint format) { return K_FORMAT == format || V_FORMAT == format; } /
 uint kvl_local() { return gl_LocalInvocationID.x; }
 
 // ---- numbers ----
+float kvl_mul(float a, float b) {
+    precise float product = a * b;
+    return product;
+}
+float kvl_add(float a, float b) {
+    precise float sum = a + b;
+    return sum;
+}
+float kvl_sub(float a, float b) {
+    precise float difference = a - b;
+    return difference;
+}
+
 // m / 2^n to the nearest, ties to even; m < 2^24.
 uint kvl_shift_rounded(uint m, uint n) {
     n = min(n, 25u);
@@ -41,7 +54,7 @@ float kvl_f16_to_f32(uint h) {
     uint sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u) return uintBitsToFloat(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     if (magnitude >= 0x400u) return uintBitsToFloat(sign | ((magnitude << 13) + 0x38000000u));
-    return uintBitsToFloat(sign | floatBitsToUint(float(magnitude) * 5.9604644775390625e-8));
+    return uintBitsToFloat(sign | floatBitsToUint(kvl_mul(float(magnitude), 5.9604644775390625e-8)));
 }
 
 uint kvl_f32_to_f16(uint bits) {
@@ -79,12 +92,12 @@ uint kvl_f32_to_e4m3(float x) {
     return kvl_shift_rounded((magnitude & 0x7fffffu) | 0x800000u, 141u - (magnitude >> 23)); // in steps of 2^-9
 }
 float kvl_e4m3_to_f32(uint b) {
-    return b >= 8 ? uintBitsToFloat((b << 20) + 0x3c000000u) : float(b) * 0.001953125;
+    return b >= 8 ? uintBitsToFloat((b << 20) + 0x3c000000u) : kvl_mul(float(b), 0.001953125);
 }
 // What lies between codes b - 1 and b, or where b is 0 less than anything.
 float kvl_e4m3_below(uint b) {
     uint twice = 2 * b - 1;
-    return b == 0 ? -1.0 : b > 8 ? uintBitsToFloat((twice << 19) + 0x3c000000u) : float(twice) * 0.0009765625;
+    return b == 0 ? -1.0 : b > 8 ? uintBitsToFloat((twice << 19) + 0x3c000000u) : kvl_mul(float(twice), 0.0009765625);
 }
 
 // f16 that stays finite; the same for a scale, where 0 becomes 1.
@@ -171,29 +184,20 @@ kvl_scale kvl_scale_of(uint h) {
 // The nearest to x / s of the integers 0..top, ties to even.
 uint kvl_code(float x, kvl_scale scale, float top) {
     x = max(x, 0.0);
-    uint c = uint(min(x * scale.inverse + 0.5, top));
-    precise float above = (float(c) + 0.5) * scale.s, below = (float(c) - 0.5) * scale.s; // exact
+    uint c = uint(min(kvl_add(kvl_mul(x, scale.inverse), 0.5), top));
+    float above = kvl_mul(kvl_add(float(c), 0.5), scale.s), below = kvl_mul(kvl_sub(float(c), 0.5), scale.s); // exact
     bool odd = (c & 1u) != 0;
     if (x > above || (x == above && odd)) return min(c + 1, uint(top));
     return x < below || (x == below && odd) ? c - 1 : c;
 }
 
-// x / s to two's complement of 8 bits.
-uint kvl_int8_code(float x, kvl_scale scale) {
-    uint c = kvl_code(abs(x), scale, 127.0);
-    return (floatBitsToUint(x) >> 31 != 0 ? 0u - c : c) & 0xffu;
-}
-
+// The nearest to x / s of the codes of e4m3, without sign.
 uint kvl_fp8_code(float x, kvl_scale scale) {
-    float magnitude = abs(x);
-    uint b = kvl_f32_to_e4m3(magnitude * scale.inverse);
-    precise float above = kvl_e4m3_below(b + 1) * scale.s, below = kvl_e4m3_below(b) * scale.s; // exact
+    uint b = kvl_f32_to_e4m3(kvl_mul(x, scale.inverse));
+    float above = kvl_mul(kvl_e4m3_below(b + 1), scale.s), below = kvl_mul(kvl_e4m3_below(b), scale.s); // exact
     bool odd = (b & 1u) != 0;
-    if (magnitude > above || (magnitude == above && odd))
-        b = min(b + 1, 0x7eu);
-    else if (magnitude < below || (magnitude == below && odd))
-        b--;
-    return b | (floatBitsToUint(x) >> 24 & 0x80u);
+    if (x > above || (x == above && odd)) return min(b + 1, 0x7eu);
+    return x < below || (x == below && odd) ? b - 1 : b;
 }
 
 // ---- rows: x are an invocation's 16 numbers ----
@@ -203,9 +207,9 @@ void kvl_hadamard(inout float x[KVL_UNIT]) {
     [[unroll]] for (uint stride = 1; stride < KVL_UNIT; stride *= 2) {
         [[unroll]] for (uint i = 0; i < KVL_UNIT; i++) {
             if ((i & stride) != 0) continue;
-            precise float sum = x[i] + x[i + stride], difference = x[i] - x[i + stride];
-            x[i] = sum;
-            x[i + stride] = difference;
+            float lo = x[i], hi = x[i + stride];
+            x[i] = kvl_add(lo, hi);
+            x[i + stride] = kvl_sub(lo, hi);
         }
     }
     uint local = kvl_local();
@@ -215,15 +219,11 @@ void kvl_hadamard(inout float x[KVL_UNIT]) {
         barrier();
         [[unroll]] for (uint i = 0; i < KVL_UNIT; i++) {
             float other = kvl_exchange[i * WORKGROUP + (local ^ units)];
-            precise float sum = other + x[i], difference = other - x[i];
-            x[i] = (local & units) != 0 ? difference : sum;
+            x[i] = kvl_add(other, (local & units) != 0 ? -x[i] : x[i]);
         }
     }
     float scale = block == 16 ? 0.25 : block == 32 ? 0.17677669529663687 : block == 64 ? 0.125 : 0.08838834764831845;
-    [[unroll]] for (uint i = 0; i < KVL_UNIT; i++) {
-        precise float scaled = x[i] * scale;
-        x[i] = scaled;
-    }
+    [[unroll]] for (uint i = 0; i < KVL_UNIT; i++) x[i] = kvl_mul(x[i], scale);
 }
 
 float kvl_amax(float x[KVL_UNIT]) {
@@ -232,59 +232,56 @@ float kvl_amax(float x[KVL_UNIT]) {
     return uintBitsToFloat(amax);
 }
 
-// The greatest of what `units` neighbours have.
-uint kvl_greatest(uint value, uint units) {
+// The greatest of what `units` neighbours have, twice.
+void kvl_greatest(inout uint a, inout uint b, uint units) {
     uint local = kvl_local();
     barrier();
-    kvl_exchange[local] = uintBitsToFloat(value);
+    kvl_exchange[local] = uintBitsToFloat(a);
+    kvl_exchange[WORKGROUP + local] = uintBitsToFloat(b);
     barrier();
-    for (uint i = 1; i < units; i++) value = max(value, floatBitsToUint(kvl_exchange[local ^ i]));
-    return value;
-}
-
-// INT8 and FP8: returns the row's scale.
-uint kvl_encode_bytes(uint format, float x[KVL_UNIT], uint units, out uint words[4]) {
-    bool fp8 = format == KVLI_GPU_FP8_E4M3;
-    precise float peak = uintBitsToFloat(kvl_greatest(floatBitsToUint(kvl_amax(x)), units)) *
-                         (fp8 ? 0.0022321429569274187 : 0.007874015718698502); // f32(1 / 448), f32(1 / 127)
-    uint h = kvl_f16_scale(peak);
-    kvl_scale scale = kvl_scale_of(h);
-    [[unroll]] for (uint w = 0; w < 4; w++) {
-        words[w] = 0;
-        [[unroll]] for (uint i = 0; i < 4; i++) {
-            float v = x[4 * w + i];
-            words[w] |= (fp8 ? kvl_fp8_code(v, scale) : kvl_int8_code(v, scale)) << 8 * i;
-        }
+    for (uint i = 1; i < units; i++) {
+        a = max(a, floatBitsToUint(kvl_exchange[local ^ i]));
+        b = max(b, floatBitsToUint(kvl_exchange[WORKGROUP + (local ^ i)]));
     }
-    return h;
 }
 
-// INT4: returns scale and zero of the unit's group of 64, the last of a row perhaps short.
-uint kvl_encode_int4(float x[KVL_UNIT], uint units, bool used, out uint words[4]) {
-    uint least = ~0u, most = 0;
+// INT8, FP8: returns the row's scale. INT4: scale and zero of the unit's group of 64, the last of a row perhaps short.
+uint kvl_encode_steps(uint format, float x[KVL_UNIT], uint units, bool used, out uint words[4]) {
+    bool int4 = kvl_has(KVLI_GPU_INT4) && format == KVLI_GPU_INT4, fp8 = kvl_has(KVLI_GPU_FP8_E4M3) && format == KVLI_GPU_FP8_E4M3;
+    uint least = ~0u, most = 0, hz = 0;
     [[unroll]] for (uint i = 0; i < KVL_UNIT; i++) {
         least = min(least, kvl_ordered(x[i]));
-        most = max(most, kvl_ordered(x[i]));
+        most = max(most, int4 ? kvl_ordered(x[i]) : floatBitsToUint(x[i]) & 0x7fffffffu);
     }
-    uint n = min(units, KVL_INT4_UNITS);
-    float lo = kvl_from_ordered(~kvl_greatest(used ? ~least : 0, n));
-    float hi = kvl_from_ordered(kvl_greatest(used ? most : 0, n));
-    precise float range = hi - lo, step = range * 0.06666667014360428; // f32(1 / 15)
-    uint hz = kvl_f16_saturated(lo), hs = kvl_f16_scale(step);
-    float z = kvl_f16_to_f32(hz);
+    least = used ? ~least : 0;
+    most = used ? most : 0;
+    kvl_greatest(least, most, int4 ? min(units, KVL_INT4_UNITS) : units);
+    float range = uintBitsToFloat(most), z = 0.0;
+    if (int4) {
+        float lo = kvl_from_ordered(~least);
+        hz = kvl_f16_saturated(lo);
+        z = kvl_f16_to_f32(hz);
+        range = kvl_sub(kvl_from_ordered(most), lo);
+    }
+    // f32(1 / 15), f32(1 / 448), f32(1 / 127)
+    uint hs = kvl_f16_scale(kvl_mul(range, int4 ? 0.06666667014360428 : fp8 ? 0.0022321429569274187 : 0.007874015718698502));
     kvl_scale scale = kvl_scale_of(hs);
     words = uint[4](0, 0, 0, 0);
     [[unroll]] for (uint i = 0; i < KVL_UNIT; i++) {
-        precise float d = x[i] - z;
-        words[i / 8] |= kvl_code(d, scale, 15.0) << 4 * (i % 8);
+        float v = int4 ? kvl_sub(x[i], z) : abs(x[i]);
+        uint c = fp8 ? kvl_fp8_code(v, scale) : kvl_code(v, scale, int4 ? 15.0 : 127.0);
+        bool negative = floatBitsToUint(x[i]) >> 31 != 0;
+        if (int4)
+            words[i / 8] |= c << 4 * (i % 8);
+        else
+            words[i / 4] |= (!negative ? c : fp8 ? c | 0x80u : (0u - c) & 0xffu) << 8 * (i % 4);
     }
     return hs | hz << 16;
 }
 
 // NVFP4: e4m3 scale that maps amax to a peak; 0 becomes 2^-9.
 uint kvl_nvfp4_scale(float amax, float inverse, float per_global) {
-    precise float part = amax * inverse, whole = part * per_global;
-    return max(kvl_f32_to_e4m3(whole), 1u);
+    return max(kvl_f32_to_e4m3(kvl_mul(kvl_mul(amax, inverse), per_global)), 1u);
 }
 
 // Codes of 16 numbers under the scale s; returns their squared error, summed in element order. A tie goes up where that is
@@ -292,12 +289,8 @@ uint kvl_nvfp4_scale(float amax, float inverse, float per_global) {
 float kvl_nvfp4_codes(float x[KVL_UNIT], float s, out uint words[2]) {
     const float values[8] = float[8](0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0);
     const float midpoints[7] = float[7](0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0);
-    precise float error = 0.0;
-    float limits[7];
-    [[unroll]] for (uint m = 0; m < 7; m++) {
-        precise float limit = midpoints[m] * s;
-        limits[m] = limit;
-    }
+    float error = 0.0, limits[7];
+    [[unroll]] for (uint m = 0; m < 7; m++) limits[m] = kvl_mul(midpoints[m], s);
     words = uint[2](0, 0);
     [[unroll]] for (uint i = 0; i < KVL_UNIT; i++) {
         float magnitude = abs(x[i]), value = 0.0;
@@ -307,8 +300,8 @@ float kvl_nvfp4_codes(float x[KVL_UNIT], float s, out uint words[2]) {
             code += above ? 1 : 0;
             value = above ? values[m + 1] : value;
         }
-        precise float decoded = value * s, d = magnitude - decoded, squared = d * d;
-        error = error + squared;
+        float d = kvl_sub(magnitude, kvl_mul(value, s));
+        error = kvl_add(error, kvl_mul(d, d));
         words[i / 8] |= code << 4 * (i % 8);
     }
     return error;
@@ -316,14 +309,19 @@ float kvl_nvfp4_codes(float x[KVL_UNIT], float s, out uint words[2]) {
 
 // NVFP4: returns the unit's scale, of peak 6 or 4.
 uint kvl_encode_nvfp4(float x[KVL_UNIT], float global, out uint words[4]) {
-    float amax = kvl_amax(x), per_global = kvl_reciprocal(global);
-    uint six = kvl_nvfp4_scale(amax, 0.1666666716337204, per_global), four = kvl_nvfp4_scale(amax, 0.25, per_global);
-    precise float s6 = kvl_e4m3_to_f32(six) * global, s4 = kvl_e4m3_to_f32(four) * global;
-    uint of_six[2], of_four[2];
-    float error = kvl_nvfp4_codes(x, s6, of_six);
-    bool better = kvl_nvfp4_codes(x, s4, of_four) < error;
-    words = better ? uint[4](of_four[0], of_four[1], 0, 0) : uint[4](of_six[0], of_six[1], 0, 0);
-    return better ? four : six;
+    float amax = kvl_amax(x), per_global = kvl_reciprocal(global), least = 0.0;
+    uint best = 0;
+    words = uint[4](0, 0, 0, 0);
+    for (uint i = 0; i < 2; i++) {
+        uint scale = kvl_nvfp4_scale(amax, i == 0 ? 0.1666666716337204 : 0.25, per_global), codes[2];
+        float error = kvl_nvfp4_codes(x, kvl_mul(kvl_e4m3_to_f32(scale), global), codes);
+        bool better = i == 0 || error < least;
+        words[0] = better ? codes[0] : words[0];
+        words[1] = better ? codes[1] : words[1];
+        least = better ? error : least;
+        best = better ? scale : best;
+    }
+    return best;
 }
 
 // The tile's scales, written when all rows are done: words that rows share.
@@ -338,9 +336,11 @@ void kvl_put_scale(uint format, uint t, uint unit, uint scale) {
 void kvl_encode_unit(kvl_side side, float x[KVL_UNIT], uint units, uint t, uint unit, bool used, kvl_place tile) {
     uint words[4] = uint[4](0, 0, 0, 0), scale = 0, n = t * (DIM / KVL_UNIT) + unit;
     bool wide = side.format == KVLI_GPU_INT8 || side.format == KVLI_GPU_FP8_E4M3;
-    if (kvl_has(KVLI_GPU_INT4) && side.format == KVLI_GPU_INT4) scale = kvl_encode_int4(x, units, used, words);
-    if (kvl_has(KVLI_GPU_NVFP4) && side.format == KVLI_GPU_NVFP4) scale = kvl_encode_nvfp4(x, side.global, words);
-    if ((kvl_has(KVLI_GPU_INT8) || kvl_has(KVLI_GPU_FP8_E4M3)) && wide) scale = kvl_encode_bytes(side.format, x, units, words);
+    if (side.format == KVLI_GPU_NVFP4) {
+        if (kvl_has(KVLI_GPU_NVFP4)) scale = kvl_encode_nvfp4(x, side.global, words);
+    } else if (wide || kvl_has(KVLI_GPU_INT4)) {
+        scale = kvl_encode_steps(side.format, x, units, used, words);
+    }
     if (!used) return;
     if (wide) {
         pages[tile.bank].d[tile.at + n] = uvec4(words[0], words[1], words[2], words[3]);
@@ -389,10 +389,9 @@ void kvl_encode_channels(kvl_side side, kvl_place exact, kvl_place tile, uint gr
     kvl_scale scale[KVL_CHANNELS];
     [[unroll]] for (uint i = 0; i < KVL_CHANNELS; i++) {
         float lo = kvl_from_ordered(least[i]);
-        precise float range = kvl_from_ordered(most[i]) - lo;
-        precise float step = range * (wide ? 0.003921568859368563 : 0.06666667014360428); // f32(1 / 255), f32(1 / 15)
+        float range = kvl_sub(kvl_from_ordered(most[i]), lo);
         hz[i] = kvl_f16_saturated(lo);
-        hs[i] = kvl_f16_scale(step);
+        hs[i] = kvl_f16_scale(kvl_mul(range, wide ? 0.003921568859368563 : 0.06666667014360428)); // f32(1 / 255), f32(1 / 15)
         z[i] = kvl_f16_to_f32(hz[i]);
         scale[i] = kvl_scale_of(hs[i]);
     }
@@ -405,10 +404,7 @@ void kvl_encode_channels(kvl_side side, kvl_place exact, kvl_place tile, uint gr
     for (uint t = part; t < BLOCK_TOKENS; t += parts) {
         uint n = t * n_groups + group;
         kvl_load8(exact, n * KVL_CHANNELS, x);
-        [[unroll]] for (uint i = 0; i < KVL_CHANNELS; i++) {
-            precise float d = x[i] - z[i];
-            c[i] = kvl_code(d, scale[i], top);
-        }
+        [[unroll]] for (uint i = 0; i < KVL_CHANNELS; i++) c[i] = kvl_code(kvl_sub(x[i], z[i]), scale[i], top);
         if (wide) {
             pages[tile.bank].d[tile.at + n / 2][2 * (n % 2)] = c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24;
             pages[tile.bank].d[tile.at + n / 2][2 * (n % 2) + 1] = c[4] | c[5] << 8 | c[6] << 16 | c[7] << 24;

@@ -9,6 +9,8 @@
 #include "encode.glsl"
 
 layout(set = 0, binding = KVLI_VK_TAINT, std430) buffer kvl_taint { uint taint[]; };
+layout(set = 1, binding = KVLI_VK_TENSOR_A, std430) readonly buffer kvl_units_a { uvec4 k_units[]; };
+layout(set = 1, binding = KVLI_VK_TENSOR_B, std430) readonly buffer kvl_units_b { uvec4 v_units[]; };
 layout(set = 1, binding = KVLI_VK_TENSOR_A, std430) readonly buffer kvl_words_a { uint k_words[]; };
 layout(set = 1, binding = KVLI_VK_TENSOR_B, std430) readonly buffer kvl_words_b { uint v_words[]; };
 #if KVL_STORAGE16
@@ -16,34 +18,38 @@ layout(set = 1, binding = KVLI_VK_TENSOR_A, std430) readonly buffer kvl_halves_a
 layout(set = 1, binding = KVLI_VK_TENSOR_B, std430) readonly buffer kvl_halves_b { uint16_t v_halves[]; };
 #endif
 
+uvec4 kvl_input_unit(bool v, uint i) {
+    if (v) return v_units[i];
+    return k_units[i];
+}
 uint kvl_input_word(bool v, uint i) {
     if (v) return v_words[i];
     return k_words[i];
 }
-
-// Element i of 16 bits.
+// Element i of 16 bits. (Without KVL_STORAGE16 its word is read, of which the other half may be past the tensor's end.)
 uint kvl_input_half(bool v, uint i) {
 #if KVL_STORAGE16
     if (v) return uint(v_halves[i]);
     return uint(k_halves[i]);
 #else
-    return kvl_input_word(v, i / 2) >> 16 * (i % 2) & 0xffffu;
+    return kvl_input_word(v, i / 2) >> 16 * (i % 2);
 #endif
 }
 
 // Elements i..i+7, as the bits of f32.
 void kvl_input8(bool v, uint dtype, uint i, out uint x[8]) {
     uint format = dtype + KVLI_GPU_F32; // the two enums run alike
-    if (dtype == KVLI_GPU_DTYPE_F32) {
-        [[unroll]] for (uint j = 0; j < 8; j++) x[j] = kvl_input_word(v, i + j);
-    } else if (i % 2 == 0) {
+    bool wide = dtype == KVLI_GPU_DTYPE_F32;
+    if (i % 8 == 0) {
+        uvec4 a = kvl_input_unit(v, wide ? i / 4 : i / 8), b = a;
+        if (wide) b = kvl_input_unit(v, i / 4 + 1);
         [[unroll]] for (uint j = 0; j < 4; j++) {
-            uint w = kvl_input_word(v, i / 2 + j);
-            x[2 * j] = kvl_widened(format, w);
-            x[2 * j + 1] = kvl_widened(format, w >> 16);
+            x[j] = wide ? a[j] : kvl_widened(format, a[j / 2] >> 16 * (j % 2));
+            x[4 + j] = wide ? b[j] : kvl_widened(format, a[2 + j / 2] >> 16 * (j % 2));
         }
     } else {
-        [[unroll]] for (uint j = 0; j < 8; j++) x[j] = kvl_widened(format, kvl_input_half(v, i + j));
+        [[unroll]] for (uint j = 0; j < 8; j++)
+            x[j] = wide ? kvl_input_word(v, i + j) : kvl_widened(format, kvl_input_half(v, i + j));
     }
 }
 
