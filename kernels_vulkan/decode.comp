@@ -111,17 +111,19 @@ float kvl_dot(vec4 a, vec4 b, float sum) { return fma(a.x, b.x, fma(a.y, b.y, fm
 
 // Each lane's part of every score becomes the sum over the slot's lanes.
 #if KVL_SUBGROUP
-#define KVL_FROM(i) subgroupBroadcast(x, i)
+#define KVL_FOUR(i) \
+    ((subgroupBroadcast(x, i) + subgroupBroadcast(x, i + 1)) + (subgroupBroadcast(x, i + 2) + subgroupBroadcast(x, i + 3)))
 void kvl_sum_over_lanes() {
     [[unroll]] for (uint i = 0; i < SCORES; i++) {
-        float x = score[i];
-        if (SLOTS == 1 && LANES <= 16) { // the slot is a subgroup
-            x = (KVL_FROM(0) + KVL_FROM(1)) + (KVL_FROM(2) + KVL_FROM(3));
-            if (LANES >= 8) x += (KVL_FROM(4) + KVL_FROM(5)) + (KVL_FROM(6) + KVL_FROM(7));
+        float x = score[i], sum = x;
+        if (SLOTS == 1 && LANES >= 4 && LANES <= 16) { // the slot is a subgroup
+            sum = KVL_FOUR(0);
+            if (LANES >= 8) sum += KVL_FOUR(4);
+            if (LANES == 16) sum += KVL_FOUR(8) + KVL_FOUR(12);
         } else {
-            [[unroll]] for (uint apart = 1; apart < LANES; apart *= 2) x += subgroupShuffleXor(x, apart);
+            [[unroll]] for (uint apart = 1; apart < LANES; apart *= 2) sum += subgroupShuffleXor(sum, apart);
         }
-        score[i] = x;
+        score[i] = sum;
     }
 }
 #else
