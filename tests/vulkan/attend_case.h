@@ -16,12 +16,12 @@ struct Shader {
 
 class Device {
   public:
-    enum { BANKS = 3, BANK_BYTES = 8 << 20 };
+    enum { BANKS = 3 };
     vkr r;
 
-    bool open(unsigned bits, bool timing) {
+    bool open(unsigned bits, bool timing, size_t bank_bytes) {
         if (!vkr_open(&r, bits, timing)) return false;
-        for (vkr_buffer &bank : banks) bank = vkr_buffer_make(&r, BANK_BYTES, nullptr);
+        for (vkr_buffer &bank : banks) bank = vkr_buffer_make(&r, bank_bytes, nullptr);
         return true;
     }
     void close() { vkr_close(&r); }
@@ -68,7 +68,7 @@ class Device {
 
     void fill_banks() {
         for (uint32_t i = 0; i < BANKS; i++) {
-            memset(banks[i].map, 0xff, BANK_BYTES);
+            memset(banks[i].map, 0xff, banks[i].bytes);
             used[i] = 256;
         }
         next_bank = 0;
@@ -78,7 +78,7 @@ class Device {
         uint32_t bank = next_bank++ % BANKS;
         size_t at = used[bank];
         used[bank] = (at + n + 128 + 127) / 128 * 128;
-        assert_true(used[bank] <= BANK_BYTES);
+        assert_true(used[bank] <= banks[bank].bytes);
         memcpy(banks[bank].map + at, bytes, n);
         return (uint64_t)bank << 32 | at;
     }
