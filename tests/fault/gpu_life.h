@@ -42,9 +42,10 @@ typedef struct fault_backend {
     void (*close)(life *w);
     void (*describe)(life *w, kvl_context_desc *d);
     kvl_result (*attend)(life *w, const kvl_step *step, uint32_t layer, gm_buffers *b);
-    kvl_result (*lend)(life *w);                     /* another device */
+    kvl_result (*lend)(life *w);                     /* another device, and closes the one before */
     void (*after_recovery)(life *w, kvl_result why); /* null: nothing */
     bool (*forgives)(void); /* null: never; else whether what is left now is not kvlite's fault */
+    bool host_memory;       /* the driver can be out of the host's memory */
     uint64_t every;         /* only every nth call */
 } fault_backend;
 static fault_backend faults;
@@ -76,8 +77,9 @@ static kvl_cache_desc life_desc(life *w, kvl_backend_kind kind) {
 static void is_clean(const life *w, kvl_result r) {
     const kvl_context *ctx = w->cache ? kvl_cache_context(w->cache) : NULL;
     const char *text = "";
-    KT_CHECK(r == KVL_DEVICE_LOST || r == KVL_OUT_OF_DEVICE_MEMORY || r == KVL_NO_BACKEND, "%s",
-             kvl_result_name(r));
+    KT_CHECK(r == KVL_DEVICE_LOST || r == KVL_OUT_OF_DEVICE_MEMORY || r == KVL_NO_BACKEND ||
+                 (faults.host_memory && r == KVL_OUT_OF_HOST_MEMORY),
+             "%s", kvl_result_name(r));
     if (!ctx) {
         KT_CHECK(strlen(kt_error) > 5, "no text");
         return;
@@ -97,11 +99,7 @@ static void recover(life *w, const kvl_step *step, kvl_result why) {
     if (r != KVL_OK) {
         bool lost = r == KVL_DEVICE_LOST;
         is_clean(w, r);
-        if (w->lend && lost) { /* the app makes another one */
-            faults.close(w);
-            faults.open(w);
-            KT_OK(w->cache, faults.lend(w));
-        }
+        if (w->lend && lost) KT_OK(w->cache, faults.lend(w)); /* the app makes another one */
         r = kvl_cache_recover(w->cache);
         if (r != KVL_OK && !lost) r = kvl_cache_recover(w->cache);
     }
