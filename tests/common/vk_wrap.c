@@ -411,6 +411,7 @@ static uint64_t heap_use(uint32_t heap) {
     }
     return bytes;
 }
+uint64_t vkw_heap_use(void) { return heap_use(0); }
 static VKAPI_ATTR void VKAPI_CALL vkGetPhysicalDeviceMemoryProperties2(VkPhysicalDevice device,
                                                                        VkPhysicalDeviceMemoryProperties2 *m) {
     VkBaseOutStructure *s;

@@ -109,15 +109,9 @@ static void recover(life *w, const kvl_step *step, kvl_result why) {
 }
 
 /* ---- a life ---- */
-static kvl_result life_start(life *w) {
-    kvl_cache_desc d = life_desc(w, faults.kind);
+static void life_add_requests(life *w) {
     kvl_sched_desc sd;
-    kvl_result r = kvl_cache_create(&d, &w->cache);
     int32_t tokens[PROMPT];
-    if (r != KVL_OK) {
-        KT_CHECK(w->cache == NULL, "a cache in spite of %s", kvl_result_name(r));
-        return r;
-    }
     memset(&sd, 0, sizeof sd);
     KT_OK(w->cache, kvl_sched_create(w->cache, &sd, &w->sched));
     for (uint32_t i = 0; i < REQUESTS; i++) {
@@ -129,7 +123,16 @@ static kvl_result life_start(life *w) {
         q.max_new_tokens = NEW;
         KT_OK(w->cache, kvl_sched_submit(w->sched, &q, &w->req[i]));
     }
-    return KVL_OK;
+}
+
+static kvl_result life_start(life *w) {
+    kvl_cache_desc d = life_desc(w, faults.kind);
+    kvl_result r = kvl_cache_create(&d, &w->cache);
+    if (r == KVL_OK)
+        life_add_requests(w);
+    else
+        KT_CHECK(w->cache == NULL, "a cache in spite of %s", kvl_result_name(r));
+    return r;
 }
 
 static void life_step(life *w, const kvl_step *step) {
