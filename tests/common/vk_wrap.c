@@ -411,6 +411,7 @@ static uint64_t heap_use(uint32_t heap) {
     }
     return bytes;
 }
+uint64_t vkw_heap_use(void) { return heap_use(0); }
 static VKAPI_ATTR void VKAPI_CALL vkGetPhysicalDeviceMemoryProperties2(VkPhysicalDevice device,
                                                                        VkPhysicalDeviceMemoryProperties2 *m) {
     VkBaseOutStructure *s;
@@ -894,7 +895,13 @@ void vkw_app_submit(vkw_app *app) {
     VkSubmitInfo info = {.sType = VK_STRUCTURE_TYPE_SUBMIT_INFO,
                          .commandBufferCount = 1,
                          .pCommandBuffers = (VkCommandBuffer *)&app->commands};
+    VkMemoryBarrier written = {.sType = VK_STRUCTURE_TYPE_MEMORY_BARRIER,
+                               .srcAccessMask = VK_ACCESS_SHADER_WRITE_BIT,
+                               .dstAccessMask = VK_ACCESS_HOST_READ_BIT};
     VkDevice device = (VkDevice)app->device;
+    REAL(vkCmdPipelineBarrier)
+    ((VkCommandBuffer)app->commands, VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, VK_PIPELINE_STAGE_HOST_BIT, 0, 1,
+     &written, 0, NULL, 0, NULL);
     NEED(REAL(vkEndCommandBuffer)((VkCommandBuffer)app->commands));
     NEED(REAL(vkQueueSubmit)((VkQueue)app->queue, 1, &info, (VkFence)app->fence));
     NEED(REAL(vkWaitForFences)(device, 1, (VkFence *)&app->fence, VK_TRUE, UINT64_MAX));

@@ -64,7 +64,8 @@ uint64_t vkw_calls(int how);          /* that can fail, or tell of a lost device
 uint64_t vkw_count(const char *name); /* calls of a function since vkw_reset */
 uint32_t vkw_broken(void);            /* modules broken since vkw_reset */
 
-uint64_t vkw_memory(void); /* device memory that is followed, bytes */
+uint64_t vkw_memory(void);   /* device memory that is followed, bytes */
+uint64_t vkw_heap_use(void); /* of that, of heap 0 */
 uint64_t vkw_objects(void);
 /* Messages of the validation layer, leaks, and what else was wrong: how many, and the first of them. */
 int vkw_problems(char *text, size_t size);
