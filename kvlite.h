@@ -16,7 +16,8 @@
      >>blocks >>prefix >>steps     slabs and blocks; the prefix tree; sequences and rows into pages
      >>sched                       which tokens run next
      >>events                      the recording of what plans depend on
-     >>cpu >>null >>cuda           backends
+     >>cpu >>null                  backends
+     >>tables >>cuda >>vulkan      steps as kernels on a GPU read them; its backends
      >>public >>validate           create, destroy, checks of arguments; every invariant
 
    HOW TO BUILD
@@ -34,6 +35,7 @@
                         "kernels_cuda/kvlite_cuda_kernels.h" or "kvlite_cuda_kernels.h" where the compiler
                         finds it. A driver (libcuda) is looked for when a context is created; nothing of CUDA is
                         needed to compile or link (before glibc 2.34: -ldl)
+         KVL_NO_VULKAN, KVL_VULKAN_KERNELS  the same of Vulkan: "kernels_vulkan/kvlite_vulkan_kernels.h", libvulkan
 
    STEP BY STEP
      1. Describe the model in a kvl_geometry and a budget in kvl_cache_desc.device_bytes;
@@ -69,7 +71,7 @@
      thread-safe. Different caches are independent.
 
    WHAT IT DOES NOT DO (yet)
-     Vulkan, host and disk tiers, drafts, latent (MLA) layouts, cross-layer sharing, recurrent state: refused
+     Host and disk tiers, drafts, latent (MLA) layouts, cross-layer sharing, recurrent state: refused
      by name where asked for.
 
    Licence: MIT or public domain, as you choose; see LICENSE. */
@@ -241,6 +243,7 @@ typedef enum kvl_backend_kind {
     KVL_BACKEND_NULL,
     KVL_BACKEND_CPU,
     KVL_BACKEND_CUDA,
+    KVL_BACKEND_VULKAN,
     KVL_BACKEND_FORCE_INT_ = 0x7fffffff
 } kvl_backend_kind;
 typedef enum kvl_simd {
@@ -267,8 +270,41 @@ typedef uint64_t (*kvl_clock_fn)(void *user);
 /* (On the CPU a task takes up to 96 KB of stack.) */
 typedef void (*kvl_parallel_fn)(void *user, uint32_t n, void (*fn)(void *arg, uint32_t i), void *arg);
 
+/* Of a device for Vulkan: what the shaders may use (all is optional). */
+enum {
+    KVL_VULKAN_FP16 = 1,      /* shaderFloat16 of VK_KHR_shader_float16_int8 */
+    KVL_VULKAN_STORAGE16 = 2, /* storageBuffer16BitAccess */
+    KVL_VULKAN_SUBGROUP = 4,  /* shuffles in compute shaders (no feature of a device has to be enabled) */
+    KVL_VULKAN_SUBGROUP_SIZE =
+        8, /* subgroupSizeControl and computeFullSubgroups of VK_EXT_subgroup_size_control */
+    KVL_VULKAN_MEMORY_BUDGET = 16 /* VK_EXT_memory_budget */
+};
+
+/* Vulkan 1.1. All null: an instance and a device of kvlite's own, through the loader that is installed (libvulkan.so.1,
+   vulkan-1.dll, libvulkan.1.dylib or libMoltenVK.dylib). Lent: the first four together. They are an instance for Vulkan
+   1.1 or later, a device created with shaderStorageBufferArrayDynamicIndexing, and one of its queues that can compute;
+   they outlive the contexts. */
+typedef struct kvl_vulkan_desc {
+    void *instance, *physical_device, *device, *queue; /* VkInstance, VkPhysicalDevice, VkDevice, VkQueue */
+    uint32_t queue_family;                             /* of the lent queue */
+    uint32_t features; /* lent: the KVL_VULKAN_* that the device was created with */
+    /* vkGetInstanceProcAddr of a loader of the app's; null: the one that is installed */
+    void *(*get_instance_proc_addr)(void *instance, const char *name);
+    /* Around every use of the lent queue, with the desc's user; null: no other thread uses it while one is in a call of
+       kvlite. (Caches of one context, on whatever threads, lock each other out by themselves.) */
+    void (*lock)(void *user);
+    void (*unlock)(void *user);
+    uint32_t without; /* KVL_VULKAN_FP16, STORAGE16, SUBGROUP: not to be used though they are there */
+    uint32_t
+        device_index; /* where none is lent: 0 = the best (a GPU with memory of its own before an integrated one
+                              before others; AUTO takes no CPU), else 1 + its place in the instance's list */
+    const void *
+        cache; /* [cache_bytes] what kvl_vulkan_cache gave an earlier run, or null. What another driver wrote, */
+    size_t cache_bytes; /* or is damaged, is not used, and the report says so */
+} kvl_vulkan_desc;
+
 typedef struct kvl_context_desc {
-    kvl_backend_kind backend; /* AUTO: the first that works of CUDA, CPU */
+    kvl_backend_kind backend; /* AUTO: the first that works of CUDA, Vulkan, CPU */
     kvl_simd simd;            /* AUTO: the best this CPU has; a path it lacks is UNSUPPORTED */
     uint32_t n_threads; /* built-in pool: threads in all, at most 1024; 0 or 1 = none. With parallel_for: how
                            many it has, 0 = 2 */
@@ -280,9 +316,10 @@ typedef struct kvl_context_desc {
        CUstream). Null: the device's primary context, and a stream a cache that is ordered with the legacy default
        stream. Caches that share a lent stream have one owner thread. */
     void *cuda_context, *cuda_stream;
-    uint32_t cuda_device; /* which one, where no context is lent */
-    void *user;           /* handed to every callback */
-    char *error;          /* where a failed create writes why, at most error_size bytes; may be null */
+    uint32_t cuda_device;   /* which one, where no context is lent */
+    kvl_vulkan_desc vulkan; /* Vulkan: what is lent, or which device to take */
+    void *user;             /* handed to every callback */
+    char *error;            /* where a failed create writes why, at most error_size bytes; may be null */
     size_t error_size;
 } kvl_context_desc;
 
@@ -293,7 +330,7 @@ KVL_API void kvl_context_destroy(kvl_context *ctx);
 /* "cpu (avx512)", and a line a backend: why it was chosen or skipped. Any thread; "" for null. */
 KVL_API const char *kvl_context_backend(const kvl_context *ctx);
 KVL_API const char *kvl_context_report(const kvl_context *ctx);
-/* What the driver said when it last failed: its number (a CUresult), 0 = it never did, and *text (may be null)
+/* What the driver said when it last failed: its number (a CUresult, a VkResult), 0 = it never did, and *text (may be null)
    its name and meaning, which later failures overwrite. Not while another thread is inside a call. */
 KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
 /* After DEVICE_LOST, with a lent CUcontext that is dead: another one of the same device, and a CUstream of it or null,
@@ -301,6 +338,11 @@ KVL_API int kvl_native_error(const kvl_context *ctx, const char **text);
    INVALID_ARG (not CUDA, nothing was lent, another device), BUSY (the device is not lost), DEVICE_LOST (this one
    is dead, too). No other thread may be inside a call. */
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream);
+/* The same with Vulkan: instance, physical_device, device, queue, queue_family and features of desc take the place of
+   those that were lent. The lost device must still be there: what kvlite has in it is destroyed by this call; the device
+   itself is the app's to destroy then. INVALID_ARG (not Vulkan, nothing was lent, one of the four is null, another GPU),
+   BUSY (the device is not lost), DEVICE_LOST (this one does not work, either). No other thread may be inside a call. */
+KVL_API kvl_result kvl_context_lend_vulkan(kvl_context *ctx, const kvl_vulkan_desc *desc);
 
 typedef struct kvl_memory_info {
     uint64_t total;  /* of the device memory that KV blocks stand in */
@@ -331,10 +373,12 @@ typedef struct kvl_cache_desc {
     uint32_t lookup_hash_bits; /* testing: keep only so many bits of the prefix lookup hash, to force
                                   collisions; 0 = all */
     uint64_t slab_granularity; /* slabs of its size or more are multiples of it; 0 = the backend's (replay) */
+    uint64_t slab_bytes;       /* of a slab; 0 = chosen (replay) */
     bool no_prefix_cache;      /* keep nothing of closed sequences */
-    bool device_tensors; /* CUDA: every tensor will be in device memory; no staging is taken for others */
-    bool poison;         /* debugging: fill freed and fresh blocks with NaN */
-    char *error;         /* where a failed create writes why, at most error_size bytes; may be null */
+    bool
+        device_tensors; /* CUDA, Vulkan: every tensor will be in device memory; no staging is taken for others */
+    bool poison;        /* debugging: fill freed and fresh blocks with NaN */
+    char *error;        /* where a failed create writes why, at most error_size bytes; may be null */
     size_t error_size;
 } kvl_cache_desc;
 
@@ -359,8 +403,9 @@ KVL_API const char *kvl_last_error(const kvl_cache *cache);
 KVL_API kvl_result kvl_cache_resize(kvl_cache *cache, uint64_t device_bytes, uint64_t *held_bytes);
 /* After DEVICE_LOST: starts the device again and forgets all KV: requests of the scheduler wait with their tokens
    and are computed again, the caller's sequences stay open with length 0, pins are gone. Where no context was lent
-   the device's primary context is reset, and with it all that this process has on the device: an app with device
-   memory of its own lends its context, and another with kvl_context_lend if that is dead. Each cache of the
+   the device's primary context is reset, and with it all that this process has on the device (Vulkan: kvlite's own
+   device is created again): an app with device memory of its own lends its context, and another with kvl_context_lend
+   (kvl_context_lend_vulkan) if that is dead. Each cache of the
    context recovers for itself, not while another thread is inside a call on one of them. A cache whose device is
    well forgets its KV all the same. Errors: BUSY (abort the step first), DEVICE_LOST (it did not start: try
    later), OUT_OF_DEVICE_MEMORY (fewer slabs than before). Owner thread. */
@@ -497,8 +542,9 @@ typedef struct kvl_step {
     void *const *logit_users;       /* [n_logits] user pointer of that request */
     uint32_t n_groups;
     const kvl_span_blocks *blocks; /* [n_groups][n_spans] */
-    const uint64_t *block_address; /* by block id: address in device memory */
-    const uint32_t *layer_group;   /* [n_layers] */
+    const uint64_t
+        *block_address; /* by block id: address in device memory; Vulkan: 1 + slab << 32 | bytes into it */
+    const uint32_t *layer_group; /* [n_layers] */
     uint32_t n_copies; /* copy-on-write and partial reuse; already done by the library's own backends */
     const kvl_copy *copies;
     /* slot s of the exact scratch stands at scratch_address + s * scratch_slot_bytes: one layer's tiles, laid
@@ -538,11 +584,13 @@ typedef enum kvl_memory {
 } kvl_memory;
 
 typedef struct kvl_tensor {
-    void *data; /* [rows][heads][dim], in device memory a CUdeviceptr */
+    void *data; /* [rows][heads][dim], in device memory a CUdeviceptr, or a VkBuffer made for storage */
     kvl_dtype dtype;
     size_t row_stride;  /* in elements; 0 = heads * dim */
     size_t head_stride; /* in elements; 0 = dim */
     kvl_memory memory;  /* all four of a call alike */
+    uint64_t offset;    /* into a VkBuffer, in bytes, a multiple of an element; elsewhere 0. Without
+                           KVL_VULKAN_STORAGE16, offset and strides of a 16-bit out are multiples of 2 elements */
 } kvl_tensor;
 
 /* Appends this layer's k and v (after RoPE) and attends. q [n_tokens][n_q_heads][k_dim], k
@@ -552,7 +600,8 @@ typedef struct kvl_tensor {
    in the same step may come out NaN, too. Errors: INVALID_ARG, MISMATCH (not the open step, a layer twice),
    DEVICE_LOST, OUT_OF_DEVICE_MEMORY; after an error of the device the step must be aborted. Owner thread. Blocks
    until done with tensors in host memory; with tensors in device memory it enqueues and returns, and may be
-   captured into a CUDA graph. Source: online softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023
+   captured into a CUDA graph. (Vulkan: it submits to the queue, after what was submitted there before, and with barriers
+   before and after: the app needs none.) Source: online softmax, Milakov & Gimelshein 2018; split-KV merge, Dao et al. 2023
    (Flash-Decoding); paging, Kwon et al. 2023. */
 KVL_API kvl_result kvl_attend(kvl_cache *cache, const kvl_step *step, uint32_t layer, const kvl_tensor *q,
                               const kvl_tensor *k, const kvl_tensor *v, const kvl_tensor *out);
@@ -564,6 +613,11 @@ KVL_API kvl_result kvl_step_layer_done(kvl_cache *cache, const kvl_step *step, u
 /* All layers of this step were run by replaying a CUDA graph, captured in a step with the same graph_key. MISMATCH
    (not the open step), UNSUPPORTED (not CUDA). Owner thread. */
 KVL_API kvl_result kvl_step_replayed(kvl_cache *cache, const kvl_step *step);
+/* Vulkan: from now on kvl_attend of this step, with tensors in device memory, records into this VkCommandBuffer, which is in
+   the recording state, outside of a render pass, and of the queue's family, and submits nothing; null: it submits again. The
+   app submits it to the queue of the context, once, and it has completed before kvl_step_end, kvl_sched_commit or an abort.
+   INVALID_ARG, MISMATCH (not the open step), UNSUPPORTED (not Vulkan), DEVICE_LOST. Owner thread. */
+KVL_API kvl_result kvl_step_record(kvl_cache *cache, const kvl_step *step, void *command_buffer);
 /* Has the sequence committed a row that was not finite? false for a handle that is not open. Owner thread. */
 KVL_API bool kvl_seq_tainted(const kvl_cache *cache, kvl_seq seq);
 
@@ -663,12 +717,12 @@ KVL_API const char *kvl_sched_last_error(const kvl_sched *sched); /* of the owne
    (7 bits a byte, lowest first; top bit: more follow). ~: zigzag (2n, or -2n - 1 below 0). tokens: of each the
    ~difference to the one before, of the first to 0. clock: the ~difference in ns to the last one recorded, of
    the first to 0. double and digest are 8 bytes.
-     Description: u32 KVL_VERSION; flags (1 fresh, 2 slab_granularity is at its end); the geometry's n_layers, n_q_heads, n_kv_heads, k_dim, v_dim,
+     Description: u32 KVL_VERSION; flags (1 fresh, 2 slab_granularity is at its end, 4 slab_bytes is); the geometry's n_layers, n_q_heads, n_kv_heads, k_dim, v_dim,
    block_tokens, k_format, v_format, exact_format, sink_blocks, segment_tokens, fingerprint; each layer's window,
    sink_tokens, k_format, v_format; the cache's device_bytes and max_device_bytes, both less what attention takes
    of them on the backend, max_sequences, max_seq_tokens, max_step_tokens, lookup_hash_bits, no_prefix_cache; the
    scheduler's policy, max_running, max_waiting, token_pool_bytes, step_tokens, min_chunk, refuse_over_gap,
-   fixed_cost, double max_gap_ms and all of cost; slab_granularity where it is more than 1.
+   fixed_cost, double max_gap_ms and all of cost; slab_granularity where it is more than 1; slab_bytes.
      Requests are numbered from 0 as they arrive, forks among them. A sequence is 2 * its slot or, the
    scheduler's, 2 * its request + 1. What stands after "gives" came out: a replay compares it. */
 typedef enum kvl_event {
@@ -1200,6 +1254,7 @@ struct kvl_context {
     kvl_context_desc desc;
     const struct kvli_backend *backend;
     struct kvli_cu *cu; /* >>cuda; null where another backend was chosen */
+    struct kvli_vk *vk; /* >>vulkan; likewise */
     int native;         /* what the driver said when it last failed, and in words */
     char native_text[160];
     kvl_simd simd;
@@ -2430,7 +2485,7 @@ typedef struct kvli_backend {
     void (*close)(kvl_context *ctx);
     bool (*supports)(kvl_format format, bool is_key, uint32_t block_tokens, uint32_t dim, const char **why);
     /* For a geometry that is resolved: sets workspace_bytes, backend_bytes (of the arena), pinned_bytes and, if
-       it is 0, desc.slab_granularity. Says why not in the cache's error. */
+       it is 0, desc.slab_granularity; may set slab_most and slabs_most. Says why not in the cache's error. */
     kvl_result (*plan)(kvl_cache *c);
     kvl_result (*start)(kvl_cache *c); /* the arena is there; stop takes what a failed start left */
     void (*stop)(kvl_cache *c);
@@ -2569,6 +2624,8 @@ struct kvl_cache {
     uint64_t least_bytes; /* for one sequence of two blocks */
     uint32_t until_poll;  /* steps until the device is asked for its room again */
     size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
+    uint64_t slab_most; /* bytes of a slab, and how many, that the device can have; 0: any */
+    uint32_t slabs_most;
     uint64_t scratch, workspace;        /* addresses, 0 while the budget is below them */
     void *backend_state;                /* [backend_bytes] of the arena */
     size_t backend_bytes, pinned_bytes; /* pinned: host memory that the backend takes itself */
@@ -4903,7 +4960,8 @@ static void kvli_record_begin(kvl_sched *s) {
     s->record.used = KVLI_CHUNK_HEAD;
     kvli_put_le(head + KVLI_CHUNK_HEAD, KVL_VERSION, 4);
     s->record.used += 4;
-    kvli_put(s, fresh | (c->desc.slab_granularity > 1 ? 2u : 0));
+    bool chosen = c->slabs_most || c->desc.slab_bytes; /* by what a device can have */
+    kvli_put(s, fresh | (c->desc.slab_granularity > 1 ? 2u : 0) | (chosen ? 4u : 0));
     kvli_record_geometry(s);
     uint64_t now = kvli_less_workspace(c, c->stats.device_budget);
     const uint64_t of_cache[] = {now ? now : 1,           kvli_less_workspace(c, c->desc.max_device_bytes),
@@ -4919,6 +4977,7 @@ static void kvli_record_begin(kvl_sched *s) {
     for (size_t i = 0; i < sizeof of_sched / sizeof *of_sched; i++) kvli_put(s, of_sched[i]);
     for (size_t i = 0; i < sizeof costs / sizeof *costs; i++) kvli_put_double(s, costs[i]);
     if (c->desc.slab_granularity > 1) kvli_put(s, c->desc.slab_granularity);
+    if (chosen) kvli_put(s, c->slab_bytes);
 }
 
 /* ---- events ---- */
@@ -9064,6 +9123,355 @@ static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
 }
 #endif
 
+/* ==== >>vulkan: any GPU with Vulkan 1.1 ====
+   A slab is a buffer; an address is its bank (0: scratch and workspace, 1 + s: slab s) << 32 | bytes into it. Shaders get
+   all banks as an array of storage buffers, and which block of threads does what from the step's tables, which the host
+   writes into memory that both see. A layer's call records dispatches (store; decode and prefill; merge) into a command
+   buffer and submits it; where an app's command buffer was lent, it only records. */
+#if KVLI_VULKAN
+#if UINTPTR_MAX <= 0xffffffffu
+#error "kvlite's Vulkan backend is for programs of 64 bits"
+#endif
+enum {
+    KVLI_VK_RING = 8,         /* submits that may be under way */
+    KVLI_VK_MORE_BUFFERS = 7, /* storage buffers of a pipeline besides banks */
+    KVLI_VK_MOST_SLABS = 511,
+    KVLI_VK_COPY_GROUPS = 8 /* workgroups that share the copy of a block */
+};
+/* Drivers stop what runs for more than about 2 s: multiply-adds (twice, of keys and of values) and bytes in a submit. */
+static const uint64_t kvli_vk_submit_work = 1ull << 33, kvli_vk_submit_bytes = 1ull << 30;
+
+/* What of a device is used. */
+typedef struct kvli_vk_caps {
+    uint32_t variants;      /* KVLI_VK_FP16 | KVLI_VK_STORAGE16 | KVLI_VK_SUBGROUP that may be used */
+    uint32_t subgroup_size; /* that pipelines get */
+    bool size_control;      /* a stage must ask for it, and for full subgroups */
+    bool unified, is_cpu, memory_budget;
+    uint32_t max_workgroup, max_shared, banks;
+    uint64_t max_range, max_alloc; /* bytes of a storage buffer, of memory allocated at once */
+} kvli_vk_caps;
+
+/* The device, of a context. */
+struct kvli_vk {
+    void *library;
+    kvli_vk_get_instance_proc get_proc;
+    kvli_vk_functions fn;
+    kvli_vk_instance instance;
+    kvli_vk_physical physical;
+    kvli_vk_device device;
+    kvli_vk_queue queue;
+    uint32_t family;
+    bool lent, renewed, lost; /* renewed: another device was lent */
+    uint32_t generation;      /* grows when the device is stopped or started: what was on it is gone */
+    kvli_vk_properties properties;
+    kvli_vk_memory_properties memory;
+    kvli_vk_caps caps;
+    bool has_locks;
+    kvli_mutex lock;       /* caches, pipelines */
+    kvli_mutex queue_lock; /* the queue */
+    kvl_cache *caches;     /* started; linked by their kvli_vk_cache.next */
+};
+
+/* A buffer with memory of its own; at: where the host sees it, or null. */
+typedef struct kvli_vk_piece {
+    kvli_vk_buffer buffer;
+    kvli_vk_memory memory;
+    uint8_t *at;
+} kvli_vk_piece;
+
+/* What a cache runs: the context's, by preset. */
+typedef struct kvli_vk_pipes {
+    kvli_vk_set_layout sets[2];
+    kvli_vk_pipeline_layout layout;
+    kvli_vk_pipeline store[16], decode[16], prefill[16], merge, copy;
+} kvli_vk_pipes;
+
+/* A cache's part of it. */
+typedef struct kvli_vk_cache {
+    kvl_cache *next;
+    uint32_t generation; /* of the device when it was started; 0: it is not */
+    bool spoilt;         /* a copy of blocks failed, so that its KV is gone */
+    kvli_gpu_tables tables;
+    kvli_vk_pipes pipes;
+    uint8_t *layer_preset; /* [n_layers] */
+    kvli_vk_piece *banks;  /* [n_banks]; unmapped ones are null */
+    uint32_t n_banks;      /* of the shaders' array: 1 + max_slabs, rounded up */
+    kvli_vk_piece host;    /* tables, then kvli_vk_layer[n_layers] and sink logits */
+    kvli_vk_piece in, out; /* staging: q, k, v; out, then taint [max_spans] */
+    size_t tables_bytes, layers_bytes, in_bytes, out_bytes;            /* out_bytes: without taint */
+    uint64_t partial_o, partial_ml, partial_o_bytes, partial_ml_bytes; /* in bank 0 */
+    kvli_vk_command_pool command_pool;
+    kvli_vk_commands commands[KVLI_VK_RING], record; /* record: lent for this step, or null */
+    kvli_vk_fence fence[KVLI_VK_RING];
+    uint32_t turn, pending; /* in the ring; bits of those submitted and not waited for */
+    bool open, moves;       /* commands[turn] is being recorded; copies of blocks are among it */
+    uint64_t work, bytes;   /* in it */
+    kvli_vk_set_pool set_pool;
+    kvli_vk_set *sets; /* pages and tables; staged k and v; staged q and out; k, v and q, out of each layer */
+} kvli_vk_cache;
+
+static kvli_vk_cache *kvli_vk_of(const kvl_cache *c) { return (kvli_vk_cache *)c->backend_state; }
+
+/* ---- errors ---- */
+static const char *kvli_vk_result_name(int e) {
+    switch (e) {
+    case KVLI_VK_TIMEOUT: return "VK_TIMEOUT: the device did not answer";
+    case KVLI_VK_ERROR_OUT_OF_HOST_MEMORY: return "VK_ERROR_OUT_OF_HOST_MEMORY";
+    case KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY: return "VK_ERROR_OUT_OF_DEVICE_MEMORY";
+    case KVLI_VK_ERROR_INITIALIZATION_FAILED: return "VK_ERROR_INITIALIZATION_FAILED";
+    case KVLI_VK_ERROR_DEVICE_LOST: return "VK_ERROR_DEVICE_LOST";
+    case KVLI_VK_ERROR_MEMORY_MAP_FAILED: return "VK_ERROR_MEMORY_MAP_FAILED";
+    case KVLI_VK_ERROR_LAYER_NOT_PRESENT: return "VK_ERROR_LAYER_NOT_PRESENT";
+    case KVLI_VK_ERROR_EXTENSION_NOT_PRESENT: return "VK_ERROR_EXTENSION_NOT_PRESENT";
+    case KVLI_VK_ERROR_FEATURE_NOT_PRESENT: return "VK_ERROR_FEATURE_NOT_PRESENT";
+    case KVLI_VK_ERROR_INCOMPATIBLE_DRIVER: return "VK_ERROR_INCOMPATIBLE_DRIVER";
+    case KVLI_VK_ERROR_TOO_MANY_OBJECTS: return "VK_ERROR_TOO_MANY_OBJECTS";
+    case KVLI_VK_ERROR_FRAGMENTED_POOL: return "VK_ERROR_FRAGMENTED_POOL";
+    case KVLI_VK_ERROR_OUT_OF_POOL_MEMORY: return "VK_ERROR_OUT_OF_POOL_MEMORY";
+    default: return "an unknown error";
+    }
+}
+
+static kvl_result kvli_vk_fail(kvl_context *ctx, kvli_text text, int e, const char *call) {
+    bool full = e == KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY || e == KVLI_VK_ERROR_TOO_MANY_OBJECTS ||
+                e == KVLI_VK_ERROR_FRAGMENTED_POOL || e == KVLI_VK_ERROR_OUT_OF_POOL_MEMORY ||
+                e == KVLI_VK_ERROR_MEMORY_MAP_FAILED;
+    kvl_result r = full                                    ? KVL_OUT_OF_DEVICE_MEMORY
+                   : e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY
+                                                           : KVL_DEVICE_LOST;
+    ctx->native = e;
+    snprintf(ctx->native_text, sizeof ctx->native_text, "%s: %s (%d)", call, kvli_vk_result_name(e), e);
+    ctx->vk->lost = ctx->vk->lost || r == KVL_DEVICE_LOST;
+    return kvli_fail(ctx, text, r, "%s", ctx->native_text);
+}
+static bool kvli_vk_failed(int e) { return e < 0 || e == KVLI_VK_TIMEOUT || e == KVLI_VK_NOT_READY; }
+static kvl_result kvli_vk_ok(kvl_cache *c, int e, const char *call) {
+    return kvli_vk_failed(e) ? kvli_vk_fail(c->ctx, kvli_err(c), e, call) : KVL_OK;
+}
+
+static kvl_result kvli_vk_check(kvl_cache *c) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    if (vk->lost) return KVLI_ERROR(c, KVL_DEVICE_LOST, "the device is lost (%s)", c->ctx->native_text);
+    if (vk->generation != kvli_vk_of(c)->generation)
+        return KVLI_ERROR(c, KVL_DEVICE_LOST, "the device was started again: the KV of this cache is gone");
+    if (kvli_vk_of(c)->spoilt)
+        return KVLI_ERROR(c, KVL_DEVICE_LOST, "a copy of blocks failed: the KV of this cache is gone");
+    return KVL_OK;
+}
+
+/* ---- open: loader, instance, device ---- */
+static kvl_result kvli_vk_refuse(kvl_context *ctx, kvli_text why, int e, const char *call) {
+    const char *hint =
+        e == KVLI_VK_ERROR_INCOMPATIBLE_DRIVER ? "no driver for Vulkan 1.1 is installed; " : "";
+    kvli_vk_fail(ctx, kvli_text_at(NULL, 0), e, call);
+    return kvli_fail(NULL, why,
+                     e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY : KVL_NO_BACKEND, "%s%s",
+                     hint, ctx->native_text);
+}
+
+static void *kvli_vk_library(void) {
+#if defined(_WIN32)
+    static const char *const names[] = {"vulkan-1.dll"};
+#elif defined(__APPLE__)
+    static const char *const names[] = {"libvulkan.1.dylib", "libMoltenVK.dylib"};
+#else
+    static const char *const names[] = {"libvulkan.so.1", "libvulkan.so"};
+#endif
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        void *library = kvli_gpu_library(names[i]);
+        if (library) return library;
+    }
+    return NULL;
+}
+
+/* A function of the instance (null: of the loader), or of the device if there is one; to: a pointer to a function. */
+static bool kvli_vk_load(struct kvli_vk *vk, const char *symbol, void *to) {
+    kvli_vk_function at =
+        vk->device ? vk->fn.get_device_proc(vk->device, symbol) : vk->get_proc(vk->instance, symbol);
+    memcpy(to, &at, sizeof at);
+    return at != NULL;
+}
+/* In a function with vk and why. */
+#define KVLI_VK_LOAD_(name, symbol, result, args) \
+    if (!kvli_vk_load(vk, symbol, &vk->fn.name))  \
+        return kvli_fail(NULL, why, KVL_NO_BACKEND, "the loader or the driver is too old: no %s", symbol);
+
+static bool kvli_vk_listed(const kvli_vk_extension *list, uint32_t n, const char *name) {
+    for (uint32_t i = 0; i < n; i++)
+        if (strcmp(list[i].name, name) == 0) return true;
+    return false;
+}
+
+/* Which of the named extensions the instance (or the device, if given) has: a bit each. */
+static kvl_result kvli_vk_extensions(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
+                                     const char *const *names, uint32_t n_names, uint32_t *bits) {
+    struct kvli_vk *vk = ctx->vk;
+    const char *call =
+        device ? "vkEnumerateDeviceExtensionProperties" : "vkEnumerateInstanceExtensionProperties";
+    uint32_t n = 0;
+    *bits = 0;
+    int e = device ? vk->fn.device_extensions(device, NULL, &n, NULL)
+                   : vk->fn.instance_extensions(NULL, &n, NULL);
+    if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, call);
+    if (!n) return KVL_OK;
+    size_t bytes = n * sizeof(kvli_vk_extension);
+    kvli_vk_extension *list = (kvli_vk_extension *)kvli_alloc(ctx, bytes);
+    if (!list) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    e = device ? vk->fn.device_extensions(device, NULL, &n, list)
+               : vk->fn.instance_extensions(NULL, &n, list);
+    for (uint32_t i = 0; i < n_names && !kvli_vk_failed(e); i++)
+        *bits |= (uint32_t)kvli_vk_listed(list, n, names[i]) << i;
+    kvli_free(ctx, list, bytes);
+    return kvli_vk_failed(e) ? kvli_vk_refuse(ctx, why, e, call) : KVL_OK;
+}
+
+static kvl_result kvli_vk_start_instance(kvl_context *ctx, kvli_text why) {
+    struct kvli_vk *vk = ctx->vk;
+    static const char *const names[] = {"VK_KHR_portability_enumeration"}; /* (MoltenVK is no whole Vulkan) */
+    kvli_vk_application application;
+    kvli_vk_instance_info info;
+    uint32_t portable = 0;
+    if (!vk->lent) {
+        KVLI_VK_GLOBAL_FUNCTIONS(KVLI_VK_LOAD_)
+        kvl_result r = kvli_vk_extensions(ctx, why, NULL, names, 1, &portable);
+        if (r != KVL_OK) return r;
+        memset(&application, 0, sizeof application);
+        memset(&info, 0, sizeof info);
+        application.type = KVLI_VK_TYPE_APPLICATION;
+        application.engine = "kvlite";
+        application.engine_version = KVL_VERSION;
+        application.api_version = KVLI_VK_API_1_1;
+        info.type = KVLI_VK_TYPE_INSTANCE;
+        info.application = &application;
+        info.flags = portable ? KVLI_VK_INSTANCE_PORTABILITY : 0;
+        info.n_extensions = portable;
+        info.extensions = names;
+        int e = vk->fn.create_instance(&info, NULL, &vk->instance);
+        if (kvli_vk_failed(e)) vk->instance = NULL;
+        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkCreateInstance");
+    }
+    KVLI_VK_INSTANCE_FUNCTIONS(KVLI_VK_LOAD_)
+    return KVL_OK;
+}
+
+/* The extensions of a device that are used where they are there. */
+enum {
+    KVLI_VK_EXT_FLOAT16,
+    KVLI_VK_EXT_SUBGROUP_SIZE,
+    KVLI_VK_EXT_BUDGET,
+    KVLI_VK_EXT_PORTABLE,
+    KVLI_VK_EXTS
+};
+static const char *const kvli_vk_device_extensions[KVLI_VK_EXTS] = {
+    "VK_KHR_shader_float16_int8", "VK_EXT_subgroup_size_control", "VK_EXT_memory_budget",
+    "VK_KHR_portability_subset"};
+
+/* What a device says of itself: features as KVL_VULKAN_* (of a lent one: as the app says). */
+typedef struct kvli_vk_probe {
+    kvli_vk_properties properties;
+    kvli_vk_subgroup_properties subgroup;
+    kvli_vk_subgroup_size_properties sizes;
+    kvli_vk_maintenance3_properties more;
+    uint32_t extensions, features, family;
+    bool buffer_arrays, computes;
+} kvli_vk_probe;
+
+static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
+    kvli_vk_features f;
+    kvli_vk_storage16_features storage;
+    kvli_vk_float16_features half;
+    kvli_vk_subgroup_size_features size;
+    memset(&f, 0, sizeof f);
+    memset(&storage, 0, sizeof storage);
+    memset(&half, 0, sizeof half);
+    memset(&size, 0, sizeof size);
+    f.type = KVLI_VK_TYPE_FEATURES;
+    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
+    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
+    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
+    f.next = &storage;
+    if (p->extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
+        half.next = f.next;
+        f.next = &half;
+    }
+    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) {
+        size.next = f.next;
+        f.next = &size;
+    }
+    vk->fn.features(device, &f);
+    p->buffer_arrays = f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
+    p->features = (half.float16 ? KVL_VULKAN_FP16 : 0) | (storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
+                  KVL_VULKAN_SUBGROUP | (size.control && size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
+                  (p->extensions >> KVLI_VK_EXT_BUDGET & 1 ? KVL_VULKAN_MEMORY_BUDGET : 0);
+}
+
+static void kvli_vk_probe_family(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
+    kvli_vk_queue_family families[16]; /* one that does nothing but compute, where there is one */
+    uint32_t n = sizeof families / sizeof *families;
+    vk->fn.queue_families(device, &n, families);
+    for (uint32_t i = n; i-- > 0;) {
+        bool alone = !(families[i].flags & KVLI_VK_QUEUE_GRAPHICS);
+        if (!(families[i].flags & KVLI_VK_QUEUE_COMPUTE) || !families[i].count) continue;
+        if (!p->computes || alone || families[p->family].flags & KVLI_VK_QUEUE_GRAPHICS) p->family = i;
+        p->computes = true;
+    }
+}
+
+static kvl_result kvli_vk_probe_device(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
+                                       kvli_vk_probe *p) {
+    const struct kvli_vk *vk = ctx->vk;
+    const kvl_vulkan_desc *d = &ctx->desc.vulkan;
+    memset(p, 0, sizeof *p);
+    kvl_result r =
+        kvli_vk_extensions(ctx, why, device, kvli_vk_device_extensions, KVLI_VK_EXTS, &p->extensions);
+    if (r != KVL_OK) return r;
+    p->properties.type = KVLI_VK_TYPE_PROPERTIES;
+    p->subgroup.type = KVLI_VK_TYPE_SUBGROUP_PROPERTIES;
+    p->more.type = KVLI_VK_TYPE_MAINTENANCE3_PROPERTIES;
+    p->sizes.type = KVLI_VK_TYPE_SUBGROUP_SIZE_PROPERTIES;
+    p->properties.next = &p->subgroup;
+    p->subgroup.next = &p->more;
+    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) p->more.next = &p->sizes;
+    vk->fn.properties(device, &p->properties);
+    p->properties.next = p->subgroup.next = p->more.next = NULL;
+    kvli_vk_probe_features(vk, device, p);
+    kvli_vk_probe_family(vk, device, p);
+    if (vk->lent) {
+        p->features = d->features;
+        p->family = d->queue_family;
+    }
+    return KVL_OK;
+}
+
+/* Storage buffers that a pipeline can have, less those that are no banks. */
+static uint32_t kvli_vk_banks_of(const kvli_vk_probe *p) {
+    const kvli_vk_limits *l = &p->properties.limits;
+    uint32_t n = kvli_min_u32(kvli_min_u32(l->stage_storage_buffers, l->set_storage_buffers),
+                              kvli_min_u32(l->stage_resources, p->more.set_descriptors));
+    return n > KVLI_VK_MORE_BUFFERS ? kvli_min_u32(n - KVLI_VK_MORE_BUFFERS, 1 + KVLI_VK_MOST_SLABS) : 0;
+}
+
+/* How good a device is; 0: it will not do, and why. */
+static uint32_t kvli_vk_rate(const kvl_context *ctx, const kvli_vk_probe *p, kvli_text why) {
+    static const uint8_t by_type[] = {2, 4, 5, 3, 1}; /* other, integrated, discrete, virtual, CPU */
+    uint32_t version = p->properties.api_version, sort = (uint32_t)p->properties.device_type;
+    const char *name = p->properties.name;
+    const char *lack = NULL;
+    if (version < KVLI_VK_API_1_1)
+        lack = "is for Vulkan 1.0, 1.1 is needed: look for a newer driver";
+    else if (!p->computes)
+        lack = "has no queue that computes";
+    else if (!p->buffer_arrays)
+        lack = "has no shaderStorageBufferArrayDynamicIndexing";
+    else if (kvli_vk_banks_of(p) < 2)
+        lack = "has too few storage buffers for a shader";
+    else if (sort == KVLI_VK_DEVICE_CPU && ctx->desc.backend == KVL_BACKEND_AUTO && !ctx->vk->lent)
+        lack = "is a CPU: ask for the backend vulkan to use it";
+    if (lack) kvli_fail(NULL, why, KVL_NO_BACKEND, "%.64s %s", name, lack);
+    return lack ? 0 : sort < sizeof by_type ? by_type[sort] : 2;
+}
+#endif
+
 /* In the order that AUTO tries them. */
 /* clang-format off */
 static const kvli_backend kvli_backends[] = {
@@ -9460,23 +9868,26 @@ static uint64_t kvli_slab_set(kvl_cache *c, size_t bytes,
         c->classes[k].per_slab = (uint32_t)(bytes / c->classes[k].bytes);
         c->max_per_slab = kvli_max_u32(c->max_per_slab, c->classes[k].per_slab);
     }
-    return budget / bytes;
+    return c->slabs_most && budget / bytes > c->slabs_most ? c->slabs_most : budget / bytes;
 }
 
 /* Slab size: at least the largest block and about 1/256 of the budget, chosen so that what the classes leave
-   over at its end, and the slab that each class has half empty, waste least. */
+   over at its end, and the slab that each class has half empty, waste least. 0: the device can have no such slabs. */
 static size_t kvli_slab_size(const kvl_cache *c, uint64_t budget) {
     size_t largest = kvli_largest_block(c), best = 0, unit = (size_t)c->desc.slab_granularity;
     double best_cost = 1e30;
     uint32_t classes = 0;
+    if (c->desc.slab_bytes) return (size_t)c->desc.slab_bytes;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) classes += c->classes[k].bytes != 0;
-    size_t base = budget / 256 > largest ? (size_t)(budget / 256) : largest;
+    uint64_t share = c->slabs_most && c->slabs_most < 256 ? budget / c->slabs_most + 1 : budget / 256;
+    size_t base = share > largest ? (size_t)share : largest;
     for (uint32_t k = 0; k < c->geo.n_groups * 2; k++) {
         size_t bytes = c->classes[k].bytes;
         if (!bytes) continue;
         for (size_t n = (base + bytes - 1) / bytes, i = 0; i < 16; i++, n++) {
             size_t size = n * bytes;
             if (size >= unit) size = (size + unit - 1) / unit * unit;
+            if (c->slab_most && size > c->slab_most) break;
             double slack = 0, weight = 0;
             for (uint32_t j = 0; j < c->geo.n_groups * 2; j++) {
                 if (!c->classes[j].bytes) continue;
@@ -9549,7 +9960,14 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
     uint64_t room = d->max_device_bytes > c->fixed_bytes ? d->max_device_bytes - c->fixed_bytes : 0,
              least = 0, slabs;
     kvli_need(c, 2 * T, T, need);
-    slabs = kvli_slab_set(c, kvli_slab_size(c, room), room);
+    size_t bytes = kvli_slab_size(c, room);
+    if (!bytes || bytes < kvli_largest_block(c))
+        return KVLI_ERROR(
+            c, KVL_UNSUPPORTED,
+            "max_device_bytes: %llu for blocks, of up to %zu bytes, are more than the %u buffers of %llu "
+            "bytes that this device can have",
+            (unsigned long long)room, kvli_largest_block(c), c->slabs_most, (unsigned long long)c->slab_most);
+    slabs = kvli_slab_set(c, bytes, room);
     if (!kvli_fits(c, need, (uint32_t)slabs, true, NULL)) slabs = kvli_slab_set(c, kvli_slab_least(c), room);
     if (!kvli_fits(c, need, (uint32_t)slabs, true, &least))
         return KVLI_ERROR(

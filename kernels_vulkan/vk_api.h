@@ -97,6 +97,7 @@ enum { /* bits and small enumerations */
        KVLI_VK_FEATURE_BUFFER_ARRAYS = 35, /* shaderStorageBufferArrayDynamicIndexing, in kvli_vk_features */
        KVLI_VK_FEATURE_COUNT = 55,
        KVLI_VK_SUBGROUP_BASIC = 1,
+       KVLI_VK_SUBGROUP_BALLOT = 8,
        KVLI_VK_SUBGROUP_SHUFFLE = 16,
        KVLI_VK_QUEUE_GRAPHICS = 1,
        KVLI_VK_QUEUE_COMPUTE = 2,

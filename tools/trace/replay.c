@@ -201,7 +201,7 @@ static void get_tokens(struct reader *r, const char *what, int32_t *to, uint32_t
 /* ---------------------------------------------------------------- the description */
 
 struct description {
-    bool fresh, granular;
+    bool fresh, granular, sized;
     uint32_t version;
     kvl_cache_desc cache;
     kvl_sched_desc sched;
@@ -231,6 +231,7 @@ static void read_description(struct reader *r, struct description *d) {
     uint64_t flags = get(r, "flags");
     d->fresh = flags & 1;
     d->granular = flags & 2;
+    d->sized = flags & 4;
     g->n_layers = get_u32(r, "n_layers");
     g->n_q_heads = get_u32(r, "n_q_heads");
     g->n_kv_heads = get_u32(r, "n_kv_heads");
@@ -266,6 +267,7 @@ static void read_description(struct reader *r, struct description *d) {
     s->cost.kv_megatoken_ms = get_double(r, "kv_megatoken_ms");
     s->cost.prefill_kv_megatoken_ms = get_double(r, "prefill_kv_megatoken_ms");
     if (d->granular) d->cache.slab_granularity = get(r, "slab_granularity");
+    if (d->sized) d->cache.slab_bytes = get(r, "slab_bytes");
 }
 
 /* ---------------------------------------------------------------- events */
