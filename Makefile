@@ -308,6 +308,9 @@ mock-cuda: $(MOCK)/libcuda.so.1 $(MOCK)/kernels_800.so ## build a CUDA driver wi
 $(MOCK_TESTS): $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 $(MOCK_TESTS): LIBS += $(MOCK)/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/../../mock_cuda'
 
+# Vulkan's loader, wrapped: tests/common/vk_wrap.h.
+$(filter %_vulkan %_vulkan_fault,$(TEST_PROGRAMS)): $(B)/obj/tests/common/vk_wrap.o
+
 $(B)/tests/unit/test_events: $(B)/obj/tools/trace/replay.o
 
 $(LLM_PROGRAMS) $(filter $(B)/tests/e2e/% $(B)/tests/fuzz/%,$(TEST_PROGRAMS) $(TEST_HELPERS)): $(B)/libllm.a
