@@ -78,4 +78,38 @@ KVLI_GPU_END(kvli_vk_layer);
      read     workgroups (any)                         for benchmarks: adds the sum of the words of bank `first`, n 16-byte units
                                                        from unit `list` on, to word 0 of the taint buffer (which keeps it from being
                                                        left out) */
+
+/* ---- launch shapes ---- */
+#define KVLI_VK_DECODE_TOKENS 4u /* that a slot takes at once, at most */
+
+/* The most packed rows of a decode item. */
+KVLI_GPU_FN kvli_u32 kvli_vk_decode_rows(kvli_u32 gqa) { return gqa <= 8u ? gqa : (gqa + 1u) / 2u; }
+
+/* Invocations of a decode workgroup: one subgroup on a CPU (whose cores run one workgroup each), two of 32 on a GPU: barriers
+   are cheap then, and there are many workgroups. subgroup_size: 0 without KVL_SUBGROUP. */
+KVLI_GPU_FN kvli_u32 kvli_vk_decode_workgroup(kvli_u32 subgroup_size, kvli_u32 is_cpu) {
+    return is_cpu != 0u ? (subgroup_size != 0u ? subgroup_size : 8u) : subgroup_size > 64u ? subgroup_size : 64u;
+}
+
+/* Invocations that share a token. On a CPU all. On a GPU no more than it takes to keep q and the sums in registers (128 of them),
+   but a sixteenth of the workgroup, so that it takes at most 16 tokens at once. Within a subgroup, if there are shuffles. */
+KVLI_GPU_FN kvli_u32 kvli_vk_decode_lanes(kvli_u32 dim, kvli_u32 rows, kvli_u32 workgroup, kvli_u32 subgroup_size,
+                                          kvli_u32 is_cpu) {
+    kvli_u32 most = subgroup_size != 0u && subgroup_size < workgroup ? subgroup_size : workgroup;
+    kvli_u32 lanes = is_cpu != 0u ? most : workgroup / 16u > 4u ? workgroup / 16u : 4u;
+    while (is_cpu == 0u && lanes < most && lanes < dim / 8u && rows * ((dim / 8u + lanes - 1u) / lanes) > 8u) lanes *= 2u;
+    while (lanes > most || lanes > dim / 8u) lanes /= 2u;
+    return lanes;
+}
+
+/* Bytes of shared memory of a decode workgroup. */
+KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32 block_tokens, kvli_u32 workgroup, kvli_u32 lanes,
+                                           kvli_u32 has_subgroups) {
+    kvli_u32 slots = workgroup / lanes, pieces = (dim / 8u + lanes - 1u) / lanes;
+    kvli_u32 tokens = block_tokens / slots < KVLI_VK_DECODE_TOKENS ? block_tokens / slots : KVLI_VK_DECODE_TOKENS;
+    kvli_u32 row = workgroup * pieces * 8u, scores = has_subgroups != 0u ? 0u : workgroup * tokens * rows;
+    return 4u * ((row > scores ? row : scores) + rows * dim + 2u * slots * rows);
+}
+
+#define KVLI_VK_MERGE_WORKGROUP 64u
 #endif

@@ -38,6 +38,10 @@ kvli_gpu_item kvl_item_at(uint i) {
     return kvli_gpu_item(tables[w], tables[w + 1], tables[w + 2], tables[w + 3], tables[w + 4], tables[w + 5], tables[w + 6],
                          tables[w + 7]);
 }
+kvli_gpu_merge kvl_merge_at(uint i) {
+    uint w = push.list + i * 8;
+    return kvli_gpu_merge(tables[w], tables[w + 1], tables[w + 2], tables[w + 3], tables[w + 4], uint[3](0, 0, 0));
+}
 uvec2 kvl_entry_at(uint i) {
     uint w = push.entries + i * 2;
     return uvec2(tables[w], tables[w + 1]);
