@@ -79,13 +79,15 @@ CUDA_CPU_TESTS += $(foreach t,$(filter $(CUDA_CPU_ALL_ARCHS),$(notdir $(CUDA_CPU
 KERNEL_SOURCES := $(wildcard kernels_cuda/*.cu)
 CUDA_CPU_OBJECTS := $(foreach a,$(CUDA_CPU_ARCHS),$(patsubst tests/cuda_cpu/%.cpp,$(B)/obj/cuda_cpu/$a/%.o,$(CUDA_CPU_SOURCES)) \
   $(patsubst kernels_cuda/%.cu,$(B)/obj/cuda_cpu/$a/%.o,$(KERNEL_SOURCES)))
+# Tests of Vulkan's shaders that share their cases with CUDA's.
+VULKAN_CPP_TESTS := $(if $(filter vulkan,$(TESTS)),$(patsubst %.cpp,$(B)/%,$(wildcard tests/vulkan/test_*.cpp)))
 MOCK := $(B)/mock_cuda
 MOCK_KERNELS := $(MOCK)/simple_kernels.so $(foreach a,$(CUDA_CPU_ARCHS),$(MOCK)/kernels_$a.so)
 
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
 FORMAT_FILES := kvlite.h $(C_SOURCES) \
   $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h) \
-  $(CUDA_CPU_SOURCES) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h kernels_cuda/tables.h
+  $(CUDA_CPU_SOURCES) $(wildcard tests/vulkan/*.cpp) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h kernels_cuda/tables.h
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
 COMPILED := $(OBJECTS) $(CUDA_CPU_OBJECTS) $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 
@@ -112,14 +114,14 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(B)/bench_cuda mock-cuda $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(B)/bench_cuda mock-cuda $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(VULKAN_CPP_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
 	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) \
-	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
+	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(VULKAN_CPP_TESTS)
 
 test-full: ## the same with all of the traces and texts, and what kvlite set out to reach with them
 	@$(MAKE) --no-print-directory test TESTS="$(TESTS) full" TEST_TIMEOUT=10800
 
-sanitized-test: $(TEST_PROGRAMS) $(CUDA_CPU_TESTS)
+sanitized-test: $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(VULKAN_CPP_TESTS)
 	@tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $^
 
 asan ubsan tsan: ## run the tests that need no model under a sanitizer
@@ -276,6 +278,11 @@ endef
 $(foreach a,$(CUDA_CPU_ARCHS),$(eval $(call cuda_cpu_arch,$a)))
 .SECONDARY: $(CUDA_CPU_OBJECTS)
 
+VULKAN_CPP_CXXFLAGS = -std=gnu++17 $(FLAGS_$(CONFIG)) $(WARNINGS) -I. -MMD -MP
+$(B)/tests/vulkan/%: tests/vulkan/%.cpp
+	@mkdir -p $(@D)
+	$(call say,CXX   $@)$(CXX) $(VULKAN_CPP_CXXFLAGS) $(CXXFLAGS) $(LDFLAGS) $< -MF $@.d -lcmocka $(LIBS) -o $@
+
 # (bench_cuda writes its JSON itself: machines with a GPU often have nothing but a compiler.)
 $(BENCH_PROGRAMS): $(B)/%: $(B)/obj/tools/bench/%.o $(B)/libllm.a $(B)/libkvlite.a
 	$(call say,LINK  $@)$(LINK) $(if $(filter %/bench_core,$@),-lcjson) $(LIBS) -o $@
@@ -329,4 +336,4 @@ $(VENV)/.report: tools/report/requirements.txt $(VENV)/.made
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
--include $(OBJECTS:.o=.d) $(wildcard $(B)/obj/cuda_cpu/*/*.d)
+-include $(OBJECTS:.o=.d) $(wildcard $(B)/obj/cuda_cpu/*/*.d) $(VULKAN_CPP_TESTS:=.d)

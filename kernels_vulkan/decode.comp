@@ -111,17 +111,19 @@ float kvl_dot(vec4 a, vec4 b, float sum) { return fma(a.x, b.x, fma(a.y, b.y, fm
 
 // Each lane's part of every score becomes the sum over the slot's lanes.
 #if KVL_SUBGROUP
-#define KVL_FROM(i) subgroupBroadcast(x, i)
+#define KVL_FOUR(i) \
+    ((subgroupBroadcast(x, i) + subgroupBroadcast(x, i + 1)) + (subgroupBroadcast(x, i + 2) + subgroupBroadcast(x, i + 3)))
 void kvl_sum_over_lanes() {
     [[unroll]] for (uint i = 0; i < SCORES; i++) {
-        float x = score[i];
-        if (SLOTS == 1 && LANES <= 16) { // the slot is a subgroup
-            x = (KVL_FROM(0) + KVL_FROM(1)) + (KVL_FROM(2) + KVL_FROM(3));
-            if (LANES >= 8) x += (KVL_FROM(4) + KVL_FROM(5)) + (KVL_FROM(6) + KVL_FROM(7));
+        float x = score[i], sum = x;
+        if (SLOTS == 1 && LANES >= 4 && LANES <= 16) { // the slot is a subgroup
+            sum = KVL_FOUR(0);
+            if (LANES >= 8) sum += KVL_FOUR(4);
+            if (LANES == 16) sum += KVL_FOUR(8) + KVL_FOUR(12);
         } else {
-            [[unroll]] for (uint apart = 1; apart < LANES; apart *= 2) x += subgroupShuffleXor(x, apart);
+            [[unroll]] for (uint apart = 1; apart < LANES; apart *= 2) sum += subgroupShuffleXor(sum, apart);
         }
-        score[i] = x;
+        score[i] = sum;
     }
 }
 #else
@@ -316,56 +318,69 @@ void kvl_rotate_sums() {
 }
 
 // ---- the end ----
-// The slots' sums together: of row r in kvl_total, m and l where slot 0 has them.
-void kvl_fold() {
+// The slots' sums together: sums in kvl_total, m and l where slot 0 has them. With one slot, each lane later reads what it wrote
+// itself, and no barrier is needed. (A barrier is dear where a CPU runs invocations.)
+void kvl_fold_row(uint r, vec4 sums[FOURS]) {
     uint me = gl_LocalInvocationID.x;
-    if (lane == 0) {
-        [[unroll]] for (uint r = 0; r < ROWS; r++) kvl_slot_m[slot * ROWS + r] = m[r], kvl_slot_l[slot * ROWS + r] = l[r];
+    [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) {
+        if (!kvl_has_piece(i / 8)) continue;
+        uint e = 8 * kvl_piece(i / 8) + i % 8;
+        if (SLOTS > 1)
+            kvl_work[slot * DIM + e] = sums[i / 4][i % 4];
+        else
+            kvl_total[r * DIM + e] = sums[i / 4][i % 4];
+    }
+    if (SLOTS == 1) return;
+    barrier();
+    for (uint e = me; e < DIM; e += WORKGROUP) {
+        float sum = kvl_work[e];
+        for (uint s = 1; s < SLOTS; s++) sum += kvl_work[s * DIM + e];
+        kvl_total[r * DIM + e] = sum;
     }
     barrier();
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        float top = kvl_slot_m[r];
-        for (uint s = 1; s < SLOTS; s++) top = max(top, kvl_slot_m[s * ROWS + r]);
-        float shrink = exp2(m[r] - top);
-        [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) {
-            if (kvl_has_piece(i / 8))
-                kvl_work[slot * DIM + 8 * kvl_piece(i / 8) + i % 8] = acc[r * FOURS + i / 4][i % 4] * shrink;
-        }
-        barrier();
-        for (uint e = me; e < DIM; e += WORKGROUP) {
-            float sum = kvl_work[e];
-            for (uint s = 1; s < SLOTS; s++) sum += kvl_work[s * DIM + e];
-            kvl_total[r * DIM + e] = sum;
-        }
-        barrier();
-    }
-    if (SLOTS > 1) {
-        for (uint r = me; r < ROWS; r += WORKGROUP) {
-            float top = kvl_slot_m[r], sum = 0;
-            for (uint s = 1; s < SLOTS; s++) top = max(top, kvl_slot_m[s * ROWS + r]);
-            for (uint s = 0; s < SLOTS; s++) sum += kvl_slot_l[s * ROWS + r] * exp2(kvl_slot_m[s * ROWS + r] - top);
-            kvl_slot_m[r] = top, kvl_slot_l[r] = sum;
-        }
-        barrier();
-    }
 }
+void kvl_fold() {
+    [[unroll]] for (uint r = 0; r < ROWS; r++) kvl_slot_m[slot * ROWS + r] = m[r], kvl_slot_l[slot * ROWS + r] = l[r];
+    if (SLOTS > 1) barrier();
+    [[unroll]] for (uint r = 0; r < ROWS; r++) {
+        float top = m[r];
+        for (uint s = 0; s < SLOTS && SLOTS > 1; s++) top = max(top, kvl_slot_m[s * ROWS + r]);
+        float shrink = exp2(m[r] - top);
+        vec4 sums[FOURS];
+        [[unroll]] for (uint i = 0; i < FOURS; i++) sums[i] = SLOTS > 1 ? acc[r * FOURS + i] * shrink : acc[r * FOURS + i];
+        kvl_fold_row(r, sums);
+    }
+    if (SLOTS == 1) return;
+    for (uint r = gl_LocalInvocationID.x; r < ROWS; r += WORKGROUP) {
+        float top = kvl_slot_m[r], sum = 0;
+        for (uint s = 1; s < SLOTS; s++) top = max(top, kvl_slot_m[s * ROWS + r]);
+        for (uint s = 0; s < SLOTS; s++) sum += kvl_slot_l[s * ROWS + r] * exp2(kvl_slot_m[s * ROWS + r] - top);
+        kvl_slot_m[r] = top, kvl_slot_l[r] = sum;
+    }
+    barrier();
+}
+
+// Pair n of the dims that this invocation writes.
+uint kvl_dim_to_write(uint n) { return SLOTS == 1 ? 8 * kvl_piece(n / 4) + n % 4 * 2 : 2 * (n * WORKGROUP + gl_LocalInvocationID.x); }
 
 // The item's result: a partial one, or the output.
 void kvl_write() {
-    uint me = gl_LocalInvocationID.x;
     [[dont_unroll]] for (uint r = 0; r < item.n_rows; r++) {
         float top = kvl_slot_m[r], sum = kvl_slot_l[r];
-        if (item.partial == KVLI_GPU_NONE) {
-            kvl_row row = kvl_row_of(span, kv_head, item.row + r);
-            uint to = kvl_element(push.b, row);
-            float factor = kvl_output_factor(layer, row.head, top, sum);
-            for (uint e = 2 * me; e < DIM; e += 2 * WORKGROUP)
-                kvl_out_set(to + e, vec2(kvl_total[r * DIM + e], kvl_total[r * DIM + e + 1]) * factor);
-        } else {
-            uint partial = kvl_partial_number(item, kv_head, r);
-            for (uint e = me; e < DIM; e += WORKGROUP) partial_o[partial * DIM + e] = kvl_total[r * DIM + e];
-            if (me == 0) partial_ml[partial] = vec2(top, sum);
+        bool whole = item.partial == KVLI_GPU_NONE;
+        kvl_row row = kvl_row_of(span, kv_head, item.row + r);
+        uint to = kvl_element(push.b, row), partial = kvl_partial_number(item, kv_head, r);
+        float factor = whole ? kvl_output_factor(layer, row.head, top, sum) : 1;
+        [[dont_unroll]] for (uint n = 0; n < 4 * PIECES; n++) {
+            uint e = kvl_dim_to_write(n);
+            if (e >= DIM) continue;
+            vec2 x = vec2(kvl_total[r * DIM + e], kvl_total[r * DIM + e + 1]) * factor;
+            if (whole)
+                kvl_out_set(to + e, x);
+            else
+                partial_o[partial * DIM + e] = x.x, partial_o[partial * DIM + e + 1] = x.y;
         }
+        if (!whole && gl_LocalInvocationID.x == 0) partial_ml[partial] = vec2(top, sum);
     }
 }
 

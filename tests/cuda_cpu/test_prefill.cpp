@@ -33,7 +33,7 @@ static Case turn_case(const Preset &p, uint32_t dim, uint32_t turn) {
     c.sink_logits = turn % 3 == 1;
     c.scratch = turn % 2;
     c.q_dtype = turn % 3, c.out_dtype = turn / 2 % 3;
-    c.aligned = turn / 3 % 2;
+    c.apart = turn / 3 % 2 ? 8 : 1;
     return c;
 }
 
