@@ -507,26 +507,33 @@ static VKAPI_ATTR VkResult VKAPI_CALL vkGetFenceStatus(VkDevice device, VkFence 
 /* ---- hazards ----
    The validation layer takes what a shader writes into a storage buffer for a read (1.3.239 does), so that it misses barriers
    between dispatches. Here: a dispatch that reads a buffer which one before it wrote, or writes one which it read, needs a
-   barrier between them, in the order in which they are recorded, or a wait. Whole buffers: what two dispatches write is not compared. */
+   barrier between them, in the order in which they are recorded, or a wait. By the ranges of
+   descriptors: what two dispatches write is not compared. */
 enum { SETS = 2, BINDINGS = 8, ELEMENTS = 64, MOST_SETS = 512, MOST_COMMANDS = 64 };
 enum { READS = 1, WRITES = 2 };
 typedef struct uses {
     uint64_t handle; /* of the module or pipeline */
+    size_t words;    /* of its code, which tells which shader it is */
     uint8_t of[SETS][BINDINGS];
 } uses;
+typedef struct touched {
+    VkBuffer buffer;
+    uint64_t from, to;
+    size_t by; /* words of the shader */
+} touched;
 static struct {
     uses shaders[256], pipelines[1024];
     uint32_t n_shaders, n_pipelines;
     struct {
         VkDescriptorSet set;
-        VkBuffer buffers[BINDINGS][ELEMENTS];
+        touched buffers[BINDINGS][ELEMENTS];
     } sets[MOST_SETS];
     struct {
         VkCommandBuffer commands;
         const uses *pipeline;
         uint32_t set[SETS]; /* of sets[] */
     } commands[MOST_COMMANDS];
-    VkBuffer read[1024], written[1024]; /* since the last barrier */
+    touched read[1024], written[1024]; /* since the last barrier */
     uint32_t n_read, n_written;
 } h;
 
@@ -538,6 +545,7 @@ static void find_uses(const uint32_t *words, size_t n, uses *u) {
     uint32_t bound = words[3], *of = (uint32_t *)calloc(bound, 6 * sizeof *of), *pointee = of + bound;
     uint32_t *set = of + 2 * bound, *binding = of + 3 * bound, *not = of + 4 * bound, *type = of + 5 * bound,
              i;
+    u->words = n;
     for (size_t at = 5; at < n && words[at] >> 16; at += words[at] >> 16) {
         const uint32_t *w = words + at;
         uint32_t op = w[0] & 0xffff, d = op == 71 ? w[2] : op == 72 ? w[3] : 0; /* Decorate, MemberDecorate */
@@ -572,10 +580,10 @@ static uint32_t commands_of(VkCommandBuffer commands) {
     h.commands[i].commands = commands;
     return i;
 }
-static bool among(const VkBuffer *list, uint32_t n, VkBuffer buffer) {
+static const touched *among(const touched *list, uint32_t n, const touched *t) {
     while (n)
-        if (list[--n] == buffer) return true;
-    return false;
+        if (list[--n].buffer == t->buffer && list[n].from < t->to && t->from < list[n].to) return &list[n];
+    return NULL;
 }
 
 static VKAPI_ATTR void VKAPI_CALL vkCmdBindPipeline(VkCommandBuffer commands, VkPipelineBindPoint point,
@@ -598,34 +606,38 @@ static VKAPI_ATTR void VKAPI_CALL vkCmdBindDescriptorSets(VkCommandBuffer comman
     REAL(vkCmdBindDescriptorSets)(commands, point, layout, first, n, sets, n_offsets, offsets);
 }
 
-/* Each buffer that the dispatch uses in the given way: compared with a list, or added to it. */
-static bool dispatch_uses(uint32_t c, int way, VkBuffer *list, uint32_t *n, bool add_it) {
+/* Each buffer that the dispatch uses in the given way: compared with a list (hazard is its name), or added to it (null). */
+static void dispatch_uses(uint32_t c, int way, touched *list, uint32_t *n, const char *hazard) {
     const uses *u = h.commands[c].pipeline;
     uint32_t s, b, e;
     for (s = 0; s < SETS; s++) {
         for (b = 0; b < BINDINGS; b++) {
             for (e = 0; (u->of[s][b] & way) && e < ELEMENTS; e++) {
-                VkBuffer buffer = h.sets[h.commands[c].set[s]].buffers[b][e];
-                bool there = buffer && among(list, *n, buffer);
-                if (!buffer) continue;
-                if (there && !add_it) return true;
-                if (!there && add_it && *n < 1024) list[(*n)++] = buffer;
+                const touched *t = &h.sets[h.commands[c].set[s]].buffers[b][e];
+                const touched *there = t->buffer ? among(list, *n, t) : NULL;
+                if (hazard && there) {
+                    problem("%s without a barrier: set %u, binding %u, element %u of a shader of %zu words, "
+                            "after "
+                            "one of %zu",
+                            hazard, s, b, e, u->words, there->by);
+                    return;
+                }
+                if (hazard || !t->buffer || *n == 1024) continue;
+                list[*n] = *t;
+                list[(*n)++].by = u->words;
             }
         }
     }
-    return false;
 }
 static VKAPI_ATTR void VKAPI_CALL vkCmdDispatch(VkCommandBuffer commands, uint32_t x, uint32_t y,
                                                 uint32_t z) {
     uint32_t c = commands_of(commands);
     counted(__func__);
     if (h.commands[c].pipeline && !w.own) {
-        if (dispatch_uses(c, READS, h.written, &h.n_written, false))
-            problem("a dispatch reads what one before it writes, without a barrier");
-        if (dispatch_uses(c, WRITES, h.read, &h.n_read, false))
-            problem("a dispatch writes what one before it reads, without a barrier");
-        dispatch_uses(c, READS, h.read, &h.n_read, true);
-        dispatch_uses(c, WRITES, h.written, &h.n_written, true);
+        dispatch_uses(c, READS, h.written, &h.n_written, "read after write");
+        dispatch_uses(c, WRITES, h.read, &h.n_read, "write after read");
+        dispatch_uses(c, READS, h.read, &h.n_read, NULL);
+        dispatch_uses(c, WRITES, h.written, &h.n_written, NULL);
     }
     REAL(vkCmdDispatch)(commands, x, y, z);
 }
@@ -745,7 +757,8 @@ static VKAPI_ATTR void VKAPI_CALL vkUpdateDescriptorSets(VkDevice device, uint32
                 problem("a descriptor of %llu bytes", (unsigned long long)range);
             if (writes[i].dstBinding == 0 && bank < MOST_BANKS) w.banks[bank] = b->buffer;
             if (writes[i].dstBinding < BINDINGS && bank < ELEMENTS)
-                h.sets[set_of(writes[i].dstSet)].buffers[writes[i].dstBinding][bank] = b->buffer;
+                h.sets[set_of(writes[i].dstSet)].buffers[writes[i].dstBinding][bank] =
+                    (touched){b->buffer, b->offset, b->offset + range, 0};
         }
     }
     REAL(vkUpdateDescriptorSets)(device, n, writes, copies, copy);
