@@ -9805,10 +9805,11 @@ static int kvli_vk_submit_to(kvl_context *ctx, kvli_vk_commands commands, kvli_v
     return e;
 }
 /* Before something is destroyed that a wait which failed may have left in use. */
-static void kvli_vk_idle(kvl_context *ctx) {
+static int kvli_vk_idle(kvl_context *ctx) {
     kvli_vk_queue_enter(ctx);
-    ctx->vk->fn.queue_idle(ctx->vk->queue);
+    int e = ctx->vk->fn.queue_idle(ctx->vk->queue);
     kvli_vk_queue_leave(ctx);
+    return e;
 }
 
 /* A CPU may be slow; a GPU that does not answer for so long is lost. */
@@ -10689,7 +10690,9 @@ static kvl_result kvli_vk_recover(kvl_cache *c) {
     kvli_vk_stop(c);
     if (!vk->device && vk->lent) return kvli_vk_check(c); /* the last one that was lent was refused */
     if (vk->lost && vk->lent && !vk->renewed) {
-        vk->lost = false; /* if it does not work, the next call says so */
+        kvl_result r = kvli_vk_ok(c, kvli_vk_idle(c->ctx), "vkQueueWaitIdle"); /* is it dead? */
+        if (r != KVL_OK) return r;
+        vk->lost = false;
     } else if (vk->lost) {
         kvli_vk_stop_device(c->ctx);
         if (kvli_vk_start_device(c->ctx, kvli_err(c)) != KVL_OK) {
