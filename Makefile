@@ -316,7 +316,7 @@ $(MOCK_TESTS): $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 $(MOCK_TESTS): LIBS += $(MOCK)/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/../../mock_cuda'
 
 # Vulkan's loader, wrapped: tests/common/vk_wrap.h.
-$(filter %_vulkan %_vulkan_fault,$(TEST_PROGRAMS)): $(B)/obj/tests/common/vk_wrap.o
+$(filter %_vulkan %_vulkan_fault %_vk_wrap,$(TEST_PROGRAMS)): $(B)/obj/tests/common/vk_wrap.o
 
 $(B)/tests/unit/test_events: $(B)/obj/tools/trace/replay.o
 

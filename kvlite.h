@@ -589,7 +589,7 @@ typedef struct kvl_tensor {
     size_t row_stride;  /* in elements; 0 = heads * dim */
     size_t head_stride; /* in elements; 0 = dim */
     kvl_memory memory;  /* all four of a call alike */
-    uint64_t offset;    /* into a VkBuffer, in bytes, a multiple of an element; elsewhere 0. Without
+    uint64_t offset;    /* into a VkBuffer, in bytes, a multiple of an element; elsewhere ignored. Without
                            KVL_VULKAN_STORAGE16, offset and strides of a 16-bit out are multiples of 2 elements */
 } kvl_tensor;
 
@@ -9210,6 +9210,13 @@ typedef struct kvli_vk_cache {
     kvli_vk_set *sets; /* pages and tables; staged k and v; staged q and out; k, v and q, out of each layer */
 } kvli_vk_cache;
 
+/* ---- pipelines ---- */
+/* With the device: what is kept of them for all caches. free: also after a start that failed, and twice. */
+static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why);
+static void kvli_vk_pipelines_free(kvl_context *ctx);
+/* All that the cache's layers need, tested, into its `pipes`. */
+static kvl_result kvli_vk_pipelines(kvl_cache *c);
+
 static kvli_vk_cache *kvli_vk_of(const kvl_cache *c) { return (kvli_vk_cache *)c->backend_state; }
 
 /* ---- errors ---- */
@@ -9284,16 +9291,16 @@ static void *kvli_vk_library(void) {
     return NULL;
 }
 
-/* A function of the instance (null: of the loader), or of the device if there is one; to: a pointer to a function. */
-static bool kvli_vk_load(struct kvli_vk *vk, const char *symbol, void *to) {
+/* A function of the device, or (null) of the instance, or (null) of the loader; to: a pointer to a function. */
+static bool kvli_vk_load(struct kvli_vk *vk, kvli_vk_device device, const char *symbol, void *to) {
     kvli_vk_function at =
-        vk->device ? vk->fn.get_device_proc(vk->device, symbol) : vk->get_proc(vk->instance, symbol);
+        device ? vk->fn.get_device_proc(device, symbol) : vk->get_proc(vk->instance, symbol);
     memcpy(to, &at, sizeof at);
     return at != NULL;
 }
-/* In a function with vk and why. */
-#define KVLI_VK_LOAD_(name, symbol, result, args) \
-    if (!kvli_vk_load(vk, symbol, &vk->fn.name))  \
+/* In a function with vk, device and why. */
+#define KVLI_VK_LOAD_(name, symbol, result, args)        \
+    if (!kvli_vk_load(vk, device, symbol, &vk->fn.name)) \
         return kvli_fail(NULL, why, KVL_NO_BACKEND, "the loader or the driver is too old: no %s", symbol);
 
 static bool kvli_vk_listed(const kvli_vk_extension *list, uint32_t n, const char *name) {
@@ -9330,6 +9337,7 @@ static kvl_result kvli_vk_start_instance(kvl_context *ctx, kvli_text why) {
     static const char *const names[] = {"VK_KHR_portability_enumeration"}; /* (MoltenVK is no whole Vulkan) */
     kvli_vk_application application;
     kvli_vk_instance_info info;
+    const kvli_vk_device device = NULL;
     uint32_t portable = 0;
     if (!vk->lent) {
         KVLI_VK_GLOBAL_FUNCTIONS(KVLI_VK_LOAD_)
@@ -9451,24 +9459,1077 @@ static uint32_t kvli_vk_banks_of(const kvli_vk_probe *p) {
     return n > KVLI_VK_MORE_BUFFERS ? kvli_min_u32(n - KVLI_VK_MORE_BUFFERS, 1 + KVLI_VK_MOST_SLABS) : 0;
 }
 
-/* How good a device is; 0: it will not do, and why. */
-static uint32_t kvli_vk_rate(const kvl_context *ctx, const kvli_vk_probe *p, kvli_text why) {
+/* How good a device is, or why it will not do. */
+static uint32_t kvli_vk_rate(const kvl_context *ctx, const kvli_vk_probe *p, const char **lack) {
     static const uint8_t by_type[] = {2, 4, 5, 3, 1}; /* other, integrated, discrete, virtual, CPU */
-    uint32_t version = p->properties.api_version, sort = (uint32_t)p->properties.device_type;
-    const char *name = p->properties.name;
-    const char *lack = NULL;
-    if (version < KVLI_VK_API_1_1)
-        lack = "is for Vulkan 1.0, 1.1 is needed: look for a newer driver";
-    else if (!p->computes)
-        lack = "has no queue that computes";
-    else if (!p->buffer_arrays)
-        lack = "has no shaderStorageBufferArrayDynamicIndexing";
-    else if (kvli_vk_banks_of(p) < 2)
-        lack = "has too few storage buffers for a shader";
-    else if (sort == KVLI_VK_DEVICE_CPU && ctx->desc.backend == KVL_BACKEND_AUTO && !ctx->vk->lent)
-        lack = "is a CPU: ask for the backend vulkan to use it";
-    if (lack) kvli_fail(NULL, why, KVL_NO_BACKEND, "%.64s %s", name, lack);
-    return lack ? 0 : sort < sizeof by_type ? by_type[sort] : 2;
+    uint32_t sort = (uint32_t)p->properties.device_type;
+    bool skips_cpu = ctx->desc.backend == KVL_BACKEND_AUTO && !ctx->vk->lent;
+    *lack = p->properties.api_version < KVLI_VK_API_1_1
+                ? "is for Vulkan 1.0, 1.1 is needed: look for a newer driver"
+            : !p->computes                            ? "has no queue that computes"
+            : !p->buffer_arrays                       ? "has no shaderStorageBufferArrayDynamicIndexing"
+            : kvli_vk_banks_of(p) < 2                 ? "has too few storage buffers for a shader"
+            : sort == KVLI_VK_DEVICE_CPU && skips_cpu ? "is a CPU: ask for the backend vulkan to use it"
+                                                      : NULL;
+    return sort < sizeof by_type ? by_type[sort] : 2;
+}
+
+/* The device to use; *why: why others are not. */
+static kvl_result kvli_vk_choose(kvl_context *ctx, kvli_text why, kvli_vk_probe *best) {
+    struct kvli_vk *vk = ctx->vk;
+    kvli_vk_physical devices[16];
+    uint32_t n = sizeof devices / sizeof *devices, best_rate = 0, asked = ctx->desc.vulkan.device_index;
+    char text[256] = "";
+    kvli_vk_probe probe;
+    devices[0] = vk->physical;
+    if (vk->lent) {
+        n = 1;
+        asked = 0;
+    } else {
+        int e = vk->fn.physical_devices(vk->instance, &n, devices);
+        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkEnumeratePhysicalDevices");
+    }
+    if (!n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "no GPU with a driver for Vulkan");
+    if (asked > n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "vulkan.device_index: %u of %u", asked, n);
+    for (uint32_t i = asked ? asked - 1 : 0; i < (asked ? asked : n); i++) {
+        const char *lack;
+        size_t used = strlen(text);
+        kvl_result r = kvli_vk_probe_device(ctx, why, devices[i], &probe);
+        if (r != KVL_OK) return r;
+        uint32_t rate = kvli_vk_rate(ctx, &probe, &lack);
+        if (lack)
+            snprintf(text + used, sizeof text - used, "%s%.64s %s", used ? "; " : "", probe.properties.name,
+                     lack);
+        if (lack || rate <= best_rate) continue;
+        best_rate = rate;
+        *best = probe;
+        vk->physical = devices[i];
+    }
+    if (!best_rate) return kvli_fail(NULL, why, KVL_NO_BACKEND, "%s", text);
+    if (why.at && why.size) snprintf(why.at, why.size, "%s", text);
+    return KVL_OK;
+}
+
+static void kvli_vk_set_caps(kvl_context *ctx, const kvli_vk_probe *p) {
+    const kvli_vk_limits *l = &p->properties.limits;
+    const uint32_t operations = KVLI_VK_SUBGROUP_BASIC | KVLI_VK_SUBGROUP_BALLOT | KVLI_VK_SUBGROUP_SHUFFLE;
+    uint32_t has = p->features & ~ctx->desc.vulkan.without;
+    struct kvli_vk *vk = ctx->vk;
+    kvli_vk_caps *c = &vk->caps;
+    memset(c, 0, sizeof *c);
+    if ((p->subgroup.operations & operations) != operations || !(p->subgroup.stages & KVLI_VK_STAGE_COMPUTE))
+        has &= ~(uint32_t)KVL_VULKAN_SUBGROUP;
+    c->variants = (has & KVL_VULKAN_FP16 ? KVLI_VK_FP16 : 0) |
+                  (has & KVL_VULKAN_STORAGE16 ? KVLI_VK_STORAGE16 : 0) |
+                  (has & KVL_VULKAN_SUBGROUP ? KVLI_VK_SUBGROUP : 0);
+    c->subgroup_size = p->subgroup.size;
+    c->size_control = has & KVL_VULKAN_SUBGROUP_SIZE && p->sizes.stages & KVLI_VK_STAGE_COMPUTE;
+    c->is_cpu = p->properties.device_type == KVLI_VK_DEVICE_CPU;
+    c->unified = c->is_cpu || p->properties.device_type == KVLI_VK_DEVICE_INTEGRATED;
+    c->memory_budget = (p->features & KVL_VULKAN_MEMORY_BUDGET) != 0;
+    c->max_workgroup = kvli_min_u32(l->invocations, l->workgroup_size[0]);
+    c->max_shared = l->shared_memory;
+    c->banks = kvli_vk_banks_of(p);
+    c->max_range = l->storage_range;
+    c->max_alloc = p->more.allocation_size;
+    vk->properties = p->properties;
+    memset(&vk->memory, 0, sizeof vk->memory);
+    vk->memory.type = KVLI_VK_TYPE_MEMORY_PROPERTIES;
+    vk->fn.memory_properties(vk->physical, &vk->memory);
+}
+
+/* Creates the device with the features of p. */
+static kvl_result kvli_vk_create_device(kvl_context *ctx, kvli_text why, const kvli_vk_probe *p) {
+    struct kvli_vk *vk = ctx->vk;
+    const float priority = 1;
+    const char *names[KVLI_VK_EXTS];
+    kvli_vk_features f;
+    kvli_vk_storage16_features storage;
+    kvli_vk_float16_features half;
+    kvli_vk_subgroup_size_features size;
+    kvli_vk_queue_info queue;
+    kvli_vk_device_info info;
+    memset(&f, 0, sizeof f);
+    memset(&storage, 0, sizeof storage);
+    memset(&half, 0, sizeof half);
+    memset(&size, 0, sizeof size);
+    memset(&queue, 0, sizeof queue);
+    memset(&info, 0, sizeof info);
+    f.type = KVLI_VK_TYPE_FEATURES;
+    f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
+    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
+    storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
+    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
+    half.float16 = 1;
+    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
+    size.control = size.full = 1;
+    f.next = &storage;
+    if (p->features & KVL_VULKAN_FP16) half.next = f.next, f.next = &half;
+    if (p->features & KVL_VULKAN_SUBGROUP_SIZE) size.next = f.next, f.next = &size;
+    queue.type = KVLI_VK_TYPE_DEVICE_QUEUE;
+    queue.family = p->family;
+    queue.count = 1;
+    queue.priorities = &priority;
+    info.type = KVLI_VK_TYPE_DEVICE;
+    info.next = &f;
+    info.n_queues = 1;
+    info.queues = &queue;
+    for (uint32_t i = 0; i < KVLI_VK_EXTS; i++)
+        if (p->extensions >> i & 1) names[info.n_extensions++] = kvli_vk_device_extensions[i];
+    info.extensions = names;
+    int e = vk->fn.create_device(vk->physical, &info, NULL, &vk->device);
+    if (!kvli_vk_failed(e)) return KVL_OK;
+    vk->device = NULL;
+    return kvli_vk_refuse(ctx, why, e, "vkCreateDevice");
+}
+
+/* Caches are laid out for one device, and stay when it is started again. */
+static bool kvli_vk_same(const struct kvli_vk *vk, const kvli_vk_probe *p) {
+    const kvli_vk_properties *a = &vk->properties, *b = &p->properties;
+    return a->vendor == b->vendor && a->device == b->device && a->driver_version == b->driver_version &&
+           kvli_vk_banks_of(p) == vk->caps.banks && a->limits.shared_memory == b->limits.shared_memory &&
+           a->limits.storage_range == b->limits.storage_range;
+}
+
+/* The device and what it is asked through; also when it is started again. */
+static kvl_result kvli_vk_start_device(kvl_context *ctx, kvli_text why) {
+    struct kvli_vk *vk = ctx->vk;
+    kvli_vk_probe probe;
+    bool again = vk->generation != 0;
+    kvl_result r =
+        again ? kvli_vk_probe_device(ctx, why, vk->physical, &probe) : kvli_vk_choose(ctx, why, &probe);
+    if (r == KVL_OK && again && !kvli_vk_same(vk, &probe))
+        r = kvli_fail(NULL, why, KVL_NO_BACKEND, "another GPU, or another driver");
+    if (r == KVL_OK && !vk->lent) r = kvli_vk_create_device(ctx, why, &probe);
+    if (r != KVL_OK) return r;
+    const kvli_vk_device device = vk->device;
+    KVLI_VK_DEVICE_FUNCTIONS(KVLI_VK_LOAD_)
+    vk->family = probe.family;
+    if (!vk->lent) vk->fn.get_queue(vk->device, vk->family, 0, &vk->queue);
+    kvli_vk_set_caps(ctx, &probe);
+    vk->lost = vk->renewed = false;
+    vk->generation++;
+    return kvli_vk_pipelines_start(ctx, why);
+}
+
+static void kvli_vk_release(kvl_cache *c);
+
+/* What caches have on the device goes with it. */
+static void kvli_vk_stop_device(kvl_context *ctx) {
+    struct kvli_vk *vk = ctx->vk;
+    for (kvl_cache *c = vk->caches; c; c = kvli_vk_of(c)->next) kvli_vk_release(c);
+    vk->caches = NULL;
+    if (vk->device && vk->fn.destroy_device) {
+        kvli_vk_pipelines_free(ctx);
+        if (!vk->lent) vk->fn.destroy_device(vk->device, NULL);
+    }
+    if (!vk->lent) vk->device = NULL;
+    vk->generation++;
+}
+
+static void kvli_vk_close(kvl_context *ctx) {
+    struct kvli_vk *vk = ctx->vk;
+    if (!vk) return;
+    kvli_vk_stop_device(ctx);
+    if (vk->instance && !vk->lent && vk->fn.destroy_instance) vk->fn.destroy_instance(vk->instance, NULL);
+    if (vk->library) kvli_gpu_unload(vk->library);
+    if (vk->has_locks) {
+        kvli_mutex_free(&vk->queue_lock);
+        kvli_mutex_free(&vk->lock);
+    }
+    kvli_free(ctx, vk, sizeof *vk);
+    ctx->vk = NULL;
+}
+
+/* What is lent: all of it, or nothing. */
+static bool kvli_vk_borrow(struct kvli_vk *vk, const kvl_vulkan_desc *d) {
+    vk->instance = (kvli_vk_instance)d->instance;
+    vk->physical = (kvli_vk_physical)d->physical_device;
+    vk->device = (kvli_vk_device)d->device;
+    vk->queue = (kvli_vk_queue)d->queue;
+    vk->lent = d->instance != NULL;
+    return vk->lent ? d->physical_device && d->device && d->queue
+                    : !d->physical_device && !d->device && !d->queue;
+}
+
+static kvl_result kvli_vk_open(kvl_context *ctx, kvli_text why) {
+    const kvl_vulkan_desc *d = &ctx->desc.vulkan;
+    struct kvli_vk *vk = (struct kvli_vk *)kvli_alloc(ctx, sizeof *vk);
+    if (vk) memset(vk, 0, sizeof *vk);
+    ctx->vk = vk;
+    if (!vk) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    vk->has_locks = kvli_mutex_init(&vk->lock);
+    if (vk->has_locks && !kvli_mutex_init(&vk->queue_lock)) {
+        kvli_mutex_free(&vk->lock);
+        vk->has_locks = false;
+    }
+    if (!vk->has_locks) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "no mutex");
+    if (!kvli_vk_borrow(vk, d)) {
+        vk->instance = NULL;
+        vk->device = NULL;
+        return kvli_fail(
+            NULL, why, KVL_INVALID_ARG,
+            "vulkan: instance, physical_device, device and queue are lent together or not at all");
+    }
+    memcpy(&vk->get_proc, &d->get_instance_proc_addr, sizeof vk->get_proc);
+    if (!vk->get_proc) vk->library = kvli_vk_library();
+    if (!vk->get_proc && !vk->library)
+        return kvli_fail(NULL, why, KVL_NO_BACKEND,
+                         "no loader: libvulkan is not there (a GPU's driver brings it)");
+    if (vk->library && !kvli_gpu_symbol(vk->library, "vkGetInstanceProcAddr", &vk->get_proc))
+        return kvli_fail(NULL, why, KVL_NO_BACKEND, "libvulkan has no vkGetInstanceProcAddr");
+    kvl_result r = kvli_vk_start_instance(ctx, why);
+    if (r == KVL_OK) r = kvli_vk_start_device(ctx, why);
+    if (r == KVL_OK) snprintf(ctx->name, sizeof ctx->name, "vulkan (%.80s)", vk->properties.name);
+    return r;
+}
+
+/* ---- memory ---- */
+/* What memory is for: types that have these properties are tried in turn. */
+typedef enum kvli_vk_purpose { KVLI_VK_BLOCKS, KVLI_VK_UPLOAD, KVLI_VK_READBACK } kvli_vk_purpose;
+static const uint32_t kvli_vk_properties_of[][2] = {
+    {KVLI_VK_MEMORY_DEVICE_LOCAL, KVLI_VK_MEMORY_DEVICE_LOCAL}, /* never another: what spills is slow */
+    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_DEVICE_LOCAL,
+     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT},
+    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED,
+     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT}};
+
+static void kvli_vk_piece_free(const struct kvli_vk *vk, kvli_vk_piece *p) {
+    if (p->buffer) vk->fn.destroy_buffer(vk->device, p->buffer, NULL);
+    if (p->memory) vk->fn.free(vk->device, p->memory, NULL);
+    memset(p, 0, sizeof *p);
+}
+
+static int kvli_vk_piece_memory(const struct kvli_vk *vk, kvli_vk_purpose purpose, kvli_vk_piece *p) {
+    const uint32_t known = KVLI_VK_MEMORY_DEVICE_LOCAL | KVLI_VK_MEMORY_HOST_VISIBLE |
+                           KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED;
+    kvli_vk_requirements need;
+    kvli_vk_memory_info info;
+    int e = KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY;
+    vk->fn.requirements(vk->device, p->buffer, &need);
+    memset(&info, 0, sizeof info);
+    info.type = KVLI_VK_TYPE_MEMORY;
+    info.size = need.size;
+    for (uint32_t choice = 0; choice < 2; choice++)
+        for (uint32_t i = 0; i < vk->memory.n_types; i++) {
+            uint32_t want = kvli_vk_properties_of[purpose][choice], flags = vk->memory.types[i].flags;
+            if (!(need.types >> i & 1) || (flags & want) != want || flags & ~known) continue;
+            info.memory_type = i;
+            e = vk->fn.alloc(vk->device, &info, NULL, &p->memory);
+            if (!kvli_vk_failed(e)) return e;
+            p->memory = NULL;
+            if (e != KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY) return e;
+        }
+    return e;
+}
+
+/* A buffer of so many bytes, with memory; the host sees all but blocks'. */
+static kvl_result kvli_vk_piece_new(kvl_context *ctx, kvli_text text, uint64_t bytes, kvli_vk_purpose purpose,
+                                    kvli_vk_piece *out) {
+    const struct kvli_vk *vk = ctx->vk;
+    kvli_vk_buffer_info info;
+    const char *call = "vkCreateBuffer";
+    void *at = NULL;
+    memset(out, 0, sizeof *out);
+    memset(&info, 0, sizeof info);
+    info.type = KVLI_VK_TYPE_BUFFER;
+    info.size = (bytes + 15) & ~15ull;
+    info.use = KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST;
+    int e = vk->fn.create_buffer(vk->device, &info, NULL, &out->buffer);
+    if (kvli_vk_failed(e)) {
+        out->buffer = NULL;
+    } else {
+        call = "vkAllocateMemory";
+        e = kvli_vk_piece_memory(vk, purpose, out);
+    }
+    if (!kvli_vk_failed(e)) {
+        call = "vkBindBufferMemory";
+        e = vk->fn.bind(vk->device, out->buffer, out->memory, 0);
+    }
+    if (!kvli_vk_failed(e) && purpose != KVLI_VK_BLOCKS) {
+        call = "vkMapMemory";
+        e = vk->fn.map(vk->device, out->memory, 0, ~0ull, 0, &at);
+        out->at = (uint8_t *)at;
+    }
+    if (!kvli_vk_failed(e)) return KVL_OK;
+    kvli_vk_piece_free(vk, out);
+    return kvli_vk_fail(ctx, text, e, call);
+}
+
+/* ---- commands ---- */
+static void kvli_vk_queue_enter(kvl_context *ctx) {
+    kvli_lock(&ctx->vk->queue_lock);
+    if (ctx->vk->lent && ctx->desc.vulkan.lock) ctx->desc.vulkan.lock(ctx->desc.user);
+}
+static void kvli_vk_queue_leave(kvl_context *ctx) {
+    if (ctx->vk->lent && ctx->desc.vulkan.unlock) ctx->desc.vulkan.unlock(ctx->desc.user);
+    kvli_unlock(&ctx->vk->queue_lock);
+}
+
+static int kvli_vk_submit_to(kvl_context *ctx, kvli_vk_commands commands, kvli_vk_fence fence) {
+    kvli_vk_submit_info info;
+    memset(&info, 0, sizeof info);
+    info.type = KVLI_VK_TYPE_SUBMIT;
+    info.n_commands = 1;
+    info.commands = &commands;
+    kvli_vk_queue_enter(ctx);
+    int e = ctx->vk->fn.queue_submit(ctx->vk->queue, 1, &info, fence);
+    kvli_vk_queue_leave(ctx);
+    return e;
+}
+/* Before something is destroyed that a wait which failed may have left in use. */
+static void kvli_vk_idle(kvl_context *ctx) {
+    kvli_vk_queue_enter(ctx);
+    ctx->vk->fn.queue_idle(ctx->vk->queue);
+    kvli_vk_queue_leave(ctx);
+}
+
+/* A CPU may be slow; a GPU that does not answer for so long is lost. */
+static uint64_t kvli_vk_patience(const struct kvli_vk *vk) {
+    return vk->caps.is_cpu ? ~0ull : 10000000000ull;
+}
+
+/* What was written is seen from here on. */
+static void kvli_vk_wall(const struct kvli_vk *vk, kvli_vk_commands commands, uint32_t from, uint32_t to) {
+    kvli_vk_barrier barrier;
+    memset(&barrier, 0, sizeof barrier);
+    barrier.type = KVLI_VK_TYPE_BARRIER;
+    barrier.from = KVLI_VK_MEMORY_WRITE;
+    barrier.to = KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE;
+    vk->fn.barrier(commands, from, to, 0, 1, &barrier, 0, NULL, 0, NULL);
+}
+enum { KVLI_VK_AT_OURS = KVLI_VK_AT_COMPUTE | KVLI_VK_AT_TRANSFER };
+
+static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
+    kvli_vk_fence_info info;
+    memset(&info, 0, sizeof info);
+    info.type = KVLI_VK_TYPE_FENCE;
+    int e = vk->fn.create_fence(vk->device, &info, NULL, out);
+    if (kvli_vk_failed(e)) *out = NULL;
+    return e;
+}
+
+/* A pool, and n command buffers of it. */
+static int kvli_vk_new_commands(const struct kvli_vk *vk, uint32_t n, kvli_vk_command_pool *pool,
+                                kvli_vk_commands *out) {
+    kvli_vk_command_pool_info info;
+    kvli_vk_commands_info all;
+    memset(&info, 0, sizeof info);
+    memset(&all, 0, sizeof all);
+    info.type = KVLI_VK_TYPE_COMMAND_POOL;
+    info.flags = KVLI_VK_POOL_RESET;
+    info.family = vk->family;
+    int e = vk->fn.create_command_pool(vk->device, &info, NULL, pool);
+    if (kvli_vk_failed(e)) *pool = NULL;
+    if (kvli_vk_failed(e)) return e;
+    all.type = KVLI_VK_TYPE_COMMANDS;
+    all.pool = *pool;
+    all.count = n;
+    return vk->fn.alloc_commands(vk->device, &all, out);
+}
+
+static int kvli_vk_begin_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
+    kvli_vk_begin_info info;
+    memset(&info, 0, sizeof info);
+    info.type = KVLI_VK_TYPE_BEGIN;
+    info.flags = KVLI_VK_ONE_TIME;
+    int e = vk->fn.begin(commands, &info);
+    if (!kvli_vk_failed(e)) kvli_vk_wall(vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
+    return e;
+}
+static int kvli_vk_end_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
+    kvli_vk_wall(vk, commands, KVLI_VK_AT_OURS, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);
+    return vk->fn.end(commands);
+}
+
+/* Runs what `record` records, once, and waits for it. */
+typedef void (*kvli_vk_record_fn)(const struct kvli_vk *vk, kvli_vk_commands commands, void *arg);
+static kvl_result kvli_vk_run_once(kvl_context *ctx, kvli_text text, kvli_vk_record_fn record, void *arg) {
+    const struct kvli_vk *vk = ctx->vk;
+    kvli_vk_command_pool pool = NULL;
+    kvli_vk_commands commands;
+    kvli_vk_fence fence = NULL;
+    const char *call = "vkAllocateCommandBuffers";
+    int e = kvli_vk_new_commands(vk, 1, &pool, &commands);
+    if (!kvli_vk_failed(e)) e = kvli_vk_new_fence(vk, &fence);
+    if (!kvli_vk_failed(e)) e = kvli_vk_begin_commands(vk, commands);
+    if (!kvli_vk_failed(e)) {
+        record(vk, commands, arg);
+        call = "vkQueueSubmit";
+        e = kvli_vk_end_commands(vk, commands);
+    }
+    if (!kvli_vk_failed(e)) e = kvli_vk_submit_to(ctx, commands, fence);
+    if (!kvli_vk_failed(e)) {
+        call = "vkWaitForFences";
+        e = vk->fn.wait_fences(vk->device, 1, &fence, 1, kvli_vk_patience(vk));
+        if (kvli_vk_failed(e)) kvli_vk_idle(ctx);
+    }
+    if (fence) vk->fn.destroy_fence(vk->device, fence, NULL);
+    if (pool) vk->fn.destroy_command_pool(vk->device, pool, NULL);
+    return kvli_vk_failed(e) ? kvli_vk_fail(ctx, text, e, call) : KVL_OK;
+}
+/* ---- what a cache needs ---- */
+static bool kvli_vk_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
+    if (dim < 64) *why = is_key ? "k_dim is below 64" : "v_dim is below 64";
+    if (tokens < 16) *why = "block_tokens is below 16";
+    return dim >= 64 && tokens >= 16 && kvli_side_supported(f, is_key, tokens, dim, why);
+}
+
+static kvli_gpu_shape kvli_vk_shape(const kvl_cache *c) {
+    kvli_gpu_shape shape = {
+        {kvli_vk_decode_rows(c->geo.gqa), 0, kvli_vk_prefill_rows(c->geo.k_dim, c->ctx->vk->caps.max_shared)},
+        c->geo.gqa};
+    return shape;
+}
+
+static size_t kvli_vk_layers_bytes(const kvl_cache *c) {
+    size_t bytes = c->geo.n_layers * sizeof(kvli_vk_layer);
+    for (uint32_t l = 0; l < c->geo.n_layers; l++)
+        if (c->geo.layers[l].sink_logits) bytes += c->geo.n_q_heads * sizeof(float);
+    return kvli_gpu_align(bytes);
+}
+
+static size_t kvli_vk_staging_bytes(const kvl_cache *c, uint32_t heads) {
+    return c->desc.device_tensors
+               ? 0
+               : kvli_gpu_align((size_t)c->desc.max_step_tokens * heads * c->geo.k_dim * sizeof(float)) + 768;
+}
+
+static uint32_t kvli_vk_n_sets(const kvl_cache *c) { return 3 + 2 * c->geo.n_layers; }
+
+/* How the cache's memory is cut into buffers. */
+static kvl_result kvli_vk_limits_of(kvl_cache *c, const kvli_gpu_sizes *z) {
+    const kvli_vk_caps *caps = &c->ctx->vk->caps;
+    const struct {
+        const char *field;
+        uint64_t bytes;
+    } buffers[] = {{"max_sequences, max_seq_tokens, max_step_tokens: a step's tables", z->tables},
+                   {"max_step_tokens: staged tensors", z->staging},
+                   {"max_step_tokens: exact scratch", c->scratch_bytes + 256ull},
+                   {"geometry.n_layers", kvli_vk_layers_bytes(c)},
+                   {"geometry.n_kv_heads: partial results", z->partial_o},
+                   {"geometry.k_dim: partial results", z->partial_ml}};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
+        if (buffers[i].bytes > caps->max_range)
+            return KVLI_ERROR(c, KVL_UNSUPPORTED, "%s: %llu bytes, a buffer of this device has at most %llu",
+                              buffers[i].field, (unsigned long long)buffers[i].bytes,
+                              (unsigned long long)caps->max_range);
+    c->slab_most = caps->max_range < caps->max_alloc ? caps->max_range : caps->max_alloc;
+    c->slabs_most = caps->banks - 1;
+    return KVL_OK;
+}
+
+static kvl_result kvli_vk_plan(kvl_cache *c) {
+    kvl_result r = kvli_gpu_geometry(c);
+    if (r != KVL_OK) return r;
+    kvli_gpu_shape shape = kvli_vk_shape(c);
+    kvli_gpu_sizes z = kvli_gpu_size(c, &shape);
+    const kvli_geometry *g = &c->geo;
+    if (z.tables > UINT32_MAX / 2 || z.staging > UINT32_MAX) return kvli_gpu_too_large(c, z.tables);
+    r = kvli_vk_limits_of(c, &z);
+    if (r != KVL_OK) return r;
+    if (!c->desc.slab_granularity) c->desc.slab_granularity = 65536; /* as drivers round it */
+    c->workspace_bytes = (size_t)(z.partial_o + z.partial_ml) + 1024;
+    c->pinned_bytes = (size_t)z.tables + kvli_vk_layers_bytes(c) + z.spans * sizeof(uint32_t) +
+                      kvli_vk_staging_bytes(c, g->n_q_heads + 2 * g->n_kv_heads) +
+                      kvli_vk_staging_bytes(c, g->n_q_heads);
+    c->backend_bytes = sizeof(kvli_vk_cache) + kvli_gpu_passes_bytes(c, &z) + g->n_layers + 64 +
+                       c->ctx->vk->caps.banks * sizeof(kvli_vk_piece) +
+                       kvli_vk_n_sets(c) * sizeof(kvli_vk_set);
+    return KVL_OK;
+}
+
+/* ---- start ---- */
+static void kvli_vk_put_layers(const kvl_cache *c, uint8_t *to) {
+    const kvli_geometry *g = &c->geo;
+    kvli_vk_layer *out = (kvli_vk_layer *)(void *)to;
+    uint32_t sinks = g->n_layers * (uint32_t)(sizeof *out / 4); /* in words */
+    for (uint32_t n = 0; n < g->n_layers; n++) {
+        const kvli_layer *l = &g->layers[n];
+        kvli_vk_layer v;
+        memset(&v, 0, sizeof v);
+        for (int e = 0; e < 2; e++) {
+            v.offset[e] = (uint32_t)(l->offset[e] / 16);
+            v.head_stride[e] = (uint32_t)(l->head_stride[e] / 16);
+            v.v_offset[e] = (uint32_t)(l->v_offset[e] / 16);
+        }
+        v.window = l->window;
+        v.sink_tokens = l->sink_tokens;
+        v.sink_logits = l->sink_logits ? sinks : KVLI_GPU_NONE;
+        v.scale = l->scale;
+        v.softcap = l->softcap;
+        v.k_global = l->k[KVLI_PACKED].global;
+        v.v_global = l->v[KVLI_PACKED].global;
+        out[n] = v;
+        if (!l->sink_logits) continue;
+        memcpy(to + sinks * (size_t)4, l->sink_logits, g->n_q_heads * sizeof(float));
+        sinks += g->n_q_heads;
+    }
+}
+
+static void kvli_vk_set_range(const struct kvli_vk *vk, kvli_vk_set set, uint32_t binding, uint32_t element,
+                              const kvli_vk_piece *p, uint64_t offset, uint64_t bytes) {
+    kvli_vk_range range;
+    kvli_vk_write_set write;
+    range.buffer = p->buffer;
+    range.offset = offset;
+    range.bytes = bytes;
+    memset(&write, 0, sizeof write);
+    write.type = KVLI_VK_TYPE_WRITE_SET;
+    write.set = set;
+    write.binding = binding;
+    write.element = element;
+    write.count = 1;
+    write.sort = KVLI_VK_STORAGE_BUFFER;
+    write.ranges = &range;
+    vk->fn.update_sets(vk->device, 1, &write, 0, NULL);
+}
+
+/* A bank that is not mapped is bank 0: no entry names it. */
+static void kvli_vk_set_bank(const kvl_cache *c, uint32_t bank) {
+    const kvli_vk_cache *cc = kvli_vk_of(c);
+    bool slab = bank && cc->banks[bank].buffer;
+    kvli_vk_set_range(c->ctx->vk, cc->sets[0], KVLI_VK_PAGES, bank, &cc->banks[slab ? bank : 0], 0,
+                      slab ? c->slab_bytes : 256 + c->scratch_bytes);
+}
+
+static int kvli_vk_new_sets(const kvl_cache *c, kvli_vk_cache *cc) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    uint32_t n = kvli_vk_n_sets(c);
+    kvli_vk_pool_size size = {KVLI_VK_STORAGE_BUFFER, cc->n_banks + KVLI_VK_MORE_BUFFERS + 2 * n};
+    kvli_vk_set_pool_info info;
+    kvli_vk_sets_info one;
+    memset(&info, 0, sizeof info);
+    memset(&one, 0, sizeof one);
+    info.type = KVLI_VK_TYPE_SET_POOL;
+    info.max_sets = n;
+    info.n_sizes = 1;
+    info.sizes = &size;
+    int e = vk->fn.create_set_pool(vk->device, &info, NULL, &cc->set_pool);
+    if (kvli_vk_failed(e)) cc->set_pool = NULL;
+    one.type = KVLI_VK_TYPE_SETS;
+    one.pool = cc->set_pool;
+    one.count = 1;
+    for (uint32_t i = 0; i < n && !kvli_vk_failed(e); i++) {
+        one.layouts = &cc->pipes.sets[i != 0];
+        e = vk->fn.alloc_sets(vk->device, &one, &cc->sets[i]);
+    }
+    return e;
+}
+
+/* Memory that host and device share, and the descriptors of it. */
+static kvl_result kvli_vk_new_staging(kvl_cache *c) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    uint64_t taint = cc->tables.max_spans * sizeof(uint32_t);
+    kvl_result r = kvli_vk_piece_new(c->ctx, kvli_err(c), cc->tables_bytes + cc->layers_bytes, KVLI_VK_UPLOAD,
+                                     &cc->host);
+    if (r == KVL_OK)
+        r = kvli_vk_piece_new(c->ctx, kvli_err(c), cc->out_bytes + taint, KVLI_VK_READBACK, &cc->out);
+    if (r == KVL_OK && cc->in_bytes)
+        r = kvli_vk_piece_new(c->ctx, kvli_err(c), cc->in_bytes, KVLI_VK_UPLOAD, &cc->in);
+    if (r != KVL_OK) return r;
+    kvli_vk_put_layers(c, cc->host.at + cc->tables_bytes);
+    kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_TABLES, 0, &cc->host, 0, cc->tables_bytes);
+    kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_LAYERS, 0, &cc->host, cc->tables_bytes, cc->layers_bytes);
+    kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_TAINT, 0, &cc->out, cc->out_bytes, taint);
+    if (!cc->in_bytes) return r;
+    kvli_vk_set_range(vk, cc->sets[1], KVLI_VK_TENSOR_A, 0, &cc->in, 0, cc->in_bytes);
+    kvli_vk_set_range(vk, cc->sets[1], KVLI_VK_TENSOR_B, 0, &cc->in, 0, cc->in_bytes);
+    kvli_vk_set_range(vk, cc->sets[2], KVLI_VK_TENSOR_A, 0, &cc->in, 0, cc->in_bytes);
+    kvli_vk_set_range(vk, cc->sets[2], KVLI_VK_TENSOR_B, 0, &cc->out, 0, cc->out_bytes);
+    return r;
+}
+
+/* What start and recover do; release takes what a failure left. */
+static kvl_result kvli_vk_acquire(kvl_cache *c) {
+    struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    cc->generation = vk->generation;
+    cc->spoilt = false;
+    kvli_lock(&vk->lock);
+    cc->next = vk->caches;
+    vk->caches = c;
+    kvli_unlock(&vk->lock);
+    kvl_result r = kvli_vk_pipelines(c);
+    if (r == KVL_OK)
+        r = kvli_vk_ok(c, kvli_vk_new_commands(vk, KVLI_VK_RING, &cc->command_pool, cc->commands),
+                       "vkAllocateCommandBuffers");
+    for (uint32_t i = 0; i < KVLI_VK_RING && r == KVL_OK; i++)
+        r = kvli_vk_ok(c, kvli_vk_new_fence(vk, &cc->fence[i]), "vkCreateFence");
+    if (r == KVL_OK) r = kvli_vk_ok(c, kvli_vk_new_sets(c, cc), "vkAllocateDescriptorSets");
+    return r == KVL_OK ? kvli_vk_new_staging(c) : r;
+}
+
+static kvl_result kvli_vk_wait(kvl_cache *c);
+
+/* Destroys all that the cache has on the device, slabs too; also of a device that is lost. */
+static void kvli_vk_release(kvl_cache *c) {
+    struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    if (cc->generation != vk->generation) return; /* it was, with the device */
+    if (cc->pending && (vk->lost || kvli_vk_wait(c) != KVL_OK)) kvli_vk_idle(c->ctx);
+    for (uint32_t i = 0; i < vk->caps.banks; i++) kvli_vk_piece_free(vk, &cc->banks[i]);
+    kvli_vk_piece_free(vk, &cc->host);
+    kvli_vk_piece_free(vk, &cc->in);
+    kvli_vk_piece_free(vk, &cc->out);
+    for (uint32_t i = 0; i < KVLI_VK_RING; i++)
+        if (cc->fence[i]) vk->fn.destroy_fence(vk->device, cc->fence[i], NULL);
+    if (cc->command_pool) vk->fn.destroy_command_pool(vk->device, cc->command_pool, NULL);
+    if (cc->set_pool) vk->fn.destroy_set_pool(vk->device, cc->set_pool, NULL);
+    memset(cc->fence, 0, sizeof cc->fence);
+    cc->command_pool = NULL;
+    cc->set_pool = NULL;
+    cc->record = NULL;
+    cc->pending = cc->turn = 0;
+    cc->open = cc->moves = false;
+    cc->generation = 0;
+}
+
+static void kvli_vk_stop(kvl_cache *c) {
+    struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_release(c);
+    kvli_lock(&vk->lock);
+    kvl_cache **at = &vk->caches;
+    while (*at && *at != c) at = &kvli_vk_of(*at)->next;
+    if (*at) *at = kvli_vk_of(c)->next;
+    kvli_unlock(&vk->lock);
+}
+
+static kvl_result kvli_vk_start(kvl_cache *c) {
+    const kvli_geometry *g = &c->geo;
+    const kvli_vk_caps *caps = &c->ctx->vk->caps;
+    kvli_gpu_shape shape = kvli_vk_shape(c);
+    kvli_gpu_sizes z = kvli_gpu_size(c, &shape);
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    memset(cc, 0, c->backend_bytes);
+    kvli_gpu_tables_init(&cc->tables, &shape, &z, cc + 1);
+    uint8_t *at = (uint8_t *)(cc + 1) + kvli_gpu_passes_bytes(c, &z);
+    cc->banks = (kvli_vk_piece *)(void *)at;
+    at += caps->banks * sizeof *cc->banks;
+    cc->sets = (kvli_vk_set *)(void *)at;
+    cc->layer_preset = at + kvli_vk_n_sets(c) * sizeof *cc->sets;
+    for (uint32_t l = 0; l < g->n_layers; l++) cc->layer_preset[l] = (uint8_t)kvli_gpu_preset(c, l);
+    for (cc->n_banks = 2; cc->n_banks < 1 + c->max_slabs; cc->n_banks *= 2) {
+    }
+    cc->n_banks = kvli_min_u32(cc->n_banks, caps->banks); /* (caches of about one size share pipelines) */
+    cc->tables_bytes = (size_t)z.tables;
+    cc->layers_bytes = kvli_vk_layers_bytes(c);
+    cc->in_bytes = kvli_vk_staging_bytes(c, g->n_q_heads + 2 * g->n_kv_heads);
+    cc->out_bytes = kvli_gpu_align(kvli_vk_staging_bytes(c, g->n_q_heads));
+    cc->partial_o = kvli_gpu_align(256 + c->scratch_bytes);
+    cc->partial_o_bytes = z.partial_o;
+    cc->partial_ml = cc->partial_o + z.partial_o;
+    cc->partial_ml_bytes = z.partial_ml;
+    return kvli_vk_acquire(c);
+}
+
+static kvl_result kvli_vk_recover(kvl_cache *c) {
+    struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_stop(c);
+    if (!vk->device && vk->lent) return kvli_vk_check(c); /* the last one that was lent was refused */
+    if (vk->lost && vk->lent && !vk->renewed) {
+        vk->lost = false; /* if it does not work, the next call says so */
+    } else if (vk->lost) {
+        kvli_vk_stop_device(c->ctx);
+        if (kvli_vk_start_device(c->ctx, kvli_err(c)) != KVL_OK) {
+            vk->lost = true;
+            return KVL_DEVICE_LOST;
+        }
+    }
+    kvl_result r = kvli_vk_acquire(c);
+    if (r != KVL_OK) kvli_vk_stop(c);
+    return r;
+}
+
+/* ---- memory ---- */
+static kvl_result kvli_vk_submit(kvl_cache *c);
+
+/* Descriptors change when nothing uses them. */
+static kvl_result kvli_vk_quiet(kvl_cache *c) {
+    kvl_result r = kvli_vk_submit(c);
+    return r == KVL_OK ? kvli_vk_wait(c) : r;
+}
+
+static uint64_t kvli_vk_address(uint32_t bank, uint64_t offset) { return (uint64_t)bank << 32 | offset; }
+
+static kvl_result kvli_vk_poison(kvl_cache *c, uint64_t address, size_t bytes);
+
+static kvl_result kvli_vk_map(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t *address) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    uint32_t bank = slab == KVL_NONE ? 0 : 1 + slab;
+    *address = 0;
+    kvl_result r = kvli_vk_check(c);
+    if (r == KVL_OK) r = kvli_vk_quiet(c);
+    if (r == KVL_OK)
+        r = kvli_vk_piece_new(c->ctx, kvli_err(c), bytes + (bank ? 0 : 256), KVLI_VK_BLOCKS,
+                              &cc->banks[bank]);
+    if (r != KVL_OK) return r;
+    cc->tables.mapped++;
+    for (uint32_t i = bank; i < (bank ? bank + 1 : cc->n_banks); i++) kvli_vk_set_bank(c, i);
+    *address = kvli_vk_address(bank, bank ? 0 : 256);
+    if (bank) return r;
+    kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_PARTIAL_O, 0, cc->banks, cc->partial_o, cc->partial_o_bytes);
+    kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_PARTIAL_ML, 0, cc->banks, cc->partial_ml,
+                      cc->partial_ml_bytes);
+    if (c->desc.poison) kvli_vk_poison(c, *address, bytes);
+    return r;
+}
+
+static void kvli_vk_unmap(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t address) {
+    struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    uint32_t bank = slab == KVL_NONE ? 0 : 1 + slab;
+    (void)bytes;
+    (void)address;
+    cc->tables.mapped++;
+    if (cc->generation != vk->generation) return; /* it went with the device */
+    if (vk->lost || kvli_vk_quiet(c) != KVL_OK) kvli_vk_idle(c->ctx);
+    kvli_vk_piece_free(vk, &cc->banks[bank]);
+    if (bank && cc->banks[0].buffer) kvli_vk_set_bank(c, bank);
+}
+
+/* ---- commands of a cache ---- */
+static kvl_result kvli_vk_wait_for(kvl_cache *c, uint32_t pending) { /* bits of the ring */
+    const struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    kvli_vk_fence fences[KVLI_VK_RING];
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < KVLI_VK_RING; i++)
+        if (pending >> i & 1) fences[n++] = cc->fence[i];
+    if (!n) return KVL_OK;
+    kvl_result r =
+        kvli_vk_ok(c, vk->fn.wait_fences(vk->device, n, fences, 1, kvli_vk_patience(vk)), "vkWaitForFences");
+    if (r == KVL_OK) cc->pending &= ~pending;
+    return r;
+}
+static kvl_result kvli_vk_wait(kvl_cache *c) { return kvli_vk_wait_for(c, kvli_vk_of(c)->pending); }
+
+/* A command buffer of ours to record into, which submit submits. */
+static kvl_result kvli_vk_begin(kvl_cache *c, kvli_vk_commands *out) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    kvl_result r = KVL_OK;
+    *out = cc->commands[cc->turn];
+    if (cc->open) return r;
+    r = kvli_vk_wait_for(c, cc->pending & 1u << cc->turn);
+    if (r == KVL_OK) r = kvli_vk_ok(c, kvli_vk_begin_commands(c->ctx->vk, *out), "vkBeginCommandBuffer");
+    cc->open = r == KVL_OK;
+    return r;
+}
+/* For a layer: the one that was lent, if one was. */
+static kvl_result kvli_vk_begin_layer(kvl_cache *c, kvli_vk_commands *out) {
+    *out = kvli_vk_of(c)->record;
+    return *out ? KVL_OK : kvli_vk_begin(c, out);
+}
+
+/* What is recorded goes to the queue. If that fails, copies of blocks are not made up for. */
+static kvl_result kvli_vk_submit(kvl_cache *c) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    kvli_vk_commands commands = cc->commands[cc->turn];
+    if (!cc->open) return KVL_OK;
+    cc->open = false;
+    cc->work = cc->bytes = 0;
+    kvl_result r = kvli_vk_ok(c, kvli_vk_end_commands(vk, commands), "vkEndCommandBuffer");
+    if (r == KVL_OK)
+        r = kvli_vk_ok(c, vk->fn.reset_fences(vk->device, 1, &cc->fence[cc->turn]), "vkResetFences");
+    if (r == KVL_OK)
+        r = kvli_vk_ok(c, kvli_vk_submit_to(c->ctx, commands, cc->fence[cc->turn]), "vkQueueSubmit");
+    cc->spoilt = cc->spoilt || (r != KVL_OK && cc->moves);
+    cc->moves = false;
+    if (r != KVL_OK) return r;
+    cc->pending |= 1u << cc->turn;
+    cc->turn = (cc->turn + 1) % KVLI_VK_RING;
+    return r;
+}
+
+/* After so many bytes more are copied or filled: never too many in one submit. */
+static kvl_result kvli_vk_moved(kvl_cache *c, kvli_vk_commands commands, size_t bytes) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_TRANSFER, KVLI_VK_AT_OURS);
+    cc->moves = true;
+    cc->bytes += bytes;
+    return cc->bytes > kvli_vk_submit_bytes ? kvli_vk_submit(c) : KVL_OK;
+}
+
+static kvl_result kvli_vk_move(kvl_cache *c, uint64_t dst, uint64_t src, size_t bytes) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    kvli_vk_commands commands;
+    kvli_vk_copy copy = {src & UINT32_MAX, dst & UINT32_MAX, bytes};
+    kvl_result r = kvli_vk_check(c);
+    if (r != KVL_OK) return r;
+    r = kvli_vk_begin(c, &commands);
+    if (r == KVL_OK) {
+        c->ctx->vk->fn.copy_buffer(commands, cc->banks[src >> 32].buffer, cc->banks[dst >> 32].buffer, 1,
+                                   &copy);
+        r = kvli_vk_moved(c, commands, bytes);
+    }
+    if (r != KVL_OK) cc->spoilt = true; /* the caller cannot go back */
+    return r;
+}
+
+static kvl_result kvli_vk_poison(kvl_cache *c, uint64_t address, size_t bytes) {
+    kvli_vk_commands commands;
+    kvl_result r = kvli_vk_check(c);
+    if (r == KVL_OK) r = kvli_vk_begin(c, &commands);
+    if (r != KVL_OK) return r;
+    c->ctx->vk->fn.fill_buffer(commands, kvli_vk_of(c)->banks[address >> 32].buffer, address & UINT32_MAX,
+                               bytes & ~(size_t)3, ~0u);
+    return kvli_vk_moved(c, commands, bytes);
+}
+
+/* ---- steps and layers ---- */
+/* Runs a pipeline on n elements of a list of the tables, in so many pieces that neither a submit nor a grid is too large;
+   `each`: work of the largest element. */
+static kvl_result kvli_vk_run(kvl_cache *c, kvli_vk_pipeline pipeline, kvli_vk_set tensors,
+                              kvli_vk_push *push, const uint32_t grid[2], uint64_t each) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    kvli_vk_set sets[2] = {cc->sets[0], tensors};
+    kvli_vk_commands commands;
+    for (push->first = 0; push->first < push->n;) {
+        uint64_t room =
+            cc->work < kvli_vk_submit_work ? (kvli_vk_submit_work - cc->work) / (each ? each : 1) : 0;
+        uint32_t most = kvli_min_u32(push->n - push->first, vk->properties.limits.workgroups[0]);
+        if (!room && cc->work && !cc->record) {
+            kvl_result r = kvli_vk_submit(c);
+            if (r != KVL_OK) return r;
+            continue;
+        }
+        uint32_t n = cc->record || room >= most ? most : room ? (uint32_t)room : 1;
+        kvl_result r = kvli_vk_begin_layer(c, &commands);
+        if (r != KVL_OK) return r;
+        vk->fn.bind_pipeline(commands, KVLI_VK_BIND_COMPUTE, pipeline);
+        vk->fn.bind_sets(commands, KVLI_VK_BIND_COMPUTE, cc->pipes.layout, 0, 2, sets, 0, NULL);
+        vk->fn.push(commands, cc->pipes.layout, KVLI_VK_STAGE_COMPUTE, 0, sizeof *push, push);
+        vk->fn.dispatch(commands, n, grid[0], grid[1]);
+        push->first += n;
+        if (!cc->record) cc->work += n * each;
+    }
+    return KVL_OK;
+}
+
+static kvl_result kvli_vk_step(kvl_cache *c) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    const uint32_t grid[2] = {KVLI_VK_COPY_GROUPS, 1};
+    kvli_vk_push push;
+    kvl_result r = kvli_vk_check(c);
+    if (r == KVL_OK) r = kvli_vk_wait(c); /* an aborted step may still be reading its tables */
+    if (r != KVL_OK) return r;
+    cc->record = NULL;
+    kvli_gpu_build(c, &cc->tables, cc->host.at);
+    memset(cc->out.at + cc->out_bytes, 0, c->step.n_spans * sizeof(uint32_t));
+    memset(&push, 0, sizeof push);
+    push.list = cc->tables.copies / 4;
+    push.n = c->step.n_copies;
+    r = kvli_vk_run(c, cc->pipes.copy, cc->sets[1], &push, grid, 0);
+    return r == KVL_OK ? kvli_vk_submit(c) : r;
+}
+
+/* Where tensors stand in the buffers that are bound. */
+typedef struct kvli_vk_tensors {
+    kvli_vk_tensor q, k, v, out;
+    kvli_vk_set store, attend;
+} kvli_vk_tensors;
+
+static kvl_result kvli_vk_attend_items(kvl_cache *c, const kvli_attend *a, const kvli_vk_tensors *t,
+                                       kvli_vk_push *push) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    const kvli_vk_cache *cc = kvli_vk_of(c);
+    const kvli_gpu_group *g = &cc->tables.groups[a->layer->group];
+    const uint32_t grid[2] = {c->geo.n_kv_heads, 1}, preset = cc->layer_preset[push->layer];
+    const kvli_vk_pipeline by_sort[KVLI_GPU_SORTS] = {cc->pipes.decode[preset], NULL,
+                                                      cc->pipes.prefill[preset], cc->pipes.merge};
+    kvl_result r = KVL_OK;
+    push->a = t->q;
+    push->b = t->out;
+    for (uint32_t p = g->first_pass; p < g->first_pass + g->n_passes; p++)
+        for (uint32_t sort = 0; sort < KVLI_GPU_SORTS && r == KVL_OK; sort++) {
+            const kvli_gpu_pass *pass = &cc->tables.passes[p];
+            kvli_vk_commands commands;
+            if (!pass->n[sort]) continue;
+            r = kvli_vk_begin_layer(c, &commands);
+            if (r != KVL_OK) break;
+            if (sort == KVLI_GPU_MERGE || sort == KVLI_GPU_DECODE || !pass->n[KVLI_GPU_DECODE])
+                kvli_vk_wall(vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
+            push->list = pass->at[sort] / 4;
+            push->n = pass->n[sort];
+            r = kvli_vk_run(c, by_sort[sort], t->attend, push, grid,
+                            pass->largest[sort] * c->geo.k_dim * c->geo.n_kv_heads);
+        }
+    return r;
+}
+
+static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kvli_vk_tensors *t) {
+    const kvli_vk_cache *cc = kvli_vk_of(c);
+    const kvli_gpu_group *g = &cc->tables.groups[a->layer->group];
+    const uint32_t grid[2] = {c->geo.n_kv_heads, 2};
+    kvli_vk_commands commands;
+    kvli_vk_push push;
+    memset(&push, 0, sizeof push);
+    push.layer = (uint32_t)(a->layer - c->geo.layers);
+    push.spans = g->spans / 4;
+    push.entries = cc->tables.entries / 4;
+    push.n_q_heads = c->geo.n_q_heads;
+    push.n_kv_heads = c->geo.n_kv_heads;
+    push.gqa = c->geo.gqa;
+    push.a = t->k;
+    push.b = t->v;
+    push.list = g->stores / 4;
+    push.n = g->n_stores;
+    kvl_result r = kvli_vk_begin_layer(c, &commands);
+    if (r == KVL_OK && cc->record) kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
+    if (r == KVL_OK)
+        r = kvli_vk_run(c, cc->pipes.store[cc->layer_preset[push.layer]], t->store, &push, grid,
+                        (uint64_t)c->geo.block_tokens * c->geo.k_dim * c->geo.n_kv_heads * 8);
+    if (r == KVL_OK) r = kvli_vk_attend_items(c, a, t, &push);
+    if (r == KVL_OK && cc->record)
+        kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);
+    return r == KVL_OK ? kvli_vk_submit(c) : r;
+}
+
+static kvli_vk_tensor kvli_vk_tensor_of(const kvl_tensor *t, uint64_t at) {
+    kvli_vk_tensor out;
+    out.offset = (uint32_t)(at / kvli_gpu_dtype_size(t->dtype));
+    out.row_stride = (uint32_t)t->row_stride;
+    out.head_stride = (uint32_t)t->head_stride;
+    out.dtype = (uint32_t)t->dtype;
+    return out;
+}
+
+static kvl_result kvli_vk_host_layer(kvl_cache *c, const kvli_attend *a) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    const kvli_geometry *g = &c->geo;
+    const kvl_tensor *in[3];
+    const uint32_t heads[3] = {g->n_q_heads, g->n_kv_heads, g->n_kv_heads};
+    kvli_vk_tensor *to[3];
+    kvli_vk_tensors t;
+    size_t used = 0, none = 0;
+    if (c->desc.device_tensors)
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_attend: tensors in host memory, though desc.device_tensors");
+    if (cc->record)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensors in host memory, after kvl_step_record");
+    in[0] = &a->q, in[1] = &a->k, in[2] = &a->v;
+    to[0] = &t.q, to[1] = &t.k, to[2] = &t.v;
+    for (uint32_t i = 0; i < 3; i++) {
+        size_t at = used;
+        kvl_tensor packed = kvli_gpu_stage(c, in[i], heads[i], g->k_dim, 0, &used);
+        kvli_gpu_pack(in[i], a->n_rows, heads[i], g->k_dim, cc->in.at + at, false);
+        *to[i] = kvli_vk_tensor_of(&packed, at);
+    }
+    kvl_tensor out = kvli_gpu_stage(c, &a->out, g->n_q_heads, g->k_dim, 0, &none);
+    t.out = kvli_vk_tensor_of(&out, 0);
+    t.store = cc->sets[1];
+    t.attend = cc->sets[2];
+    kvl_result r = kvli_vk_layer_run(c, a, &t);
+    if (r == KVL_OK) r = kvli_vk_wait(c);
+    if (r == KVL_OK) kvli_gpu_pack(&a->out, a->n_rows, g->n_q_heads, g->k_dim, cc->out.at, true);
+    return r;
+}
+
+/* Binds a tensor of the app's, and says where it stands in what is bound. */
+static kvl_result kvli_vk_bind_tensor(kvl_cache *c, const kvl_tensor *t, const char *name, uint32_t heads,
+                                      kvli_vk_set set, uint32_t binding, kvli_vk_tensor *out) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    size_t size = kvli_gpu_dtype_size(t->dtype), rows = c->step.n_rows - 1;
+    uint64_t start = t->offset & ~(vk->properties.limits.storage_alignment - 1), before = t->offset - start;
+    uint64_t bytes, most = vk->caps.max_range / size;
+    kvli_vk_piece piece = {(kvli_vk_buffer)t->data, NULL, NULL};
+    if (t->row_stride > most / (rows + 1) || t->head_stride > most / heads)
+        bytes = UINT64_MAX;
+    else
+        bytes = before + (rows * t->row_stride + (heads - 1) * t->head_stride + c->geo.k_dim) * size;
+    if (bytes > vk->caps.max_range - 3)
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_attend: tensor %s takes more than the %llu bytes of a buffer", name,
+                          (unsigned long long)vk->caps.max_range);
+    bool odd = (t->offset / size | t->row_stride | t->head_stride) & 1;
+    if (odd && size == 2 && strcmp(name, "out") == 0 && !(vk->caps.variants & KVLI_VK_STORAGE16))
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_attend: tensor out: offset and strides of 16-bit numbers must be even without "
+                          "KVL_VULKAN_STORAGE16");
+    kvli_vk_set_range(vk, set, binding, 0, &piece, start, (bytes + 3) & ~3ull);
+    *out = kvli_vk_tensor_of(t, before);
+    return KVL_OK;
+}
+
+static kvl_result kvli_vk_device_layer(kvl_cache *c, const kvli_attend *a) {
+    const kvli_vk_cache *cc = kvli_vk_of(c);
+    const kvli_geometry *g = &c->geo;
+    kvli_vk_tensors t;
+    uint32_t first = 3 + 2 * (uint32_t)(a->layer - g->layers);
+    t.store = cc->sets[first];
+    t.attend = cc->sets[first + 1];
+    kvl_result r = kvli_vk_bind_tensor(c, &a->k, "k", g->n_kv_heads, t.store, KVLI_VK_TENSOR_A, &t.k);
+    if (r == KVL_OK) r = kvli_vk_bind_tensor(c, &a->v, "v", g->n_kv_heads, t.store, KVLI_VK_TENSOR_B, &t.v);
+    if (r == KVL_OK) r = kvli_vk_bind_tensor(c, &a->q, "q", g->n_q_heads, t.attend, KVLI_VK_TENSOR_A, &t.q);
+    if (r == KVL_OK)
+        r = kvli_vk_bind_tensor(c, &a->out, "out", g->n_q_heads, t.attend, KVLI_VK_TENSOR_B, &t.out);
+    return r == KVL_OK ? kvli_vk_layer_run(c, a, &t) : r;
+}
+
+static kvl_result kvli_vk_attend(kvl_cache *c, const kvli_attend *a) {
+    kvl_result r = kvli_vk_check(c);
+    if (r != KVL_OK) return r;
+    return a->q.memory == KVL_MEMORY_DEVICE ? kvli_vk_device_layer(c, a) : kvli_vk_host_layer(c, a);
+}
+
+static kvl_result kvli_vk_finish(kvl_cache *c) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    const uint32_t *taint = (const uint32_t *)(const void *)(cc->out.at + cc->out_bytes);
+    kvl_result r = kvli_vk_check(c);
+    cc->record = NULL;
+    if (r == KVL_OK) r = kvli_vk_quiet(c);
+    for (uint32_t s = 0; s < c->step.n_spans && r == KVL_OK; s++) c->step.taint[s] |= taint[s] != 0;
+    return r;
+}
+
+static kvl_result kvli_vk_step_record(kvl_cache *c, void *commands) {
+    kvl_result r = kvli_vk_check(c);
+    if (r == KVL_OK) r = kvli_vk_quiet(c);
+    if (r == KVL_OK) kvli_vk_of(c)->record = (kvli_vk_commands)commands;
+    return r;
+}
+
+static kvl_result kvli_vk_lend(kvl_context *ctx, const kvl_vulkan_desc *desc) {
+    struct kvli_vk *vk = ctx->vk;
+    kvl_vulkan_desc *mine = &ctx->desc.vulkan;
+    kvli_vk_probe probe;
+    if (!vk || !vk->lent || !desc->instance || !desc->physical_device || !desc->device || !desc->queue)
+        return KVL_INVALID_ARG;
+    if (!vk->lost) return KVL_BUSY;
+    kvli_vk_stop_device(ctx);
+    mine->instance = desc->instance;
+    mine->physical_device = desc->physical_device;
+    mine->device = desc->device;
+    mine->queue = desc->queue;
+    mine->queue_family = desc->queue_family;
+    mine->features = desc->features;
+    kvli_vk_borrow(vk, desc);
+    vk->renewed = true;
+    kvl_result r = kvli_vk_start_instance(ctx, kvli_text_at(NULL, 0));
+    if (r == KVL_OK) r = kvli_vk_probe_device(ctx, kvli_text_at(NULL, 0), vk->physical, &probe);
+    if (r == KVL_OK && kvli_vk_same(vk, &probe)) return r;
+    vk->device = NULL;
+    return r == KVL_OK ? KVL_INVALID_ARG : KVL_DEVICE_LOST;
+}
+#else
+static kvl_result kvli_vk_open(kvl_context *ctx, kvli_text why) {
+    (void)ctx;
+    return kvli_fail(NULL, why, KVL_NO_BACKEND,
+                     "not in this build (KVL_NO_VULKAN, or its kernels were not found)");
+}
+static kvl_result kvli_vk_step_record(kvl_cache *c, void *commands) {
+    (void)c;
+    (void)commands;
+    return KVL_UNSUPPORTED;
+}
+static kvl_result kvli_vk_lend(kvl_context *ctx, const kvl_vulkan_desc *desc) {
+    (void)ctx;
+    (void)desc;
+    return KVL_INVALID_ARG;
 }
 #endif
 
@@ -9481,6 +10542,16 @@ static const kvli_backend kvli_backends[] = {
      kvli_cu_attend, kvli_cu_finish, kvli_cu_check, kvli_cu_recover, NULL},
 #else
     {"cuda", KVL_BACKEND_CUDA, true, true, kvli_cu_open, kvli_host_close, kvli_side_supported,
+     kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
+     kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache,
+     NULL},
+#endif
+#if KVLI_VULKAN
+    {"vulkan", KVL_BACKEND_VULKAN, true, true, kvli_vk_open, kvli_vk_close, kvli_vk_supports, kvli_vk_plan,
+     kvli_vk_start, kvli_vk_stop, kvli_vk_map, kvli_vk_unmap, kvli_vk_move, kvli_vk_poison, kvli_vk_step,
+     kvli_vk_attend, kvli_vk_finish, kvli_vk_check, kvli_vk_recover, NULL},
+#else
+    {"vulkan", KVL_BACKEND_VULKAN, true, true, kvli_vk_open, kvli_host_close, kvli_side_supported,
      kvli_null_cache, kvli_null_cache, kvli_host_stop, kvli_null_map, kvli_null_unmap, kvli_null_copy,
      kvli_null_poison, kvli_null_cache, kvli_null_attend, kvli_null_cache, kvli_null_cache, kvli_null_cache,
      NULL},
@@ -9648,6 +10719,9 @@ KVL_API const char *kvl_context_backend(const kvl_context *ctx) { return ctx ? c
 KVL_API const char *kvl_context_report(const kvl_context *ctx) { return ctx ? ctx->report : ""; }
 KVL_API kvl_result kvl_context_lend(kvl_context *ctx, void *cuda_context, void *cuda_stream) {
     return ctx && cuda_context ? kvli_cu_lend(ctx, cuda_context, cuda_stream) : KVL_INVALID_ARG;
+}
+KVL_API kvl_result kvl_context_lend_vulkan(kvl_context *ctx, const kvl_vulkan_desc *desc) {
+    return ctx && desc ? kvli_vk_lend(ctx, desc) : KVL_INVALID_ARG;
 }
 KVL_API kvl_result kvl_context_memory(const kvl_context *ctx, kvl_memory_info *out) {
     if (out) memset(out, 0, sizeof *out);
@@ -10228,6 +11302,8 @@ static kvl_result kvli_cache_build(kvl_cache *c) {
     c->arena_bytes = a.used;
     a.used = 0;
     kvli_cache_carve(c, &a);
+    if (c->backend_bytes)
+        memset(c->backend_state, 0, c->backend_bytes); /* stop takes one that was not started */
     kvli_cache_lists(c);
     kvli_step_views(c);
     c->stats.bytes_metadata = host;
@@ -10753,13 +11829,15 @@ KVL_API kvl_result kvl_step_abort(kvl_cache *c, const kvl_step *step) {
     return KVL_OK;
 }
 
-static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim, bool has_memory,
+static bool kvli_tensor_fill(const kvl_tensor *in, uint32_t heads, uint32_t dim, const kvli_backend *backend,
                              kvl_tensor *out) {
-    if (!in || (has_memory && !in->data) || (uint32_t)in->dtype > KVL_DTYPE_BF16 ||
+    if (!in || (backend->has_memory && !in->data) || (uint32_t)in->dtype > KVL_DTYPE_BF16 ||
         (uint32_t)in->memory > KVL_MEMORY_DEVICE)
         return false;
-    if (in->memory == KVL_MEMORY_DEVICE && (uintptr_t)in->data % (in->dtype == KVL_DTYPE_F32 ? 4 : 2))
-        return false;
+    bool is_buffer =
+        in->memory == KVL_MEMORY_DEVICE && backend->kind == KVL_BACKEND_VULKAN; /* and no address */
+    uint64_t at = is_buffer ? in->offset : (uintptr_t)in->data;
+    if (in->memory == KVL_MEMORY_DEVICE && at % (in->dtype == KVL_DTYPE_F32 ? 4 : 2)) return false;
     *out = *in;
     if (!out->head_stride) out->head_stride = dim;
     if (!out->row_stride) out->row_stride = (size_t)heads * dim;
@@ -10790,13 +11868,13 @@ KVL_API kvl_result kvl_attend(kvl_cache *c, const kvl_step *step, uint32_t layer
     if (!c) return KVL_INVALID_ARG;
     kvl_result r = kvli_layer_open(c, step, layer, "kvl_attend");
     if (r != KVL_OK) return r;
-    bool memory = c->ctx->backend->has_memory;
+    const kvli_backend *backend = c->ctx->backend;
     memset(&a, 0, sizeof a);
-    const char *bad = !kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, memory, &a.q)       ? "q"
-                      : !kvli_tensor_fill(k, c->geo.n_kv_heads, c->geo.k_dim, memory, &a.k)    ? "k"
-                      : !kvli_tensor_fill(v, c->geo.n_kv_heads, c->geo.v_dim, memory, &a.v)    ? "v"
-                      : !kvli_tensor_fill(out, c->geo.n_q_heads, c->geo.v_dim, memory, &a.out) ? "out"
-                                                                                               : NULL;
+    const char *bad = !kvli_tensor_fill(q, c->geo.n_q_heads, c->geo.k_dim, backend, &a.q)       ? "q"
+                      : !kvli_tensor_fill(k, c->geo.n_kv_heads, c->geo.k_dim, backend, &a.k)    ? "k"
+                      : !kvli_tensor_fill(v, c->geo.n_kv_heads, c->geo.v_dim, backend, &a.v)    ? "v"
+                      : !kvli_tensor_fill(out, c->geo.n_q_heads, c->geo.v_dim, backend, &a.out) ? "out"
+                                                                                                : NULL;
     if (bad)
         return KVLI_ERROR(c, KVL_INVALID_ARG,
                           "kvl_attend: tensor %s is null, not aligned, or of an unknown dtype or memory",
@@ -10835,6 +11913,17 @@ KVL_API kvl_result kvl_step_replayed(kvl_cache *c, const kvl_step *step) {
     for (uint32_t l = 0; l < c->geo.n_layers; l++)
         if (!c->step.done[l]) kvli_layer_done(c, l);
     return KVL_OK;
+}
+
+KVL_API kvl_result kvl_step_record(kvl_cache *c, const kvl_step *step, void *command_buffer) {
+    if (!c) return KVL_INVALID_ARG;
+    kvl_result r = kvli_step_is(c, step, "kvl_step_record");
+    if (r != KVL_OK) return r;
+    if (c->ctx->backend->kind != KVL_BACKEND_VULKAN)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED,
+                          "kvl_step_record: the backend is %s, which has no command buffers",
+                          c->ctx->backend->name);
+    return kvli_vk_step_record(c, command_buffer);
 }
 
 KVL_API kvl_result kvl_step_layer_done(kvl_cache *c, const kvl_step *step, uint32_t layer,

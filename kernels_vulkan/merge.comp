@@ -6,6 +6,7 @@
 // Roofline: bytes, 4 (DIM + 2) for each part and row, read once. Far less than the attention that made them: a part stands for
 // some hundred tokens of 2 DIM numbers.
 #extension GL_GOOGLE_include_directive : require
+#define KVL_PARTIAL_ACCESS readonly
 #include "softmax.glsl"
 
 void kvl_merge_pair(kvli_vk_layer layer, kvli_gpu_merge merge, uint r, uint e) {

@@ -54,10 +54,10 @@ uint kvl_element(kvli_vk_tensor t, kvl_row row) {
 }
 
 layout(set = 1, binding = KVLI_VK_TENSOR_A, std430) readonly buffer kvl_tensor_a { uint d[]; } tensor_a;
-layout(set = 1, binding = KVLI_VK_TENSOR_B, std430) buffer kvl_tensor_b { uint d[]; } tensor_b;
+layout(set = 1, binding = KVLI_VK_TENSOR_B, std430) writeonly buffer kvl_tensor_b { uint d[]; } tensor_b;
 #if KVL_STORAGE16
 layout(set = 1, binding = KVLI_VK_TENSOR_A, std430) readonly buffer kvl_tensor_a16 { uint16_t d[]; } tensor_a16;
-layout(set = 1, binding = KVLI_VK_TENSOR_B, std430) buffer kvl_tensor_b16 { uint16_t d[]; } tensor_b16;
+layout(set = 1, binding = KVLI_VK_TENSOR_B, std430) writeonly buffer kvl_tensor_b16 { uint16_t d[]; } tensor_b16;
 #endif
 
 // Element i of q.

@@ -23,8 +23,11 @@ float kvl_output_factor(kvli_vk_layer layer, uint head, float m, float l) {
 }
 
 // ---- partial results ----
-layout(set = 0, binding = KVLI_VK_PARTIAL_O, std430) buffer kvl_partial_o { float partial_o[]; };
-layout(set = 0, binding = KVLI_VK_PARTIAL_ML, std430) buffer kvl_partial_ml { vec2 partial_ml[]; };
+#ifndef KVL_PARTIAL_ACCESS
+#define KVL_PARTIAL_ACCESS writeonly // of merge: readonly. Validation layers, and so apps, see which dispatches need a barrier
+#endif
+layout(set = 0, binding = KVLI_VK_PARTIAL_O, std430) KVL_PARTIAL_ACCESS buffer kvl_partial_o { float partial_o[]; };
+layout(set = 0, binding = KVLI_VK_PARTIAL_ML, std430) KVL_PARTIAL_ACCESS buffer kvl_partial_ml { vec2 partial_ml[]; };
 
 // Which partial result is row i of an item.
 uint kvl_partial_number(kvli_gpu_item item, uint kv_head, uint i) {

@@ -451,7 +451,7 @@ typedef kvli_vk_function(KVLI_VK_CALL *kvli_vk_get_instance_proc)(kvli_vk_instan
     X(destroy_device, "vkDestroyDevice", void, (kvli_vk_device device, const void *alloc))                  \
     X(get_queue, "vkGetDeviceQueue", void,                                                                  \
       (kvli_vk_device device, uint32_t family, uint32_t i, kvli_vk_queue * out))                            \
-    X(device_idle, "vkDeviceWaitIdle", int, (kvli_vk_device device))                                        \
+    X(queue_idle, "vkQueueWaitIdle", int, (kvli_vk_queue queue))                                            \
     X(queue_submit, "vkQueueSubmit", int,                                                                   \
       (kvli_vk_queue queue, uint32_t n, const kvli_vk_submit_info *submits, kvli_vk_fence fence))           \
     X(alloc, "vkAllocateMemory", int,                                                                       \

@@ -14,6 +14,8 @@ typedef struct lives_backend {
     void (*close)(void *tensors);
     kvl_result (*attend)(kvl_cache *cache, const kvl_step *step, uint32_t layer, void *tensors,
                          gm_buffers *b);
+    uint64_t budget, most, low,
+        high;       /* MiB of a life: at first, what it may be, and what it shrinks to and grows to */
     uint32_t every; /* of the presets */
 } lives_backend;
 static lives_backend lives;
@@ -47,8 +49,8 @@ static kvl_cache *life_cache(const life *w, kvl_context *shared) {
     d.context = shared;
     d.context_desc.backend = lives.kind;
     lives.describe(&d);
-    d.device_bytes = 8u << 20;
-    d.max_device_bytes = 64u << 20;
+    d.device_bytes = lives.budget << 20;
+    d.max_device_bytes = lives.most << 20;
     d.max_sequences = 16;
     d.max_seq_tokens = 512;
     d.max_step_tokens = GM_ROWS;
@@ -139,7 +141,7 @@ static void runner_step(runner *r, const uint32_t n[STREAMS]) {
 }
 
 static void runner_resize(runner *r) {
-    uint64_t held, low = 4u << 20, high = 60u << 20, before = lives.memory();
+    uint64_t held, low = lives.low << 20, high = lives.high << 20, before = lives.memory();
     KOK(r->cache, kvl_cache_resize(r->cache, high, &held));
     if (lives.memory() <= before) fail_msg("growing took no memory");
     before = lives.memory();

@@ -106,6 +106,10 @@ static void lives_begin(void) {
     lives.kind = KVL_BACKEND_CUDA;
     lives.describe = describe;
     lives.memory = memory;
+    lives.budget = 8;
+    lives.most = 64;
+    lives.low = 4;
+    lives.high = 60;
     lives.every = now->simple ? 1 : 2;
     if (!now->device) return;
     lives.open = tensors_open;

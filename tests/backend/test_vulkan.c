@@ -134,6 +134,10 @@ static int begin(void **state) {
     lives.kind = KVL_BACKEND_VULKAN;
     lives.describe = describe;
     lives.memory = vkw_memory;
+    lives.budget = 12; /* a device has few slabs */
+    lives.most = 16;
+    lives.low = 7;
+    lives.high = 15;
     lives.every = now->b.every > 1 ? 3 : 1;
     if (now->device) {
         lives.open = tensors_open;
@@ -256,7 +260,7 @@ static void test_refusals(void **state) {
     g.v_dim = 128;
     refused(g, "v_dim");
     g = gm_geometry("int8", NULL);
-    g.k_dim = 72;
+    g.k_dim = 48;
     refused(g, "k_dim");
     g = gm_geometry("int8", NULL);
     g.block_tokens = 8;

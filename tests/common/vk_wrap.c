@@ -77,10 +77,12 @@ bool vkw_open(unsigned bits) {
     return w.library != NULL;
 }
 
+static void hazards_reset(void);
 void vkw_reset(void) {
     void *library = w.library;
     memset(&w, 0, sizeof w);
     w.library = library;
+    hazards_reset();
 }
 
 /* ---- objects ---- */
@@ -127,6 +129,7 @@ uint64_t vkw_objects(void) {
     return n;
 }
 
+uint32_t vkw_wrong(void) { return w.problems + w.messages; }
 int vkw_problems(char *text, size_t size) {
     uint32_t i;
     for (i = 0; i < w.n_objects; i++)
@@ -461,6 +464,7 @@ static VKAPI_ATTR void VKAPI_CALL vkDestroyDevice(VkDevice device, const VkAlloc
     REAL(vkDestroyDevice)(device, a);
 }
 
+static void hazards_waited(void);
 static bool may_use_queue(const char *name) {
     if (w.own || !w.settings.lock || w.locked) return true;
     problem("%s: the queue is not locked", name);
@@ -490,12 +494,169 @@ static VKAPI_ATTR VkResult VKAPI_CALL vkWaitForFences(VkDevice device, uint32_t 
         REAL(vkDeviceWaitIdle)(device);
         return result;
     }
-    return REAL(vkWaitForFences)(device, n, fences, all, timeout);
+    result = REAL(vkWaitForFences)(device, n, fences, all, timeout);
+    if (result == VK_SUCCESS) hazards_waited();
+    return result;
 }
 static VKAPI_ATTR VkResult VKAPI_CALL vkGetFenceStatus(VkDevice device, VkFence fence) {
     VkResult result = fails(__func__, true, VK_SUCCESS);
     if (result == VK_ERROR_DEVICE_LOST) REAL(vkDeviceWaitIdle)(device);
     return result != VK_SUCCESS ? result : REAL(vkGetFenceStatus)(device, fence);
+}
+
+/* ---- hazards ----
+   The validation layer takes what a shader writes into a storage buffer for a read (1.3.239 does), so that it misses barriers
+   between dispatches. Here: a dispatch that reads a buffer which one before it wrote, or writes one which it read, needs a
+   barrier between them, in the order in which they are recorded, or a wait. By the ranges of
+   descriptors: what two dispatches write is not compared. */
+enum { SETS = 2, BINDINGS = 8, ELEMENTS = 64, MOST_SETS = 512, MOST_COMMANDS = 64 };
+enum { READS = 1, WRITES = 2 };
+typedef struct uses {
+    uint64_t handle; /* of the module or pipeline */
+    size_t words;    /* of its code, which tells which shader it is */
+    uint8_t of[SETS][BINDINGS];
+} uses;
+typedef struct touched {
+    VkBuffer buffer;
+    uint64_t from, to;
+    size_t by; /* words of the shader */
+} touched;
+static struct {
+    uses shaders[256], pipelines[1024];
+    uint32_t n_shaders, n_pipelines;
+    struct {
+        VkDescriptorSet set;
+        touched buffers[BINDINGS][ELEMENTS];
+    } sets[MOST_SETS];
+    struct {
+        VkCommandBuffer commands;
+        const uses *pipeline;
+        uint32_t set[SETS]; /* of sets[] */
+    } commands[MOST_COMMANDS];
+    touched read[1024], written[1024]; /* since the last barrier */
+    uint32_t n_read, n_written;
+} h;
+
+static void hazards_reset(void) { memset(&h, 0, sizeof h); }
+static void hazards_waited(void) { h.n_read = h.n_written = 0; }
+
+/* Which bindings a SPIR-V module reads and writes, by what is decorated NonWritable and NonReadable. */
+static void find_uses(const uint32_t *words, size_t n, uses *u) {
+    uint32_t bound = words[3], *of = (uint32_t *)calloc(bound, 6 * sizeof *of), *pointee = of + bound;
+    uint32_t *set = of + 2 * bound, *binding = of + 3 * bound, *not = of + 4 * bound, *type = of + 5 * bound,
+             i;
+    u->words = n;
+    for (size_t at = 5; at < n && words[at] >> 16; at += words[at] >> 16) {
+        const uint32_t *w = words + at;
+        uint32_t op = w[0] & 0xffff, d = op == 71 ? w[2] : op == 72 ? w[3] : 0; /* Decorate, MemberDecorate */
+        if (op == 71 && d == 34) set[w[1]] = w[3] + 1;
+        if (op == 71 && d == 33) binding[w[1]] = w[3] + 1;
+        if (d == 24) not [w[1]] |= WRITES;
+        if (d == 25) not [w[1]] |= READS;
+        if (op == 32) pointee[w[1]] = w[3]; /* TypePointer */
+        if (op == 28) of[w[1]] = w[2];      /* TypeArray */
+        if (op == 59) type[w[2]] = w[1];    /* Variable */
+    }
+    for (i = 0; i < bound; i++) {
+        uint32_t t = pointee[type[i]];
+        if (!set[i] || !binding[i] || set[i] > SETS || binding[i] > BINDINGS) continue;
+        if (of[t]) t = of[t];
+        u->of[set[i] - 1][binding[i] - 1] |= (READS | WRITES) & ~(not [i] | not [t]);
+    }
+    free(of);
+}
+
+static uint32_t set_of(VkDescriptorSet set) {
+    uint32_t i;
+    for (i = 0; i < MOST_SETS - 1 && h.sets[i].set && h.sets[i].set != set; i++) {
+    }
+    h.sets[i].set = set;
+    return i;
+}
+static uint32_t commands_of(VkCommandBuffer commands) {
+    uint32_t i;
+    for (i = 0; i < MOST_COMMANDS - 1 && h.commands[i].commands && h.commands[i].commands != commands; i++) {
+    }
+    h.commands[i].commands = commands;
+    return i;
+}
+static const touched *among(const touched *list, uint32_t n, const touched *t) {
+    while (n)
+        if (list[--n].buffer == t->buffer && list[n].from < t->to && t->from < list[n].to) return &list[n];
+    return NULL;
+}
+
+static VKAPI_ATTR void VKAPI_CALL vkCmdBindPipeline(VkCommandBuffer commands, VkPipelineBindPoint point,
+                                                    VkPipeline pipeline) {
+    uint32_t i;
+    counted(__func__);
+    for (i = 0; i < h.n_pipelines; i++)
+        if (h.pipelines[i].handle == (uint64_t)pipeline)
+            h.commands[commands_of(commands)].pipeline = &h.pipelines[i];
+    REAL(vkCmdBindPipeline)(commands, point, pipeline);
+}
+static VKAPI_ATTR void VKAPI_CALL vkCmdBindDescriptorSets(VkCommandBuffer commands, VkPipelineBindPoint point,
+                                                          VkPipelineLayout layout, uint32_t first, uint32_t n,
+                                                          const VkDescriptorSet *sets, uint32_t n_offsets,
+                                                          const uint32_t *offsets) {
+    uint32_t i;
+    counted(__func__);
+    for (i = 0; i < n && first + i < SETS; i++)
+        h.commands[commands_of(commands)].set[first + i] = set_of(sets[i]);
+    REAL(vkCmdBindDescriptorSets)(commands, point, layout, first, n, sets, n_offsets, offsets);
+}
+
+/* Each buffer that the dispatch uses in the given way: compared with a list (hazard is its name), or added to it (null). */
+static void dispatch_uses(uint32_t c, int way, touched *list, uint32_t *n, const char *hazard) {
+    const uses *u = h.commands[c].pipeline;
+    uint32_t s, b, e;
+    for (s = 0; s < SETS; s++) {
+        for (b = 0; b < BINDINGS; b++) {
+            for (e = 0; (u->of[s][b] & way) && e < ELEMENTS; e++) {
+                const touched *t = &h.sets[h.commands[c].set[s]].buffers[b][e];
+                const touched *there = t->buffer ? among(list, *n, t) : NULL;
+                if (hazard && there) {
+                    problem("%s without a barrier: set %u, binding %u, element %u of a shader of %zu words, "
+                            "after "
+                            "one of %zu",
+                            hazard, s, b, e, u->words, there->by);
+                    return;
+                }
+                if (hazard || !t->buffer || *n == 1024) continue;
+                list[*n] = *t;
+                list[(*n)++].by = u->words;
+            }
+        }
+    }
+}
+static VKAPI_ATTR void VKAPI_CALL vkCmdDispatch(VkCommandBuffer commands, uint32_t x, uint32_t y,
+                                                uint32_t z) {
+    uint32_t c = commands_of(commands);
+    counted(__func__);
+    if (h.commands[c].pipeline && !w.own) {
+        dispatch_uses(c, READS, h.written, &h.n_written, "read after write");
+        dispatch_uses(c, WRITES, h.read, &h.n_read, "write after read");
+        dispatch_uses(c, READS, h.read, &h.n_read, NULL);
+        dispatch_uses(c, WRITES, h.written, &h.n_written, NULL);
+    }
+    REAL(vkCmdDispatch)(commands, x, y, z);
+}
+static VKAPI_ATTR void VKAPI_CALL vkCmdPipelineBarrier(
+    VkCommandBuffer commands, VkPipelineStageFlags from, VkPipelineStageFlags to, VkDependencyFlags flags,
+    uint32_t n, const VkMemoryBarrier *memory, uint32_t n_buffers, const VkBufferMemoryBarrier *buffers,
+    uint32_t n_images, const VkImageMemoryBarrier *images) {
+    const VkPipelineStageFlags shaders =
+        VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_ALL_COMMANDS_BIT;
+    const VkAccessFlags writes = VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_MEMORY_WRITE_BIT,
+                        reads = VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_MEMORY_READ_BIT;
+    uint32_t i;
+    counted(__func__);
+    if ((from & shaders) && (to & shaders)) {
+        h.n_read = 0;
+        for (i = 0; i < n; i++)
+            if ((memory[i].srcAccessMask & writes) && (memory[i].dstAccessMask & reads)) h.n_written = 0;
+    }
+    REAL(vkCmdPipelineBarrier)(commands, from, to, flags, n, memory, n_buffers, buffers, n_images, images);
 }
 
 /* ---- memory ---- */
@@ -595,6 +756,9 @@ static VKAPI_ATTR void VKAPI_CALL vkUpdateDescriptorSets(VkDevice device, uint32
             if (w.settings.max_range && range > w.settings.max_range)
                 problem("a descriptor of %llu bytes", (unsigned long long)range);
             if (writes[i].dstBinding == 0 && bank < MOST_BANKS) w.banks[bank] = b->buffer;
+            if (writes[i].dstBinding < BINDINGS && bank < ELEMENTS)
+                h.sets[set_of(writes[i].dstSet)].buffers[writes[i].dstBinding][bank] =
+                    (touched){b->buffer, b->offset, b->offset + range, 0};
         }
     }
     REAL(vkUpdateDescriptorSets)(device, n, writes, copies, copy);
@@ -674,9 +838,30 @@ static VKAPI_ATTR VkResult VKAPI_CALL vkCreateShaderModule(VkDevice device,
         w.n_broken++;
     }
     result = REAL(vkCreateShaderModule)(device, &other, a, out);
+    if (result == VK_SUCCESS && !w.own) {
+        add("VkShaderModule", (uint64_t)*out, 0);
+        for (i = 0; i < h.n_shaders && h.shaders[i].handle != (uint64_t)*out; i++) {
+        }
+        assert_true(i < 256);
+        if (i == h.n_shaders) h.n_shaders++;
+        memset(&h.shaders[i], 0, sizeof h.shaders[i]);
+        h.shaders[i].handle = (uint64_t)*out;
+        find_uses(other.pCode, other.codeSize / 4, &h.shaders[i]);
+    }
     free(copy);
-    if (result == VK_SUCCESS && !w.own) add("VkShaderModule", (uint64_t)*out, 0);
     return result;
+}
+
+static void pipeline_uses(VkPipeline pipeline, VkShaderModule module) {
+    uint32_t i, p;
+    for (i = 0; i < h.n_shaders && h.shaders[i].handle != (uint64_t)module; i++) {
+    }
+    for (p = 0; p < h.n_pipelines && h.pipelines[p].handle != (uint64_t)pipeline; p++) {
+    }
+    assert_true(i < h.n_shaders && p < 1024);
+    if (p == h.n_pipelines) h.n_pipelines++;
+    h.pipelines[p] = h.shaders[i];
+    h.pipelines[p].handle = (uint64_t)pipeline;
 }
 
 static VKAPI_ATTR VkResult VKAPI_CALL vkCreateComputePipelines(VkDevice device, VkPipelineCache cache,
@@ -689,7 +874,10 @@ static VKAPI_ATTR VkResult VKAPI_CALL vkCreateComputePipelines(VkDevice device, 
     memset(out, 0, n * sizeof *out);
     if (result != VK_SUCCESS) return result;
     result = REAL(vkCreateComputePipelines)(device, cache, n, info, a, out);
-    for (i = 0; result == VK_SUCCESS && !w.own && i < n; i++) add("VkPipeline", (uint64_t)out[i], 0);
+    for (i = 0; result == VK_SUCCESS && !w.own && i < n; i++) {
+        add("VkPipeline", (uint64_t)out[i], 0);
+        pipeline_uses(out[i], info[i].stage.module);
+    }
     return result;
 }
 static VKAPI_ATTR VkResult VKAPI_CALL vkGetPipelineCacheData(VkDevice device, VkPipelineCache cache,
@@ -750,25 +938,71 @@ static const struct {
     const char *name;
     PFN_vkVoidFunction f;
 } table[] = {
-#define ENTRY(name) {#name, (PFN_vkVoidFunction)name},
-#define BOTH(type) ENTRY(vkCreate##type) ENTRY(vkDestroy##type)
-    BOTH(Instance) BOTH(Device) BOTH(Buffer) BOTH(ShaderModule) BOTH(DescriptorSetLayout) BOTH(
-        PipelineLayout) BOTH(PipelineCache) BOTH(DescriptorPool) BOTH(CommandPool) BOTH(Fence) BOTH(Semaphore)
-        BOTH(QueryPool) ENTRY(vkEnumerateInstanceVersion) ENTRY(vkEnumerateInstanceExtensionProperties) ENTRY(
-            vkEnumeratePhysicalDevices) ENTRY(vkEnumerateDeviceExtensionProperties)
-            ENTRY(vkGetPhysicalDeviceProperties) ENTRY(vkGetPhysicalDeviceProperties2) ENTRY(
-                vkGetPhysicalDeviceFeatures2) ENTRY(vkGetPhysicalDeviceQueueFamilyProperties)
-                ENTRY(vkGetPhysicalDeviceMemoryProperties) ENTRY(vkGetPhysicalDeviceMemoryProperties2) ENTRY(
-                    vkQueueSubmit) ENTRY(vkQueueWaitIdle) ENTRY(vkDeviceWaitIdle) ENTRY(vkWaitForFences)
-                    ENTRY(vkGetFenceStatus) ENTRY(vkResetFences) ENTRY(vkAllocateMemory) ENTRY(vkFreeMemory)
-                        ENTRY(vkMapMemory) ENTRY(vkUnmapMemory) ENTRY(vkFlushMappedMemoryRanges)
-                            ENTRY(vkInvalidateMappedMemoryRanges) ENTRY(vkGetBufferMemoryRequirements)
-                                ENTRY(vkBindBufferMemory) ENTRY(vkUpdateDescriptorSets)
-                                    ENTRY(vkCreateComputePipelines) ENTRY(vkDestroyPipeline)
-                                        ENTRY(vkGetPipelineCacheData) ENTRY(vkAllocateDescriptorSets)
-                                            ENTRY(vkAllocateCommandBuffers) ENTRY(vkBeginCommandBuffer)
-                                                ENTRY(vkEndCommandBuffer) ENTRY(vkResetCommandBuffer)
-                                                    ENTRY(vkResetCommandPool) ENTRY(vkGetDeviceProcAddr)};
+#define F(name) \
+    { #name, (PFN_vkVoidFunction)name }
+    F(vkCreateInstance),
+    F(vkDestroyInstance),
+    F(vkCreateDevice),
+    F(vkDestroyDevice),
+    F(vkCreateBuffer),
+    F(vkDestroyBuffer),
+    F(vkCreateShaderModule),
+    F(vkDestroyShaderModule),
+    F(vkCreateDescriptorSetLayout),
+    F(vkDestroyDescriptorSetLayout),
+    F(vkCreatePipelineLayout),
+    F(vkDestroyPipelineLayout),
+    F(vkCreatePipelineCache),
+    F(vkDestroyPipelineCache),
+    F(vkCreateDescriptorPool),
+    F(vkDestroyDescriptorPool),
+    F(vkCreateCommandPool),
+    F(vkDestroyCommandPool),
+    F(vkCreateFence),
+    F(vkDestroyFence),
+    F(vkCreateSemaphore),
+    F(vkDestroySemaphore),
+    F(vkCreateQueryPool),
+    F(vkDestroyQueryPool),
+    F(vkEnumerateInstanceVersion),
+    F(vkEnumerateInstanceExtensionProperties),
+    F(vkEnumeratePhysicalDevices),
+    F(vkEnumerateDeviceExtensionProperties),
+    F(vkGetPhysicalDeviceProperties),
+    F(vkGetPhysicalDeviceProperties2),
+    F(vkGetPhysicalDeviceFeatures2),
+    F(vkGetPhysicalDeviceQueueFamilyProperties),
+    F(vkGetPhysicalDeviceMemoryProperties),
+    F(vkGetPhysicalDeviceMemoryProperties2),
+    F(vkQueueSubmit),
+    F(vkQueueWaitIdle),
+    F(vkDeviceWaitIdle),
+    F(vkWaitForFences),
+    F(vkGetFenceStatus),
+    F(vkResetFences),
+    F(vkAllocateMemory),
+    F(vkFreeMemory),
+    F(vkMapMemory),
+    F(vkUnmapMemory),
+    F(vkFlushMappedMemoryRanges),
+    F(vkInvalidateMappedMemoryRanges),
+    F(vkGetBufferMemoryRequirements),
+    F(vkBindBufferMemory),
+    F(vkUpdateDescriptorSets),
+    F(vkCreateComputePipelines),
+    F(vkDestroyPipeline),
+    F(vkGetPipelineCacheData),
+    F(vkAllocateDescriptorSets),
+    F(vkAllocateCommandBuffers),
+    F(vkBeginCommandBuffer),
+    F(vkEndCommandBuffer),
+    F(vkResetCommandBuffer),
+    F(vkResetCommandPool),
+    F(vkCmdBindPipeline),
+    F(vkCmdBindDescriptorSets),
+    F(vkCmdDispatch),
+    F(vkCmdPipelineBarrier),
+    F(vkGetDeviceProcAddr)};
 
 static PFN_vkVoidFunction wrapped(const char *name) {
     size_t i;

@@ -2,7 +2,7 @@
    desc.vulkan.get_instance_proc_addr = vkw_get_instance_proc_addr.
 
    Always: the validation layer (core and synchronization) is added to each instance and its messages are kept; objects and memory
-   are followed, so that what is left at the end, or destroyed twice, or over a limit, is known. vkw_problems tells of all.
+   are followed, so that what is left at the end, or destroyed twice, over a limit, or used without a barrier, is known. vkw_problems tells of all.
    On demand: the Nth call that can fail does, or the device is lost there; another device is shown than there is (features, limits,
    memory types, VK_EXT_memory_budget); a shader is broken.
 
@@ -69,6 +69,7 @@ uint64_t vkw_heap_use(void); /* of that, of heap 0 */
 uint64_t vkw_objects(void);
 /* Messages of the validation layer, leaks, and what else was wrong: how many, and the first of them. */
 int vkw_problems(char *text, size_t size);
+uint32_t vkw_wrong(void); /* how many of them there are now, without leaks */
 void vkw_own(bool own);
 
 /* ---- the app's own device ---- */

@@ -15,6 +15,8 @@
    Buffers, pipelines and all are freed by vkr_close, or before by vkr_buffer_free and vkr_pipeline_free. What fails, fails the
    test by cmocka. A process has one vector width: the driver looks at it once.
 
+   VKR_LOADER, defined before this file is included: another vkGetInstanceProcAddr.
+
    Shaders come from kernels_vulkan/kvlite_vulkan_kernels.h. With VKR_SOURCES defined before this file is included, or in the
    environment, or while that header is not there, kernels_vulkan/NAME.comp is compiled by glslangValidator instead. */
 #ifndef KVL_TESTS_VK_RUN_H
@@ -179,7 +181,11 @@ static inline bool vkr_open_instance(vkr *r, bool validate) {
         printf("SKIP libvulkan.so.1 is not there (make deps)\n");
         return false;
     }
+#ifdef VKR_LOADER
+    get = VKR_LOADER;
+#else
     *(void **)(&get) = dlsym(r->library, "vkGetInstanceProcAddr");
+#endif
 #define VKR_LOAD(f) r->f = (PFN_##f)get(r->instance, #f);
     VKR_GLOBAL(VKR_LOAD)
     memset(&features, 0, sizeof features);
