@@ -122,16 +122,17 @@ KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32
 
 /* Prefill: WORKGROUP invocations are a grid of LANES x (WORKGROUP / LANES), a line of which has 4 rows of q each, or a multiple of
    4; rows and invocations are chosen for 32 accumulators an invocation. Macros, as the sizes of the shader's arrays. */
-#define KVLI_VK_PREFILL_STEP(dim, block_tokens) ((dim) <= 64 || (block_tokens) < 32 ? 16u : 32u) /* tokens at once */
+#define KVLI_VK_PREFILL_STEP(dim, block_tokens) \
+    ((dim) <= 64 || (block_tokens) < 32 ? 16u : 32u)             /* tokens at once */
 #define KVLI_VK_PREFILL_SLICE(dim) ((dim) % 32 == 0 ? 32u : 16u) /* dims of K in shared memory at once */
 #define KVLI_VK_PREFILL_V_TOKENS(dim) ((dim) <= 64 ? 16u : (dim) <= 144 ? 8u : 4u) /* tokens of V likewise */
 /* Of either, in units of 16 bytes. */
 #define KVLI_VK_PREFILL_K_TILE(dim, block_tokens) \
     (KVLI_VK_PREFILL_STEP(dim, block_tokens) * (KVLI_VK_PREFILL_SLICE(dim) / 4u + 1u))
 #define KVLI_VK_PREFILL_V_TILE(dim) (KVLI_VK_PREFILL_V_TOKENS(dim) * ((dim) / 4u))
-#define KVLI_VK_PREFILL_TILE(dim, block_tokens)                                         \
-    (KVLI_VK_PREFILL_K_TILE(dim, block_tokens) > KVLI_VK_PREFILL_V_TILE(dim)            \
-         ? KVLI_VK_PREFILL_K_TILE(dim, block_tokens)                                    \
+#define KVLI_VK_PREFILL_TILE(dim, block_tokens)                              \
+    (KVLI_VK_PREFILL_K_TILE(dim, block_tokens) > KVLI_VK_PREFILL_V_TILE(dim) \
+         ? KVLI_VK_PREFILL_K_TILE(dim, block_tokens)                         \
          : KVLI_VK_PREFILL_V_TILE(dim))
 
 /* Rows of an item, invocations and LANES by the device's shared memory (the least that there is, 16 KB, is enough), and the bytes
@@ -139,9 +140,12 @@ KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32
 KVLI_GPU_FN kvli_u32 kvli_vk_prefill_rows(kvli_u32 dim, kvli_u32 max_shared) {
     return (dim <= 64u ? 32u : dim <= 128u ? 16u : 8u) * (max_shared >= 32768u ? 2u : 1u);
 }
-KVLI_GPU_FN kvli_u32 kvli_vk_prefill_workgroup(kvli_u32 max_shared) { return max_shared >= 32768u ? 128u : 64u; }
+KVLI_GPU_FN kvli_u32 kvli_vk_prefill_workgroup(kvli_u32 max_shared) {
+    return max_shared >= 32768u ? 128u : 64u;
+}
 KVLI_GPU_FN kvli_u32 kvli_vk_prefill_lanes(kvli_u32 dim) { return dim <= 64u ? 8u : dim <= 128u ? 16u : 32u; }
-KVLI_GPU_FN kvli_u32 kvli_vk_prefill_shared(kvli_u32 dim, kvli_u32 block_tokens, kvli_u32 rows, kvli_u32 lanes) {
+KVLI_GPU_FN kvli_u32 kvli_vk_prefill_shared(kvli_u32 dim, kvli_u32 block_tokens, kvli_u32 rows,
+                                            kvli_u32 lanes) {
     return 16u * (rows * (dim / 4u + 1u) + KVLI_VK_PREFILL_TILE(dim, block_tokens) +
                   KVLI_VK_PREFILL_STEP(dim, block_tokens) * (rows / 4u) + rows / 4u * lanes);
 }

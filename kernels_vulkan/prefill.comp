@@ -41,6 +41,7 @@ shared vec4 exchange[R4 * WORKGROUP];                               // [R4][TY][
 // An invocation's place in the grid and its share of the sums; a vec4 is of four rows (score, m, l) or four dims (o).
 const float HIDDEN = -3e38; // score of what is not seen: below KVL_NOTHING
 uint x, y;
+uint position[4 * R4];
 vec4 score[T * R4], m[R4], l[R4], o[4 * R4 * N];
 
 struct kvl_rows {
@@ -158,15 +159,17 @@ void p_times_v(uint first) {
 
 // Softcap; what is not seen is hidden.
 void finish_scores(kvl_rows r, kvli_vk_layer layer, kvl_step s) {
-    bool all = kvl_all_see(r.sight, s.own, r.x_first, r.x_last, s.position, s.position + STEP - 1);
-    uint at[4 * R4];
-    [[unroll]] for (uint i = 0; i < 4 * R4; i++) at[i] = kvl_position(r, y * 4 * R4 + i);
+    if (layer.softcap != 0) {
+        [[unroll]] for (uint t = 0; t < T; t++) {
+            [[unroll]] for (uint i = 0; i < 4 * R4; i++)
+                score[t * R4 + i / 4][i % 4] = kvl_capped(score[t * R4 + i / 4][i % 4], layer.softcap);
+        }
+    }
+    if (TX <= STEP && kvl_all_see(r.sight, s.own, r.x_first, r.x_last, s.position, s.position + STEP - 1)) return;
     [[unroll]] for (uint t = 0; t < T; t++) {
         [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
-            float c = score[t * R4 + i / 4][i % 4];
-            if (layer.softcap != 0) c = kvl_capped(c, layer.softcap);
-            bool seen = (TX <= STEP || x < STEP) && (all || kvl_sees(r.sight, s.own, at[i], s.position + x + TX * t));
-            score[t * R4 + i / 4][i % 4] = seen ? c : HIDDEN;
+            bool seen = (TX <= STEP || x < STEP) && kvl_sees(r.sight, s.own, position[i], s.position + x + TX * t);
+            if (!seen) score[t * R4 + i / 4][i % 4] = HIDDEN;
         }
     }
 }
@@ -308,6 +311,7 @@ void main() {
     r.x_last = kvl_position(r, r.item.n_rows - 1);
     x = gl_LocalInvocationIndex % TX;
     y = gl_LocalInvocationIndex / TX;
+    [[unroll]] for (uint i = 0; i < 4 * R4; i++) position[i] = kvl_position(r, y * 4 * R4 + i);
     [[unroll]] for (uint i = 0; i < R4; i++) {
         m[i] = vec4(KVL_NOTHING), l[i] = vec4(0);
         [[unroll]] for (uint j = 0; j < 4; j++) {
