@@ -72,32 +72,19 @@ vec4 kvl_row4[FOURS]; // what this invocation has of a row
 
 const uint HADAMARD = DIM % 128 == 0 ? 128 : DIM % 64 == 0 ? 64 : DIM % 32 == 0 ? 32 : 16;
 
-// Rows times the Hadamard matrix (its own inverse), block-diagonal in blocks of HADAMARD: first within the pieces of a row, then
-// between pieces, all rows in kvl_total.
-void kvl_rotate_pieces() {
-    [[unroll]] for (uint i = 0; i < FOURS; i++) {
-        vec4 x = kvl_row4[i];
-        x = vec4(x.x + x.y, x.x - x.y, x.z + x.w, x.z - x.w);
-        kvl_row4[i] = vec4(x.xy + x.zw, x.xy - x.zw) * inversesqrt(float(HADAMARD));
-    }
-    [[unroll]] for (uint i = 0; i < FOURS; i += 2) {
-        vec4 low = kvl_row4[i], high = kvl_row4[i + 1];
-        kvl_row4[i] = low + high;
-        kvl_row4[i + 1] = low - high;
-    }
-}
+// All rows in kvl_total times the Hadamard matrix (its own inverse), block-diagonal in blocks of HADAMARD.
 void kvl_rotate_total() {
-    [[dont_unroll]] for (uint apart = 8; apart < HADAMARD; apart *= 2) {
-        kvl_sync();
+    [[dont_unroll]] for (uint apart = 1; apart < HADAMARD; apart *= 2) {
         [[dont_unroll]] for (uint i = gl_LocalInvocationID.x; i < ROWS * DIM / 2; i += WORKGROUP) {
             uint e = 2 * i - (i & apart - 1);
             float low = kvl_total[e], high = kvl_total[e + apart];
             kvl_total[e] = low + high;
             kvl_total[e + apart] = low - high;
         }
+        kvl_sync();
     }
-    kvl_sync();
 }
+const float HADAMARD_NORM = HADAMARD == 128 ? 0.08838834764831845 : HADAMARD == 64 ? 0.125 : HADAMARD == 32 ? 0.17677669529663687 : 0.25;
 
 // A row to and from kvl_total.
 void kvl_put_row(uint r) {
@@ -112,29 +99,19 @@ void kvl_get_row(uint r) {
 }
 
 // ---- queries ----
-// All rows of q times the score's factor; rows past the item's end are the last once more.
+// All rows of q times the score's factor, through kvl_total (in a loop: a load of a tensor is much code); rows past the item's end
+// are the last once more.
 void kvl_load_queries(bool rotated) {
-    float factor = kvl_score_factor(layer);
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        kvl_row row = kvl_row_of(span, kv_head, item.row + min(r, item.n_rows - 1));
-        uint at = kvl_element(push.a, row);
-        position[r] = row.position;
-        [[unroll]] for (uint i = 0; i < FOURS; i++) {
-            uint e = at + kvl_dim_of_piece(i / 2) + i % 2 * 4;
-            vec4 x = vec4(kvl_q_get(e), kvl_q_get(e + 1), kvl_q_get(e + 2), kvl_q_get(e + 3));
-            kvl_row4[i] = kvl_has_piece(i / 2) ? x * factor : vec4(0);
-        }
-        if ((ROTATED & 1) == 0) {
-            [[unroll]] for (uint i = 0; i < FOURS; i++) q[r * FOURS + i] = kvl_row4[i];
-        } else {
-            if (rotated) kvl_rotate_pieces();
-            kvl_put_row(r);
-        }
-    }
-    if ((ROTATED & 1) == 0) return;
-    if (rotated) kvl_rotate_total();
+    float factor = kvl_score_factor(layer) * (rotated ? HADAMARD_NORM : 1);
     kvl_sync();
+    [[dont_unroll]] for (uint i = gl_LocalInvocationID.x; i < ROWS * DIM; i += WORKGROUP) {
+        kvl_row row = kvl_row_of(span, kv_head, item.row + min(i / DIM, item.n_rows - 1));
+        kvl_total[i] = kvl_q_get(kvl_element(push.a, row) + i % DIM) * factor;
+    }
+    kvl_sync();
+    if (rotated) kvl_rotate_total();
     [[unroll]] for (uint r = 0; r < ROWS; r++) {
+        position[r] = kvl_row_of(span, kv_head, item.row + min(r, item.n_rows - 1)).position;
         kvl_get_row(r);
         [[unroll]] for (uint i = 0; i < FOURS; i++) q[r * FOURS + i] = kvl_row4[i];
     }
@@ -345,8 +322,8 @@ void kvl_attend_exact(uvec2 range) {
 }
 
 // ---- the end ----
-// The slots' sums together: sums in kvl_total, m and l where slot 0 has them; `rotated` ones with their pieces turned back. With
-// one slot, lanes need no barrier to read again what they wrote themselves.
+// The slots' sums together: sums in kvl_total, m and l where slot 0 has them, times a factor.
+// With one slot, lanes need no barrier to read again what they wrote themselves.
 void kvl_fold_row(uint r) {
     if (SLOTS == 1) {
         kvl_put_row(r);
@@ -363,15 +340,14 @@ void kvl_fold_row(uint r) {
     }
     barrier();
 }
-void kvl_fold(bool rotated) {
+void kvl_fold(float factor) {
     [[unroll]] for (uint r = 0; r < ROWS; r++) kvl_slot_m[slot * ROWS + r] = m[r], kvl_slot_l[slot * ROWS + r] = l[r];
     if (SLOTS > 1) barrier();
     [[unroll]] for (uint r = 0; r < ROWS; r++) {
         float top = m[r];
         for (uint s = 0; s < SLOTS && SLOTS > 1; s++) top = max(top, kvl_slot_m[s * ROWS + r]);
-        float shrink = SLOTS > 1 ? exp2(m[r] - top) : 1;
+        float shrink = SLOTS > 1 ? exp2(m[r] - top) * factor : factor;
         [[unroll]] for (uint i = 0; i < FOURS; i++) kvl_row4[i] = acc[r * FOURS + i] * shrink;
-        if (rotated) kvl_rotate_pieces();
         kvl_fold_row(r);
     }
     if (SLOTS == 1) return;
@@ -437,14 +413,15 @@ void main() {
     // Packed blocks, then exact ones. (A loop, so that what both do is there once.)
     uvec2 exact = uvec2(item.begin, item.end);
     [[dont_unroll]] for (uint pass = ONE_CLASS ? 1 : 0; pass < 2; pass++) {
-        if (pass == 0 || ONE_CLASS || (ROTATED & 1) != 0) kvl_load_queries(pass == 0);
+        if (pass == 0 || ONE_CLASS || (ROTATED & 1) != 0) kvl_load_queries((ROTATED & 1) != 0 && pass == 0);
         if (!ONE_CLASS && pass == 0)
             exact = kvl_attend_packed();
         else
             kvl_attend_exact(exact);
         if (pass == 0 && (ROTATED & 2) == 0) continue;
-        kvl_fold(pass == 0);
+        kvl_fold(pass == 0 ? HADAMARD_NORM : 1);
         if (pass == 1) break;
+        kvl_sync();
         kvl_rotate_total();
         kvl_unfold();
     }
