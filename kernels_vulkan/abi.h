@@ -83,7 +83,7 @@ KVLI_GPU_END(kvli_vk_layer);
                                                        left out) */
 
 /* ---- launch shapes ---- */
-#define KVLI_VK_DECODE_TOKENS 4u /* that a slot takes at once, at most */
+#define KVLI_VK_DECODE_TOKENS 2u /* that a slot takes at once, at most */
 
 /* The most packed rows of a decode item. */
 KVLI_GPU_FN kvli_u32 kvli_vk_decode_rows(kvli_u32 gqa) { return gqa <= 8u ? gqa : (gqa + 1u) / 2u; }
