@@ -10,6 +10,7 @@ compiler, libvulkan-dev and mesa-vulkan-drivers (radeon_icd).
 import argparse
 import glob
 import json
+import math
 import os
 import re
 import subprocess
@@ -113,12 +114,10 @@ def decode_loop(code, record):
     for begin, end in outer:
         body = [t for t in code[begin:end + 1] if is_instruction(t)]
         products = sum(1 + t.startswith("v_pk_") for t in body if FMA.match(t))
-        if products < per_token:
+        if products < per_token / 2:
             continue
         waves, slots = -(-record["workgroup"] // record["subgroup"]), record["workgroup"] // record["lanes"]
-        tokens = slots  # decoding has products too: the next lower power of two
-        while 2 * tokens * per_token <= products * slots:
-            tokens *= 2
+        tokens = slots * 2 ** round(math.log2(products / per_token))  # (decoding has some products, too)
         kv = record["tile_bytes"] * tokens / record["block_tokens"]
         vector = sum(t.startswith("v_") for t in body)
         record.update(loop=len(body), loop_vector=vector, loop_tokens=tokens, loop_bytes=round(kv),
