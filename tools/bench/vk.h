@@ -53,16 +53,19 @@ static inline void vk_check(int r, const char *call) {
 
 /* ---- opening ---- */
 
+static inline void vk_set(void *pointer, kvli_vk_function f) { memcpy(pointer, &f, sizeof f); }
+
 static inline bool vk_load(vk *v, char *err, size_t n) {
     static const char *const names[] = {"libvulkan.so.1", "libvulkan.so", "libvulkan.1.dylib",
                                         "libMoltenVK.dylib"};
     for (size_t i = 0; i < sizeof names / sizeof *names && !v->library; i++)
         v->library = dlopen(names[i], RTLD_NOW);
     if (!v->library) return llm_fail(err, n, "no Vulkan loader: libvulkan.so.1 is not there");
-    *(void **)&v->proc = dlsym(v->library, "vkGetInstanceProcAddr");
+    void *proc = dlsym(v->library, "vkGetInstanceProcAddr");
+    memcpy(&v->proc, &proc, sizeof proc);
     if (!v->proc) return llm_fail(err, n, "libvulkan.so.1 has no vkGetInstanceProcAddr");
-#define VK_GLOBAL(name, symbol, result, args)                \
-    *(kvli_vk_function *)&v->f.name = v->proc(NULL, symbol); \
+#define VK_GLOBAL(name, symbol, result, args)  \
+    vk_set(&v->f.name, v->proc(NULL, symbol)); \
     if (!v->f.name) return llm_fail(err, n, "libvulkan.so.1 has no %s", symbol);
     KVLI_VK_GLOBAL_FUNCTIONS(VK_GLOBAL)
 #undef VK_GLOBAL
@@ -70,8 +73,8 @@ static inline bool vk_load(vk *v, char *err, size_t n) {
     kvli_vk_instance_info info = {.type = KVLI_VK_TYPE_INSTANCE, .application = &app};
     int r = v->f.create_instance(&info, NULL, &v->instance);
     if (r) return llm_fail(err, n, "vkCreateInstance: VkResult %d (no driver?)", r);
-#define VK_OF_INSTANCE(name, symbol, result, args)                  \
-    *(kvli_vk_function *)&v->f.name = v->proc(v->instance, symbol); \
+#define VK_OF_INSTANCE(name, symbol, result, args)    \
+    vk_set(&v->f.name, v->proc(v->instance, symbol)); \
     if (!v->f.name) return llm_fail(err, n, "there is no %s", symbol);
     KVLI_VK_INSTANCE_FUNCTIONS(VK_OF_INSTANCE)
 #undef VK_OF_INSTANCE
@@ -162,12 +165,12 @@ static inline bool vk_make_device(vk *v, char *err, size_t n) {
                                 .extensions = names};
     int r = v->f.create_device(v->physical, &info, NULL, &v->device);
     if (r) return llm_fail(err, n, "%s: vkCreateDevice: VkResult %d", v->about.name, r);
-#define VK_OF_DEVICE(name, symbol, result, args)                               \
-    *(kvli_vk_function *)&v->f.name = v->f.get_device_proc(v->device, symbol); \
+#define VK_OF_DEVICE(name, symbol, result, args)                 \
+    vk_set(&v->f.name, v->f.get_device_proc(v->device, symbol)); \
     if (!v->f.name) return llm_fail(err, n, "there is no %s", symbol);
     KVLI_VK_DEVICE_FUNCTIONS(VK_OF_DEVICE)
 #undef VK_OF_DEVICE
-    *(kvli_vk_function *)&v->free_commands = v->f.get_device_proc(v->device, "vkFreeCommandBuffers");
+    vk_set(&v->free_commands, v->f.get_device_proc(v->device, "vkFreeCommandBuffers"));
     if (!v->free_commands) return llm_fail(err, n, "there is no vkFreeCommandBuffers");
     v->f.get_queue(v->device, v->family, 0, &v->queue);
     return true;
