@@ -10040,6 +10040,7 @@ static void kvli_vk_trial_record(const struct kvli_vk *vk, kvli_vk_commands comm
     vk->fn.bind_sets(commands, KVLI_VK_BIND_COMPUTE, trial->layout, 0, 2, trial->sets, 0, NULL);
     for (uint32_t i = 0; i < trial->t->n_cases; i++) {
         const kvli_vk_case *one = &trial->t->cases[i];
+        if (i) kvli_vk_wall(vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
         vk->fn.push(commands, trial->layout, KVLI_VK_STAGE_COMPUTE, 0, sizeof one->push, &one->push);
         vk->fn.dispatch(commands, one->groups[0], one->groups[1], one->groups[2]);
     }
@@ -10772,16 +10773,21 @@ static kvl_result kvli_vk_wait_for(kvl_cache *c, uint32_t pending) { /* bits of 
 }
 static kvl_result kvli_vk_wait(kvl_cache *c) { return kvli_vk_wait_for(c, kvli_vk_of(c)->pending); }
 
-/* The command buffer to record into: the lent one, or one of ours that submit submits. */
+/* A command buffer of ours to record into, which submit submits. */
 static kvl_result kvli_vk_begin(kvl_cache *c, kvli_vk_commands *out) {
     kvli_vk_cache *cc = kvli_vk_of(c);
     kvl_result r = KVL_OK;
-    *out = cc->record ? cc->record : cc->commands[cc->turn];
-    if (cc->record || cc->open) return r;
+    *out = cc->commands[cc->turn];
+    if (cc->open) return r;
     r = kvli_vk_wait_for(c, cc->pending & 1u << cc->turn);
     if (r == KVL_OK) r = kvli_vk_ok(c, kvli_vk_begin_commands(c->ctx->vk, *out), "vkBeginCommandBuffer");
     cc->open = r == KVL_OK;
     return r;
+}
+/* For a layer: the one that was lent, if one was. */
+static kvl_result kvli_vk_begin_layer(kvl_cache *c, kvli_vk_commands *out) {
+    *out = kvli_vk_of(c)->record;
+    return *out ? KVL_OK : kvli_vk_begin(c, out);
 }
 
 /* What is recorded goes to the queue. If that fails, copies of blocks are not made up for. */
@@ -10859,7 +10865,7 @@ static kvl_result kvli_vk_run(kvl_cache *c, kvli_vk_pipeline pipeline, kvli_vk_s
             continue;
         }
         uint32_t n = cc->record || room >= most ? most : room ? (uint32_t)room : 1;
-        kvl_result r = kvli_vk_begin(c, &commands);
+        kvl_result r = kvli_vk_begin_layer(c, &commands);
         if (r != KVL_OK) return r;
         vk->fn.bind_pipeline(commands, KVLI_VK_BIND_COMPUTE, pipeline);
         vk->fn.bind_sets(commands, KVLI_VK_BIND_COMPUTE, cc->pipes.layout, 0, 2, sets, 0, NULL);
@@ -10910,7 +10916,7 @@ static kvl_result kvli_vk_attend_items(kvl_cache *c, const kvli_attend *a, const
             const kvli_gpu_pass *pass = &cc->tables.passes[p];
             kvli_vk_commands commands;
             if (!pass->n[sort]) continue;
-            r = kvli_vk_begin(c, &commands);
+            r = kvli_vk_begin_layer(c, &commands);
             if (r != KVL_OK) break;
             if (sort == KVLI_GPU_MERGE || sort == KVLI_GPU_DECODE || !pass->n[KVLI_GPU_DECODE])
                 kvli_vk_wall(vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
@@ -10939,7 +10945,7 @@ static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kv
     push.b = t->v;
     push.list = g->stores / 4;
     push.n = g->n_stores;
-    kvl_result r = kvli_vk_begin(c, &commands);
+    kvl_result r = kvli_vk_begin_layer(c, &commands);
     if (r == KVL_OK && cc->record) kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
     if (r == KVL_OK)
         r = kvli_vk_run(c, cc->pipes.store[cc->layer_preset[push.layer]], t->store, &push, grid,
@@ -11041,6 +11047,7 @@ static kvl_result kvli_vk_finish(kvl_cache *c) {
     kvli_vk_cache *cc = kvli_vk_of(c);
     const uint32_t *taint = (const uint32_t *)(const void *)(cc->out.at + cc->out_bytes);
     kvl_result r = kvli_vk_check(c);
+    cc->record = NULL;
     if (r == KVL_OK) r = kvli_vk_quiet(c);
     for (uint32_t s = 0; s < c->step.n_spans && r == KVL_OK; s++) c->step.taint[s] |= taint[s] != 0;
     return r;
