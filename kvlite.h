@@ -10040,6 +10040,7 @@ static void kvli_vk_trial_record(const struct kvli_vk *vk, kvli_vk_commands comm
     vk->fn.bind_sets(commands, KVLI_VK_BIND_COMPUTE, trial->layout, 0, 2, trial->sets, 0, NULL);
     for (uint32_t i = 0; i < trial->t->n_cases; i++) {
         const kvli_vk_case *one = &trial->t->cases[i];
+        if (i) kvli_vk_wall(vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
         vk->fn.push(commands, trial->layout, KVLI_VK_STAGE_COMPUTE, 0, sizeof one->push, &one->push);
         vk->fn.dispatch(commands, one->groups[0], one->groups[1], one->groups[2]);
     }
