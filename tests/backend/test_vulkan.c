@@ -276,7 +276,7 @@ static variant make(const char *name, uint32_t without, bool full) {
     memset(&v, 0, sizeof v);
     v.b.name = name;
     v.b.kind = KVL_BACKEND_VULKAN;
-    v.b.presets_only = v.b.gpu = true;
+    v.b.presets_only = v.b.gpu = v.b.spoils_step = true;
     v.b.full = full;
     v.b.tolerance = 2e-6;
     v.b.work = 6e6;
