@@ -22,9 +22,14 @@
 #define KVLI_VK_BLOCK_TOKENS 7 /* 16, 32 or 64 */
 #define KVLI_VK_ROWS 8         /* the most packed rows of an item that this pipeline takes */
 #define KVLI_VK_LANES 9        /* decode: invocations that share a token, a power of two */
-#define KVLI_VK_SPECIALISATIONS 10
+#define KVLI_VK_PARTS 10       /* store: KVLI_VK_WRITES or KVLI_VK_SEALS, anything else: both */
+#define KVLI_VK_SPECIALISATIONS 11
 
-/* WORKGROUP of the store shader: a power of two in 32..128. */
+/* Parts of the store shader. A device that runs on a CPU takes both branches of every condition: there, one pipeline writes rows and
+   another, after a barrier and only where a store has something to seal, seals. */
+#define KVLI_VK_WRITES 1
+#define KVLI_VK_SEALS 2
+/* WORKGROUP of the store shader: a power of two in 32..128, in 4..128 if it only writes. */
 #define KVLI_VK_STORE_WORKGROUP 128
 
 /* Descriptors, all of storage buffers. Set 0: */
