@@ -88,8 +88,6 @@ KVLI_GPU_END(kvli_vk_layer);
                                                        left out) */
 
 /* ---- launch shapes ---- */
-#define KVLI_VK_DECODE_TOKENS 2u /* that a slot takes at once, at most */
-
 /* The most packed rows of a decode item. */
 KVLI_GPU_FN kvli_u32 kvli_vk_decode_rows(kvli_u32 gqa) { return gqa <= 8u ? gqa : (gqa + 1u) / 2u; }
 
@@ -116,10 +114,10 @@ KVLI_GPU_FN kvli_u32 kvli_vk_decode_lanes(kvli_u32 dim, kvli_u32 rows, kvli_u32 
 /* Bytes of shared memory of a decode workgroup. */
 KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32 block_tokens,
                                            kvli_u32 workgroup, kvli_u32 lanes, kvli_u32 has_subgroups) {
-    kvli_u32 slots = workgroup / lanes, pieces = (dim / 8u + lanes - 1u) / lanes;
-    kvli_u32 tokens =
-        block_tokens / slots < KVLI_VK_DECODE_TOKENS ? block_tokens / slots : KVLI_VK_DECODE_TOKENS;
-    kvli_u32 row = workgroup * pieces * 8u, scores = has_subgroups != 0u ? 0u : workgroup * tokens * rows;
+    kvli_u32 slots = workgroup / lanes;
+    kvli_u32 tokens = slots == 1u ? 1u : block_tokens / slots < 4u ? block_tokens / slots : 4u;
+    kvli_u32 row = slots == 1u ? 1u : slots * dim,
+             scores = has_subgroups != 0u ? 0u : workgroup * tokens * rows;
     return 4u * ((row > scores ? row : scores) + rows * dim + 2u * slots * rows);
 }
 

@@ -25,7 +25,7 @@ const uint SLOTS = WORKGROUP / LANES;
 const uint ROW_PIECES = DIM / 8;
 const uint PIECES = (ROW_PIECES + LANES - 1) / LANES; // of a lane: piece i is number i * LANES + lane of the row
 const uint FOURS = 2 * PIECES;
-const uint TOKENS = BLOCK_TOKENS / SLOTS < KVLI_VK_DECODE_TOKENS ? BLOCK_TOKENS / SLOTS : KVLI_VK_DECODE_TOKENS;
+const uint TOKENS = SLOTS == 1 ? 1 : BLOCK_TOKENS / SLOTS < 4 ? BLOCK_TOKENS / SLOTS : 4;
 const uint STEP = SLOTS * TOKENS; // tokens that a workgroup takes at once
 const uint SCORES = TOKENS * ROWS;
 const bool ONE_CLASS = K_FORMAT == EXACT_FORMAT && V_FORMAT == EXACT_FORMAT;
@@ -45,7 +45,9 @@ kvl_sight sight;
 uint kv_head, lane, slot, x_first, x_last;
 uint position[ROWS];
 
-// What an invocation has of the rows, FOURS for each: queries, sums. Scores: token k's with row r at k * ROWS + r.
+// What an invocation has of the rows, FOURS for each: queries, sums. Scores: token k's with row r at k * ROWS + r. What goes from or
+// to shared memory does so for one row after the other, in the first or last FOURS while the others move up: indices must be
+// constants, and the code of a row is there once.
 vec4 q[ROWS * FOURS], acc[ROWS * FOURS];
 float m[ROWS], l[ROWS];
 float score[SCORES];
@@ -110,11 +112,13 @@ void kvl_load_queries(bool rotated) {
     }
     kvl_sync();
     if (rotated) kvl_rotate_total();
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        position[r] = kvl_row_of(span, kv_head, item.row + min(r, item.n_rows - 1)).position;
+    [[dont_unroll]] for (uint r = 0; r < ROWS; r++) {
         kvl_get_row(r);
-        [[unroll]] for (uint i = 0; i < FOURS; i++) q[r * FOURS + i] = kvl_row4[i];
+        [[unroll]] for (uint i = 0; i < (ROWS - 1) * FOURS; i++) q[i] = q[i + FOURS];
+        [[unroll]] for (uint i = 0; i < FOURS; i++) q[(ROWS - 1) * FOURS + i] = kvl_row4[i];
     }
+    [[unroll]] for (uint r = 0; r < ROWS; r++)
+        position[r] = kvl_row_of(span, kv_head, item.row + min(r, item.n_rows - 1)).position;
     kvl_sync();
 }
 
@@ -343,11 +347,12 @@ void kvl_fold_row(uint r) {
 void kvl_fold(float factor) {
     [[unroll]] for (uint r = 0; r < ROWS; r++) kvl_slot_m[slot * ROWS + r] = m[r], kvl_slot_l[slot * ROWS + r] = l[r];
     if (SLOTS > 1) barrier();
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        float top = m[r];
+    [[dont_unroll]] for (uint r = 0; r < ROWS; r++) {
+        float mine = kvl_slot_m[slot * ROWS + r], top = mine;
         for (uint s = 0; s < SLOTS && SLOTS > 1; s++) top = max(top, kvl_slot_m[s * ROWS + r]);
-        float shrink = SLOTS > 1 ? exp2(m[r] - top) * factor : factor;
-        [[unroll]] for (uint i = 0; i < FOURS; i++) kvl_row4[i] = acc[r * FOURS + i] * shrink;
+        float shrink = SLOTS > 1 ? exp2(mine - top) * factor : factor;
+        [[unroll]] for (uint i = 0; i < FOURS; i++) kvl_row4[i] = acc[i] * shrink;
+        [[unroll]] for (uint i = 0; i < (ROWS - 1) * FOURS; i++) acc[i] = acc[i + FOURS];
         kvl_fold_row(r);
     }
     if (SLOTS == 1) return;
@@ -361,11 +366,14 @@ void kvl_fold(float factor) {
 }
 // Slot 0 goes on from the sums, the others from nothing.
 void kvl_unfold() {
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
+    [[dont_unroll]] for (uint r = 0; r < ROWS; r++) {
         kvl_get_row(r);
+        [[unroll]] for (uint i = 0; i < (ROWS - 1) * FOURS; i++) acc[i] = acc[i + FOURS];
+        [[unroll]] for (uint i = 0; i < FOURS; i++) acc[(ROWS - 1) * FOURS + i] = slot == 0 ? kvl_row4[i] : vec4(0);
+    }
+    [[unroll]] for (uint r = 0; r < ROWS; r++) {
         m[r] = slot == 0 ? kvl_slot_m[r] : KVL_NOTHING;
         l[r] = slot == 0 ? kvl_slot_l[r] : 0;
-        [[unroll]] for (uint i = 0; i < FOURS; i++) acc[r * FOURS + i] = slot == 0 ? kvl_row4[i] : vec4(0);
     }
     kvl_sync();
 }
