@@ -248,16 +248,23 @@ bool walk(kvl_rows r, kvli_vk_layer layer, uint kind) {
     return some;
 }
 
-// The sums' rotation undone, through q_rows.
-void unrotate() {
+// O, its rows times `factor`, to q_rows.
+void o_to_shared(vec4 factor[R4]) {
     barrier();
     [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
         uint row = (y * 4 * R4 + i) * Q_STRIDE;
         [[unroll]] for (uint n = 0; n < N; n++) {
-            if (x + TX * n < QUADS) q_rows[row + x + TX * n] = o[i * N + n];
+            if (x + TX * n < QUADS) q_rows[row + x + TX * n] = o[i * N + n] * factor[i / 4][i % 4];
         }
     }
     barrier();
+}
+
+// The rotation of O undone.
+void unrotate() {
+    vec4 one[R4];
+    [[unroll]] for (uint i = 0; i < R4; i++) one[i] = vec4(1);
+    o_to_shared(one);
     rotate_rows();
     barrier();
     [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
@@ -268,26 +275,6 @@ void unrotate() {
 }
 
 // ---- the end ----
-void write_row(kvl_rows r, kvli_vk_layer layer, uint i) {
-    uint row = y * 4 * R4 + i;
-    if (row >= r.item.n_rows) return;
-    bool partial = r.item.partial != KVLI_GPU_NONE;
-    kvl_row to = kvl_row_of(r.span, r.kv_head, r.item.row + row);
-    uint number = kvl_partial_number(r.item, r.kv_head, row);
-    float factor = partial ? 1 : kvl_output_factor(layer, to.head, m[i / 4][i % 4], l[i / 4][i % 4]);
-    if (partial && x == 0) partial_ml[number] = vec2(m[i / 4][i % 4], l[i / 4][i % 4]);
-    [[unroll]] for (uint n = 0; n < N; n++) {
-        uint quad = x + TX * n;
-        vec4 out4 = o[i * N + n] * factor;
-        if (quad < QUADS && partial) {
-            [[unroll]] for (uint c = 0; c < 4; c++) partial_o[number * DIM + 4 * quad + c] = out4[c];
-        } else if (quad < QUADS) {
-            kvl_out_set(kvl_element(push.b, to) + 4 * quad, out4.xy);
-            kvl_out_set(kvl_element(push.b, to) + 4 * quad + 2, out4.zw);
-        }
-    }
-}
-
 // What of a row's sum of weights the invocations of its line have -> all of it, in each.
 void add_up_l() {
     barrier();
@@ -296,6 +283,31 @@ void add_up_l() {
     [[unroll]] for (uint i = 0; i < R4; i++) {
         l[i] = vec4(0);
         [[dont_unroll]] for (uint j = 0; j < TX; j++) l[i] += exchange[(i * TY + y) * TX + j];
+    }
+}
+
+// The rows to out or to partial results.
+void write_rows(kvl_rows r, kvli_vk_layer layer) {
+    bool partial = r.item.partial != KVLI_GPU_NONE;
+    vec4 factor[R4];
+    [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
+        uint row = y * 4 * R4 + i;
+        float top = m[i / 4][i % 4], sum = l[i / 4][i % 4];
+        factor[i / 4][i % 4] = partial ? 1 : kvl_output_factor(layer, kvl_row_of(r.span, r.kv_head, r.item.row + row).head, top, sum);
+        if (partial && x == 0 && row < r.item.n_rows) partial_ml[kvl_partial_number(r.item, r.kv_head, row)] = vec2(top, sum);
+    }
+    o_to_shared(factor);
+    for (uint i = gl_LocalInvocationIndex; i < r.item.n_rows * (DIM / 2); i += WORKGROUP) {
+        uint row = i / (DIM / 2), e = i % (DIM / 2) * 2;
+        vec4 quad = q_rows[row * Q_STRIDE + e / 4];
+        vec2 pair = (e & 2) != 0 ? quad.zw : quad.xy;
+        if (partial) {
+            uint at = kvl_partial_number(r.item, r.kv_head, row) * DIM + e;
+            partial_o[at] = pair.x;
+            partial_o[at + 1] = pair.y;
+        } else {
+            kvl_out_set(kvl_element(push.b, kvl_row_of(r.span, r.kv_head, r.item.row + row)) + e, pair);
+        }
     }
 }
 
@@ -328,5 +340,5 @@ void main() {
         if (kind == PACKED && v_rotated && some) unrotate();
     }
     add_up_l();
-    [[unroll]] for (uint i = 0; i < 4 * R4; i++) write_row(r, layer, i);
+    write_rows(r, layer);
 }
