@@ -129,30 +129,32 @@ struct kvl_step {
     bool own, packed;
 };
 
-// Scores of a slice of dims: `dim` and SLICE - 1 more.
+// Scores of a slice of dims: `dim` and SLICE - 1 more. In both products all that is read is on its way before the first is used.
 void q_times_k(uint dim) {
-    [[dont_unroll]] for (uint e = 0; e < SLICE / 4; e++) {
-        vec4 k[T];
-        [[unroll]] for (uint t = 0; t < T; t++) k[t] = tile[(TX <= STEP ? x + TX * t : x % STEP) * K_STRIDE + e];
+    uint k_at = (TX <= STEP ? x : x % STEP) * K_STRIDE, q_at = y * 4 * R4 * Q_STRIDE + dim / 4;
+    [[dont_unroll]] for (uint e = 0; e < SLICE / 4; e++, k_at++, q_at++) {
+        vec4 k[T], q[4 * R4];
+        [[unroll]] for (uint t = 0; t < T; t++) k[t] = tile[k_at + TX * t * K_STRIDE];
+        [[unroll]] for (uint r = 0; r < 4 * R4; r++) q[r] = q_rows[q_at + r * Q_STRIDE];
         [[unroll]] for (uint r = 0; r < 4 * R4; r++) {
-            vec4 q = q_rows[(y * 4 * R4 + r) * Q_STRIDE + dim / 4 + e];
             [[unroll]] for (uint t = 0; t < T; t++) {
                 float sum = score[t * R4 + r / 4][r % 4];
-                score[t * R4 + r / 4][r % 4] = fma(q.w, k[t].w, fma(q.z, k[t].z, fma(q.y, k[t].y, fma(q.x, k[t].x, sum))));
+                sum = fma(q[r].w, k[t].w, fma(q[r].z, k[t].z, fma(q[r].y, k[t].y, fma(q[r].x, k[t].x, sum))));
+                score[t * R4 + r / 4][r % 4] = sum;
             }
         }
     }
 }
 
 void p_times_v(uint first) {
-    [[dont_unroll]] for (uint t = 0; t < V_TOKENS; t++) {
-        vec4 v[N];
-        [[unroll]] for (uint n = 0; n < N; n++) v[n] = tile[t * QUADS + min(x + TX * n, QUADS - 1)];
-        [[unroll]] for (uint i = 0; i < R4; i++) {
-            vec4 p = weights[(first + t) * (ROWS / 4) + y * R4 + i];
-            [[unroll]] for (uint r = 0; r < 4; r++) {
-                [[unroll]] for (uint n = 0; n < N; n++) o[(4 * i + r) * N + n] = fma(vec4(p[r]), v[n], o[(4 * i + r) * N + n]);
-            }
+    uint p_at = first * (ROWS / 4) + y * R4, v_at[N];
+    [[unroll]] for (uint n = 0; n < N; n++) v_at[n] = QUADS % TX == 0 ? x + TX * n : min(x + TX * n, QUADS - 1);
+    [[dont_unroll]] for (uint t = 0; t < V_TOKENS; t++, p_at += ROWS / 4) {
+        vec4 v[N], p[R4];
+        [[unroll]] for (uint n = 0; n < N; n++) v[n] = tile[t * QUADS + v_at[n]];
+        [[unroll]] for (uint i = 0; i < R4; i++) p[i] = weights[p_at + i];
+        [[unroll]] for (uint r = 0; r < 4 * R4; r++) {
+            [[unroll]] for (uint n = 0; n < N; n++) o[r * N + n] = fma(vec4(p[r / 4][r % 4]), v[n], o[r * N + n]);
         }
     }
 }
