@@ -114,7 +114,7 @@ demo: $(B)/demo $(if $(filter $(SMOLLM2),$(MODEL)),model) ## run eight conversat
 
 ## Testing
 
-test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(B)/bench_cuda mock-cuda $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(VULKAN_CPP_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
+test: $(PROGRAMS) $(TOOLS) $(B)/bench_core $(B)/bench_cuda $(B)/bench_vulkan mock-cuda $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(VULKAN_CPP_TESTS) $(TEST_HELPERS) $(VENV)/.packages model ## run the tests (TESTS="unit fault" for some of them)
 	@CC="$(CC)" CXX="$(CXX)" CLANG="$(CLANG)" CLANGXX="$(CLANGXX)" PYTHON=$(VENV)/bin/python BUILD=$(B) DATA=$(DATA) \
 	tools/run_tests.sh -t $(TEST_TIMEOUT) -o $(B)/test-logs $(TEST_SCRIPTS) $(TEST_PROGRAMS) $(CUDA_CPU_TESTS) $(VULKAN_CPP_TESTS)
 
@@ -129,6 +129,9 @@ asan ubsan tsan: ## run the tests that need no model under a sanitizer
 
 bench: $(BENCH_PROGRAMS) ## measure, as ratios to what the same run measures on this machine
 	@for b in $(sort $^); do echo "== $$b"; $$b || [ $$? = 77 ] || exit 1; done
+
+bench-vulkan: $(B)/bench_vulkan ## measure the Vulkan backend on the best device, or DEVICE=N (QUICK=1: fewer cases)
+	@$< $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) || [ $$? = 77 ]
 
 peers: ## compile llama.cpp (llama-cpp-python from PyPI) into build/peers: 80 MB, some minutes
 	@PYTHON=$(PYTHON) tools/peers.sh $(PEERS)
@@ -145,7 +148,7 @@ run-bench-peers: $(PEER_PROGRAMS) model
 	$(B)/bench_peer_attention $(if $(QUICK),--quick) --json $(RESULTS)/peer_attention.json
 	@$(call with_data,alice29.txt,bench_peer_llm) --json $(RESULTS)/peer_llm.json
 	@$(call with_data,wikitext2_test.txt,bench_peer_quality) --json $(RESULTS)/peer_quality.json
-.PHONY: test test-full sanitized-test asan ubsan tsan bench peers bench-peers run-bench-peers
+.PHONY: test test-full sanitized-test asan ubsan tsan bench bench-vulkan peers bench-peers run-bench-peers
 
 kernels: kernels-cuda kernels-vulkan ## compile the GPU kernels of both kinds into the headers that are committed
 kernels-cuda: ## compile kernels_cuda/ into kernels_cuda/kvlite_cuda_kernels.h (NVCC=nvcc)

@@ -10331,6 +10331,9 @@ static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why) {
     const uint8_t *at = vk->shelf.filled ? NULL : (const uint8_t *)ctx->desc.vulkan.cache;
     kvli_vk_blob b;
     vk->shelf.filled = true;
+    kvli_vk_say(ctx, "%s has %s shaders, subgroups of %u%s", vk->properties.name,
+                kvli_vk_variant(vk->caps.variants), vk->caps.subgroup_size,
+                vk->caps.is_cpu ? "; it is a CPU" : "");
     const char *fault = at ? kvli_vk_blob_fault(ctx, at, n, &b) : NULL;
     if (fault) kvli_vk_say(ctx, "vulkan.cache is ignored: %s", fault);
     for (uint32_t i = 0; at && !fault && i < b.n_verdicts; i++) {
@@ -10349,6 +10352,10 @@ static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why) {
         info.data = own ? at + used : NULL;
     }
     int e = vk->fn.create_pipeline_cache(vk->device, &info, NULL, &vk->shelf.cache);
+    if (e && info.bytes && e != KVLI_VK_ERROR_OUT_OF_HOST_MEMORY && e != KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY) {
+        info.bytes = 0; /* the driver does not take it */
+        e = vk->fn.create_pipeline_cache(vk->device, &info, NULL, &vk->shelf.cache);
+    }
     if (e) vk->shelf.cache = NULL;
     return e ? kvli_vk_refuse(ctx, why, e, "vkCreatePipelineCache") : KVL_OK;
 }

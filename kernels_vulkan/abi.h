@@ -22,9 +22,14 @@
 #define KVLI_VK_BLOCK_TOKENS 7 /* 16, 32 or 64 */
 #define KVLI_VK_ROWS 8         /* the most packed rows of an item that this pipeline takes */
 #define KVLI_VK_LANES 9        /* decode: invocations that share a token, a power of two */
-#define KVLI_VK_SPECIALISATIONS 10
+#define KVLI_VK_PARTS 10       /* store: KVLI_VK_WRITES or KVLI_VK_SEALS, anything else: both */
+#define KVLI_VK_SPECIALISATIONS 11
 
-/* WORKGROUP of the store shader: a power of two in 32..128. */
+/* Parts of the store shader. A device that runs on a CPU takes both branches of every condition: there, one pipeline writes rows and
+   another, after a barrier and only where a store has something to seal, seals. */
+#define KVLI_VK_WRITES 1
+#define KVLI_VK_SEALS 2
+/* WORKGROUP of the store shader: a power of two in 32..128, in 4..128 if it only writes. */
 #define KVLI_VK_STORE_WORKGROUP 128
 
 /* Descriptors, all of storage buffers. Set 0: */
@@ -83,8 +88,6 @@ KVLI_GPU_END(kvli_vk_layer);
                                                        left out) */
 
 /* ---- launch shapes ---- */
-#define KVLI_VK_DECODE_TOKENS 4u /* that a slot takes at once, at most */
-
 /* The most packed rows of a decode item. */
 KVLI_GPU_FN kvli_u32 kvli_vk_decode_rows(kvli_u32 gqa) { return gqa <= 8u ? gqa : (gqa + 1u) / 2u; }
 
@@ -111,10 +114,10 @@ KVLI_GPU_FN kvli_u32 kvli_vk_decode_lanes(kvli_u32 dim, kvli_u32 rows, kvli_u32 
 /* Bytes of shared memory of a decode workgroup. */
 KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32 block_tokens,
                                            kvli_u32 workgroup, kvli_u32 lanes, kvli_u32 has_subgroups) {
-    kvli_u32 slots = workgroup / lanes, pieces = (dim / 8u + lanes - 1u) / lanes;
-    kvli_u32 tokens =
-        block_tokens / slots < KVLI_VK_DECODE_TOKENS ? block_tokens / slots : KVLI_VK_DECODE_TOKENS;
-    kvli_u32 row = workgroup * pieces * 8u, scores = has_subgroups != 0u ? 0u : workgroup * tokens * rows;
+    kvli_u32 slots = workgroup / lanes;
+    kvli_u32 tokens = slots == 1u ? 1u : block_tokens / slots < 4u ? block_tokens / slots : 4u;
+    kvli_u32 row = slots == 1u ? 1u : slots * dim,
+             scores = has_subgroups != 0u ? 0u : workgroup * tokens * rows;
     return 4u * ((row > scores ? row : scores) + rows * dim + 2u * slots * rows);
 }
 
@@ -122,16 +125,17 @@ KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32
 
 /* Prefill: WORKGROUP invocations are a grid of LANES x (WORKGROUP / LANES), a line of which has 4 rows of q each, or a multiple of
    4; rows and invocations are chosen for 32 accumulators an invocation. Macros, as the sizes of the shader's arrays. */
-#define KVLI_VK_PREFILL_STEP(dim, block_tokens) ((dim) <= 64 || (block_tokens) < 32 ? 16u : 32u) /* tokens at once */
+#define KVLI_VK_PREFILL_STEP(dim, block_tokens) \
+    ((dim) <= 64 || (block_tokens) < 32 ? 16u : 32u)             /* tokens at once */
 #define KVLI_VK_PREFILL_SLICE(dim) ((dim) % 32 == 0 ? 32u : 16u) /* dims of K in shared memory at once */
 #define KVLI_VK_PREFILL_V_TOKENS(dim) ((dim) <= 64 ? 16u : (dim) <= 144 ? 8u : 4u) /* tokens of V likewise */
 /* Of either, in units of 16 bytes. */
 #define KVLI_VK_PREFILL_K_TILE(dim, block_tokens) \
     (KVLI_VK_PREFILL_STEP(dim, block_tokens) * (KVLI_VK_PREFILL_SLICE(dim) / 4u + 1u))
 #define KVLI_VK_PREFILL_V_TILE(dim) (KVLI_VK_PREFILL_V_TOKENS(dim) * ((dim) / 4u))
-#define KVLI_VK_PREFILL_TILE(dim, block_tokens)                                         \
-    (KVLI_VK_PREFILL_K_TILE(dim, block_tokens) > KVLI_VK_PREFILL_V_TILE(dim)            \
-         ? KVLI_VK_PREFILL_K_TILE(dim, block_tokens)                                    \
+#define KVLI_VK_PREFILL_TILE(dim, block_tokens)                              \
+    (KVLI_VK_PREFILL_K_TILE(dim, block_tokens) > KVLI_VK_PREFILL_V_TILE(dim) \
+         ? KVLI_VK_PREFILL_K_TILE(dim, block_tokens)                         \
          : KVLI_VK_PREFILL_V_TILE(dim))
 
 /* Rows of an item, invocations and LANES by the device's shared memory (the least that there is, 16 KB, is enough), and the bytes
@@ -139,9 +143,12 @@ KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32
 KVLI_GPU_FN kvli_u32 kvli_vk_prefill_rows(kvli_u32 dim, kvli_u32 max_shared) {
     return (dim <= 64u ? 32u : dim <= 128u ? 16u : 8u) * (max_shared >= 32768u ? 2u : 1u);
 }
-KVLI_GPU_FN kvli_u32 kvli_vk_prefill_workgroup(kvli_u32 max_shared) { return max_shared >= 32768u ? 128u : 64u; }
+KVLI_GPU_FN kvli_u32 kvli_vk_prefill_workgroup(kvli_u32 max_shared) {
+    return max_shared >= 32768u ? 128u : 64u;
+}
 KVLI_GPU_FN kvli_u32 kvli_vk_prefill_lanes(kvli_u32 dim) { return dim <= 64u ? 8u : dim <= 128u ? 16u : 32u; }
-KVLI_GPU_FN kvli_u32 kvli_vk_prefill_shared(kvli_u32 dim, kvli_u32 block_tokens, kvli_u32 rows, kvli_u32 lanes) {
+KVLI_GPU_FN kvli_u32 kvli_vk_prefill_shared(kvli_u32 dim, kvli_u32 block_tokens, kvli_u32 rows,
+                                            kvli_u32 lanes) {
     return 16u * (rows * (dim / 4u + 1u) + KVLI_VK_PREFILL_TILE(dim, block_tokens) +
                   KVLI_VK_PREFILL_STEP(dim, block_tokens) * (rows / 4u) + rows / 4u * lanes);
 }

@@ -25,14 +25,14 @@ const uint SLOTS = WORKGROUP / LANES;
 const uint ROW_PIECES = DIM / 8;
 const uint PIECES = (ROW_PIECES + LANES - 1) / LANES; // of a lane: piece i is number i * LANES + lane of the row
 const uint FOURS = 2 * PIECES;
-const uint TOKENS = BLOCK_TOKENS / SLOTS < KVLI_VK_DECODE_TOKENS ? BLOCK_TOKENS / SLOTS : KVLI_VK_DECODE_TOKENS;
+const uint TOKENS = SLOTS == 1 ? 1 : BLOCK_TOKENS / SLOTS < 4 ? BLOCK_TOKENS / SLOTS : 4;
 const uint STEP = SLOTS * TOKENS; // tokens that a workgroup takes at once
 const uint SCORES = TOKENS * ROWS;
 const bool ONE_CLASS = K_FORMAT == EXACT_FORMAT && V_FORMAT == EXACT_FORMAT;
 const float KVL_UNSEEN = -2e38; // a score that is not seen: below KVL_NOTHING, so that its weight is recognised as 0
 
-// What invocations tell each other: sums of a row by slots, parts of scores, or pieces of a row that is being rotated.
-const uint ROW_WORK = WORKGROUP * PIECES * 8, SCORE_WORK = KVL_SUBGROUP != 0 ? 0 : WORKGROUP * SCORES;
+// What invocations tell each other: the slots' sums of a row, or lanes' parts of scores; all rows.
+const uint ROW_WORK = SLOTS == 1 ? 1 : SLOTS * DIM, SCORE_WORK = KVL_SUBGROUP != 0 ? 0 : WORKGROUP * SCORES;
 shared float kvl_work[ROW_WORK > SCORE_WORK ? ROW_WORK : SCORE_WORK];
 shared float kvl_total[ROWS * DIM];
 shared float kvl_slot_m[SLOTS * ROWS], kvl_slot_l[SLOTS * ROWS];
@@ -45,7 +45,9 @@ kvl_sight sight;
 uint kv_head, lane, slot, x_first, x_last;
 uint position[ROWS];
 
-// What an invocation has of the rows, FOURS for each: queries, sums. Scores: token k's with row r at k * ROWS + r.
+// What an invocation has of the rows, FOURS for each: queries, sums. Scores: token k's with row r at k * ROWS + r. What goes from or
+// to shared memory does so for one row after the other, in the first or last FOURS while the others move up: indices must be
+// constants, and the code of a row is there once.
 vec4 q[ROWS * FOURS], acc[ROWS * FOURS];
 float m[ROWS], l[ROWS];
 float score[SCORES];
@@ -55,55 +57,69 @@ bool kvl_has_piece(uint i) { return ROW_PIECES % LANES == 0 || kvl_piece(i) < RO
 // Lanes without one read the last.
 uint kvl_dim_of_piece(uint i) { return 8 * (kvl_has_piece(i) ? kvl_piece(i) : ROW_PIECES - 1); }
 
+// For exchanges through shared memory. With one slot the workgroup is one subgroup; a barrier of all is dear on a CPU.
+void kvl_sync() {
+#if KVL_SUBGROUP
+    if (SLOTS == 1) {
+        subgroupMemoryBarrierShared();
+        subgroupBarrier();
+        return;
+    }
+#endif
+    barrier();
+}
+
 // ---- rotation ----
-vec4 kvl_row4[FOURS]; // a row
+vec4 kvl_row4[FOURS]; // what this invocation has of a row
 
 const uint HADAMARD = DIM % 128 == 0 ? 128 : DIM % 64 == 0 ? 64 : DIM % 32 == 0 ? 32 : 16;
 
-// The row times the Hadamard matrix (its own inverse), block-diagonal in blocks of HADAMARD.
-void kvl_hadamard() {
-    [[unroll]] for (uint i = 0; i < FOURS; i++) {
-        vec4 x = kvl_row4[i];
-        x = vec4(x.x + x.y, x.x - x.y, x.z + x.w, x.z - x.w);
-        kvl_row4[i] = vec4(x.xy + x.zw, x.xy - x.zw);
-    }
-    [[unroll]] for (uint apart = 1; apart < FOURS && (apart == 1 || 4 * LANES * apart < HADAMARD); apart *= 2) {
-        [[unroll]] for (uint i = 0; i < FOURS; i++) {
-            if ((i & apart) != 0) continue;
-            vec4 a = kvl_row4[i], b = kvl_row4[i + apart];
-            kvl_row4[i] = a + b;
-            kvl_row4[i + apart] = a - b;
+// All rows in kvl_total times the Hadamard matrix (its own inverse), block-diagonal in blocks of HADAMARD.
+void kvl_rotate_total() {
+    [[dont_unroll]] for (uint apart = 1; apart < HADAMARD; apart *= 2) {
+        [[dont_unroll]] for (uint i = gl_LocalInvocationID.x; i < ROWS * DIM / 2; i += WORKGROUP) {
+            uint e = 2 * i - (i & apart - 1);
+            float low = kvl_total[e], high = kvl_total[e + apart];
+            kvl_total[e] = low + high;
+            kvl_total[e + apart] = low - high;
         }
+        kvl_sync();
     }
-    [[dont_unroll]] for (uint apart = 1; apart < LANES && 8 * apart < HADAMARD; apart *= 2) {
-        uint me = gl_LocalInvocationID.x, other = me ^ apart;
-        [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) kvl_work[i * WORKGROUP + me] = kvl_row4[i / 4][i % 4];
-        barrier();
-        [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) {
-            float x = kvl_work[i * WORKGROUP + other];
-            kvl_row4[i / 4][i % 4] = (me & apart) != 0 ? x - kvl_row4[i / 4][i % 4] : kvl_row4[i / 4][i % 4] + x;
-        }
-        barrier();
+}
+const float HADAMARD_NORM = HADAMARD == 128 ? 0.08838834764831845 : HADAMARD == 64 ? 0.125 : HADAMARD == 32 ? 0.17677669529663687 : 0.25;
+
+// A row to and from kvl_total.
+void kvl_put_row(uint r) {
+    [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) {
+        if (kvl_has_piece(i / 8)) kvl_total[r * DIM + 8 * kvl_piece(i / 8) + i % 8] = kvl_row4[i / 4][i % 4];
     }
-    [[unroll]] for (uint i = 0; i < FOURS; i++) kvl_row4[i] *= inversesqrt(float(HADAMARD));
+}
+void kvl_get_row(uint r) {
+    [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) {
+        kvl_row4[i / 4][i % 4] = kvl_has_piece(i / 8) ? kvl_total[r * DIM + 8 * kvl_piece(i / 8) + i % 8] : 0;
+    }
 }
 
 // ---- queries ----
-// All rows of q times the score's factor; rows past the item's end are the last once more.
-void kvl_load_queries(const bool rotated) {
-    float factor = kvl_score_factor(layer);
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        kvl_row row = kvl_row_of(span, kv_head, item.row + min(r, item.n_rows - 1));
-        uint at = kvl_element(push.a, row);
-        position[r] = row.position;
-        [[unroll]] for (uint i = 0; i < FOURS; i++) {
-            uint e = at + kvl_dim_of_piece(i / 2) + i % 2 * 4;
-            vec4 x = vec4(kvl_q_get(e), kvl_q_get(e + 1), kvl_q_get(e + 2), kvl_q_get(e + 3));
-            kvl_row4[i] = kvl_has_piece(i / 2) ? x * factor : vec4(0);
-        }
-        if (rotated) kvl_hadamard();
-        [[unroll]] for (uint i = 0; i < FOURS; i++) q[r * FOURS + i] = kvl_row4[i];
+// All rows of q times the score's factor, through kvl_total (in a loop: a load of a tensor is much code); rows past the item's end
+// are the last once more.
+void kvl_load_queries(bool rotated) {
+    float factor = kvl_score_factor(layer) * (rotated ? HADAMARD_NORM : 1);
+    kvl_sync();
+    [[dont_unroll]] for (uint i = gl_LocalInvocationID.x; i < ROWS * DIM; i += WORKGROUP) {
+        kvl_row row = kvl_row_of(span, kv_head, item.row + min(i / DIM, item.n_rows - 1));
+        kvl_total[i] = kvl_q_get(kvl_element(push.a, row) + i % DIM) * factor;
     }
+    kvl_sync();
+    if (rotated) kvl_rotate_total();
+    [[dont_unroll]] for (uint r = 0; r < ROWS; r++) {
+        kvl_get_row(r);
+        [[unroll]] for (uint i = 0; i < (ROWS - 1) * FOURS; i++) q[i] = q[i + FOURS];
+        [[unroll]] for (uint i = 0; i < FOURS; i++) q[(ROWS - 1) * FOURS + i] = kvl_row4[i];
+    }
+    [[unroll]] for (uint r = 0; r < ROWS; r++)
+        position[r] = kvl_row_of(span, kv_head, item.row + min(r, item.n_rows - 1)).position;
+    kvl_sync();
 }
 
 // ---- scores ----
@@ -309,46 +325,35 @@ void kvl_attend_exact(uvec2 range) {
     }
 }
 
-void kvl_rotate_sums() {
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        [[unroll]] for (uint i = 0; i < FOURS; i++) kvl_row4[i] = acc[r * FOURS + i];
-        kvl_hadamard();
-        [[unroll]] for (uint i = 0; i < FOURS; i++) acc[r * FOURS + i] = kvl_row4[i];
-    }
-}
-
 // ---- the end ----
-// The slots' sums together: sums in kvl_total, m and l where slot 0 has them. With one slot, each lane later reads what it wrote
-// itself, and no barrier is needed. (A barrier is dear where a CPU runs invocations.)
-void kvl_fold_row(uint r, vec4 sums[FOURS]) {
-    uint me = gl_LocalInvocationID.x;
-    [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) {
-        if (!kvl_has_piece(i / 8)) continue;
-        uint e = 8 * kvl_piece(i / 8) + i % 8;
-        if (SLOTS > 1)
-            kvl_work[slot * DIM + e] = sums[i / 4][i % 4];
-        else
-            kvl_total[r * DIM + e] = sums[i / 4][i % 4];
+// The slots' sums together: sums in kvl_total, m and l where slot 0 has them, times a factor.
+// With one slot, lanes need no barrier to read again what they wrote themselves.
+void kvl_fold_row(uint r) {
+    if (SLOTS == 1) {
+        kvl_put_row(r);
+        return;
     }
-    if (SLOTS == 1) return;
+    [[unroll]] for (uint i = 0; i < 4 * FOURS; i++) {
+        if (kvl_has_piece(i / 8)) kvl_work[slot * DIM + 8 * kvl_piece(i / 8) + i % 8] = kvl_row4[i / 4][i % 4];
+    }
     barrier();
-    for (uint e = me; e < DIM; e += WORKGROUP) {
+    for (uint e = gl_LocalInvocationID.x; e < DIM; e += WORKGROUP) {
         float sum = kvl_work[e];
         for (uint s = 1; s < SLOTS; s++) sum += kvl_work[s * DIM + e];
         kvl_total[r * DIM + e] = sum;
     }
     barrier();
 }
-void kvl_fold() {
+void kvl_fold(float factor) {
     [[unroll]] for (uint r = 0; r < ROWS; r++) kvl_slot_m[slot * ROWS + r] = m[r], kvl_slot_l[slot * ROWS + r] = l[r];
     if (SLOTS > 1) barrier();
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        float top = m[r];
+    [[dont_unroll]] for (uint r = 0; r < ROWS; r++) {
+        float mine = kvl_slot_m[slot * ROWS + r], top = mine;
         for (uint s = 0; s < SLOTS && SLOTS > 1; s++) top = max(top, kvl_slot_m[s * ROWS + r]);
-        float shrink = exp2(m[r] - top);
-        vec4 sums[FOURS];
-        [[unroll]] for (uint i = 0; i < FOURS; i++) sums[i] = SLOTS > 1 ? acc[r * FOURS + i] * shrink : acc[r * FOURS + i];
-        kvl_fold_row(r, sums);
+        float shrink = SLOTS > 1 ? exp2(mine - top) * factor : factor;
+        [[unroll]] for (uint i = 0; i < FOURS; i++) kvl_row4[i] = acc[i] * shrink;
+        [[unroll]] for (uint i = 0; i < (ROWS - 1) * FOURS; i++) acc[i] = acc[i + FOURS];
+        kvl_fold_row(r);
     }
     if (SLOTS == 1) return;
     for (uint r = gl_LocalInvocationID.x; r < ROWS; r += WORKGROUP) {
@@ -358,6 +363,19 @@ void kvl_fold() {
         kvl_slot_m[r] = top, kvl_slot_l[r] = sum;
     }
     barrier();
+}
+// Slot 0 goes on from the sums, the others from nothing.
+void kvl_unfold() {
+    [[dont_unroll]] for (uint r = 0; r < ROWS; r++) {
+        kvl_get_row(r);
+        [[unroll]] for (uint i = 0; i < (ROWS - 1) * FOURS; i++) acc[i] = acc[i + FOURS];
+        [[unroll]] for (uint i = 0; i < FOURS; i++) acc[(ROWS - 1) * FOURS + i] = slot == 0 ? kvl_row4[i] : vec4(0);
+    }
+    [[unroll]] for (uint r = 0; r < ROWS; r++) {
+        m[r] = slot == 0 ? kvl_slot_m[r] : KVL_NOTHING;
+        l[r] = slot == 0 ? kvl_slot_l[r] : 0;
+    }
+    kvl_sync();
 }
 
 // Pair n of the dims that this invocation writes.
@@ -400,14 +418,20 @@ void main() {
         m[r] = KVL_NOTHING, l[r] = 0;
         [[unroll]] for (uint i = 0; i < FOURS; i++) acc[r * FOURS + i] = vec4(0);
     }
-    kvl_load_queries((ROTATED & 1) != 0);
+    // Packed blocks, then exact ones. (A loop, so that what both do is there once.)
     uvec2 exact = uvec2(item.begin, item.end);
-    if (!ONE_CLASS) {
-        exact = kvl_attend_packed();
-        if ((ROTATED & 2) != 0) kvl_rotate_sums();
-        if ((ROTATED & 1) != 0) kvl_load_queries(false);
+    [[dont_unroll]] for (uint pass = ONE_CLASS ? 1 : 0; pass < 2; pass++) {
+        if (pass == 0 || ONE_CLASS || (ROTATED & 1) != 0) kvl_load_queries((ROTATED & 1) != 0 && pass == 0);
+        if (!ONE_CLASS && pass == 0)
+            exact = kvl_attend_packed();
+        else
+            kvl_attend_exact(exact);
+        if (pass == 0 && (ROTATED & 2) == 0) continue;
+        kvl_fold(pass == 0 ? HADAMARD_NORM : 1);
+        if (pass == 1) break;
+        kvl_sync();
+        kvl_rotate_total();
+        kvl_unfold();
     }
-    kvl_attend_exact(exact);
-    kvl_fold();
     kvl_write();
 }

@@ -2,6 +2,20 @@
 #ifndef KVL_FLOATS_GLSL
 #define KVL_FLOATS_GLSL
 
+// Operations that are not fused with others.
+float kvl_mul(float a, float b) {
+    precise float product = a * b;
+    return product;
+}
+float kvl_add(float a, float b) {
+    precise float sum = a + b;
+    return sum;
+}
+float kvl_sub(float a, float b) {
+    precise float difference = a - b;
+    return difference;
+}
+
 // m / 2^n to the nearest, ties to even; m < 2^24.
 uint kvl_shift_rounded(uint m, uint n) {
     n = min(n, 25u);
@@ -12,7 +26,7 @@ float kvl_f16_to_f32(uint h) {
     uint sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u) return uintBitsToFloat(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     if (magnitude >= 0x400u) return uintBitsToFloat(sign | ((magnitude << 13) + 0x38000000u));
-    return uintBitsToFloat(sign | floatBitsToUint(float(magnitude) * 5.9604644775390625e-8));
+    return uintBitsToFloat(sign | floatBitsToUint(kvl_mul(float(magnitude), 5.9604644775390625e-8)));
 }
 
 uint kvl_f32_to_f16(uint bits) {

@@ -41,6 +41,7 @@ shared vec4 exchange[R4 * WORKGROUP];                               // [R4][TY][
 // An invocation's place in the grid and its share of the sums; a vec4 is of four rows (score, m, l) or four dims (o).
 const float HIDDEN = -3e38; // score of what is not seen: below KVL_NOTHING
 uint x, y;
+uint position[4 * R4];
 vec4 score[T * R4], m[R4], l[R4], o[4 * R4 * N];
 
 struct kvl_rows {
@@ -128,45 +129,49 @@ struct kvl_step {
     bool own, packed;
 };
 
-// Scores of a slice of dims: `dim` and SLICE - 1 more.
+// Scores of a slice of dims: `dim` and SLICE - 1 more. In both products all that is read is on its way before the first is used.
 void q_times_k(uint dim) {
-    [[dont_unroll]] for (uint e = 0; e < SLICE / 4; e++) {
-        vec4 k[T];
-        [[unroll]] for (uint t = 0; t < T; t++) k[t] = tile[(TX <= STEP ? x + TX * t : x % STEP) * K_STRIDE + e];
+    uint k_at = (TX <= STEP ? x : x % STEP) * K_STRIDE, q_at = y * 4 * R4 * Q_STRIDE + dim / 4;
+    [[dont_unroll]] for (uint e = 0; e < SLICE / 4; e++, k_at++, q_at++) {
+        vec4 k[T], q[4 * R4];
+        [[unroll]] for (uint t = 0; t < T; t++) k[t] = tile[k_at + TX * t * K_STRIDE];
+        [[unroll]] for (uint r = 0; r < 4 * R4; r++) q[r] = q_rows[q_at + r * Q_STRIDE];
         [[unroll]] for (uint r = 0; r < 4 * R4; r++) {
-            vec4 q = q_rows[(y * 4 * R4 + r) * Q_STRIDE + dim / 4 + e];
             [[unroll]] for (uint t = 0; t < T; t++) {
                 float sum = score[t * R4 + r / 4][r % 4];
-                score[t * R4 + r / 4][r % 4] = fma(q.w, k[t].w, fma(q.z, k[t].z, fma(q.y, k[t].y, fma(q.x, k[t].x, sum))));
+                sum = fma(q[r].w, k[t].w, fma(q[r].z, k[t].z, fma(q[r].y, k[t].y, fma(q[r].x, k[t].x, sum))));
+                score[t * R4 + r / 4][r % 4] = sum;
             }
         }
     }
 }
 
 void p_times_v(uint first) {
-    [[dont_unroll]] for (uint t = 0; t < V_TOKENS; t++) {
-        vec4 v[N];
-        [[unroll]] for (uint n = 0; n < N; n++) v[n] = tile[t * QUADS + min(x + TX * n, QUADS - 1)];
-        [[unroll]] for (uint i = 0; i < R4; i++) {
-            vec4 p = weights[(first + t) * (ROWS / 4) + y * R4 + i];
-            [[unroll]] for (uint r = 0; r < 4; r++) {
-                [[unroll]] for (uint n = 0; n < N; n++) o[(4 * i + r) * N + n] = fma(vec4(p[r]), v[n], o[(4 * i + r) * N + n]);
-            }
+    uint p_at = first * (ROWS / 4) + y * R4, v_at[N];
+    [[unroll]] for (uint n = 0; n < N; n++) v_at[n] = QUADS % TX == 0 ? x + TX * n : min(x + TX * n, QUADS - 1);
+    [[dont_unroll]] for (uint t = 0; t < V_TOKENS; t++, p_at += ROWS / 4) {
+        vec4 v[N], p[R4];
+        [[unroll]] for (uint n = 0; n < N; n++) v[n] = tile[t * QUADS + v_at[n]];
+        [[unroll]] for (uint i = 0; i < R4; i++) p[i] = weights[p_at + i];
+        [[unroll]] for (uint r = 0; r < 4 * R4; r++) {
+            [[unroll]] for (uint n = 0; n < N; n++) o[r * N + n] = fma(vec4(p[r / 4][r % 4]), v[n], o[r * N + n]);
         }
     }
 }
 
 // Softcap; what is not seen is hidden.
 void finish_scores(kvl_rows r, kvli_vk_layer layer, kvl_step s) {
-    bool all = kvl_all_see(r.sight, s.own, r.x_first, r.x_last, s.position, s.position + STEP - 1);
-    uint at[4 * R4];
-    [[unroll]] for (uint i = 0; i < 4 * R4; i++) at[i] = kvl_position(r, y * 4 * R4 + i);
+    if (layer.softcap != 0) {
+        [[unroll]] for (uint t = 0; t < T; t++) {
+            [[unroll]] for (uint i = 0; i < 4 * R4; i++)
+                score[t * R4 + i / 4][i % 4] = kvl_capped(score[t * R4 + i / 4][i % 4], layer.softcap);
+        }
+    }
+    if (TX <= STEP && kvl_all_see(r.sight, s.own, r.x_first, r.x_last, s.position, s.position + STEP - 1)) return;
     [[unroll]] for (uint t = 0; t < T; t++) {
         [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
-            float c = score[t * R4 + i / 4][i % 4];
-            if (layer.softcap != 0) c = kvl_capped(c, layer.softcap);
-            bool seen = (TX <= STEP || x < STEP) && (all || kvl_sees(r.sight, s.own, at[i], s.position + x + TX * t));
-            score[t * R4 + i / 4][i % 4] = seen ? c : HIDDEN;
+            bool seen = (TX <= STEP || x < STEP) && kvl_sees(r.sight, s.own, position[i], s.position + x + TX * t);
+            if (!seen) score[t * R4 + i / 4][i % 4] = HIDDEN;
         }
     }
 }
@@ -245,16 +250,23 @@ bool walk(kvl_rows r, kvli_vk_layer layer, uint kind) {
     return some;
 }
 
-// The sums' rotation undone, through q_rows.
-void unrotate() {
+// O, its rows times `factor`, to q_rows.
+void o_to_shared(vec4 factor[R4]) {
     barrier();
     [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
         uint row = (y * 4 * R4 + i) * Q_STRIDE;
         [[unroll]] for (uint n = 0; n < N; n++) {
-            if (x + TX * n < QUADS) q_rows[row + x + TX * n] = o[i * N + n];
+            if (x + TX * n < QUADS) q_rows[row + x + TX * n] = o[i * N + n] * factor[i / 4][i % 4];
         }
     }
     barrier();
+}
+
+// The rotation of O undone.
+void unrotate() {
+    vec4 one[R4];
+    [[unroll]] for (uint i = 0; i < R4; i++) one[i] = vec4(1);
+    o_to_shared(one);
     rotate_rows();
     barrier();
     [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
@@ -265,26 +277,6 @@ void unrotate() {
 }
 
 // ---- the end ----
-void write_row(kvl_rows r, kvli_vk_layer layer, uint i) {
-    uint row = y * 4 * R4 + i;
-    if (row >= r.item.n_rows) return;
-    bool partial = r.item.partial != KVLI_GPU_NONE;
-    kvl_row to = kvl_row_of(r.span, r.kv_head, r.item.row + row);
-    uint number = kvl_partial_number(r.item, r.kv_head, row);
-    float factor = partial ? 1 : kvl_output_factor(layer, to.head, m[i / 4][i % 4], l[i / 4][i % 4]);
-    if (partial && x == 0) partial_ml[number] = vec2(m[i / 4][i % 4], l[i / 4][i % 4]);
-    [[unroll]] for (uint n = 0; n < N; n++) {
-        uint quad = x + TX * n;
-        vec4 out4 = o[i * N + n] * factor;
-        if (quad < QUADS && partial) {
-            [[unroll]] for (uint c = 0; c < 4; c++) partial_o[number * DIM + 4 * quad + c] = out4[c];
-        } else if (quad < QUADS) {
-            kvl_out_set(kvl_element(push.b, to) + 4 * quad, out4.xy);
-            kvl_out_set(kvl_element(push.b, to) + 4 * quad + 2, out4.zw);
-        }
-    }
-}
-
 // What of a row's sum of weights the invocations of its line have -> all of it, in each.
 void add_up_l() {
     barrier();
@@ -293,6 +285,31 @@ void add_up_l() {
     [[unroll]] for (uint i = 0; i < R4; i++) {
         l[i] = vec4(0);
         [[dont_unroll]] for (uint j = 0; j < TX; j++) l[i] += exchange[(i * TY + y) * TX + j];
+    }
+}
+
+// The rows to out or to partial results.
+void write_rows(kvl_rows r, kvli_vk_layer layer) {
+    bool partial = r.item.partial != KVLI_GPU_NONE;
+    vec4 factor[R4];
+    [[unroll]] for (uint i = 0; i < 4 * R4; i++) {
+        uint row = y * 4 * R4 + i;
+        float top = m[i / 4][i % 4], sum = l[i / 4][i % 4];
+        factor[i / 4][i % 4] = partial ? 1 : kvl_output_factor(layer, kvl_row_of(r.span, r.kv_head, r.item.row + row).head, top, sum);
+        if (partial && x == 0 && row < r.item.n_rows) partial_ml[kvl_partial_number(r.item, r.kv_head, row)] = vec2(top, sum);
+    }
+    o_to_shared(factor);
+    for (uint i = gl_LocalInvocationIndex; i < r.item.n_rows * (DIM / 2); i += WORKGROUP) {
+        uint row = i / (DIM / 2), e = i % (DIM / 2) * 2;
+        vec4 quad = q_rows[row * Q_STRIDE + e / 4];
+        vec2 pair = (e & 2) != 0 ? quad.zw : quad.xy;
+        if (partial) {
+            uint at = kvl_partial_number(r.item, r.kv_head, row) * DIM + e;
+            partial_o[at] = pair.x;
+            partial_o[at + 1] = pair.y;
+        } else {
+            kvl_out_set(kvl_element(push.b, kvl_row_of(r.span, r.kv_head, r.item.row + row)) + e, pair);
+        }
     }
 }
 
@@ -308,6 +325,7 @@ void main() {
     r.x_last = kvl_position(r, r.item.n_rows - 1);
     x = gl_LocalInvocationIndex % TX;
     y = gl_LocalInvocationIndex / TX;
+    [[unroll]] for (uint i = 0; i < 4 * R4; i++) position[i] = kvl_position(r, y * 4 * R4 + i);
     [[unroll]] for (uint i = 0; i < R4; i++) {
         m[i] = vec4(KVL_NOTHING), l[i] = vec4(0);
         [[unroll]] for (uint j = 0; j < 4; j++) {
@@ -324,5 +342,5 @@ void main() {
         if (kind == PACKED && v_rotated && some) unrotate();
     }
     add_up_l();
-    [[unroll]] for (uint i = 0; i < 4 * R4; i++) write_row(r, layer, i);
+    write_rows(r, layer);
 }

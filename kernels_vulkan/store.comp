@@ -75,10 +75,14 @@ void main() {
     bool v = gl_WorkGroupID.z != 0;
     kvl_tiles to = kvl_tiles_of(layer, s.exact, head);
     kvl_place exact = kvl_place(to.bank, v ? to.v : to.k);
-    if (!kvl_store_rows(v, s, head, exact)) atomicOr(taint[s.span], 1u);
-    if (s.sealed == uvec2(0)) return;
-    memoryBarrierBuffer(); // the tile is read by other invocations than those that wrote it
-    barrier();
+    if (PARTS != KVLI_VK_SEALS) {
+        if (!kvl_store_rows(v, s, head, exact)) atomicOr(taint[s.span], 1u);
+    }
+    if (PARTS == KVLI_VK_WRITES || s.sealed == uvec2(0)) return;
+    if (PARTS != KVLI_VK_SEALS) {
+        memoryBarrierBuffer(); // the tile is read by other invocations than those that wrote it
+        barrier();
+    }
     to = kvl_tiles_of(layer, s.sealed, head);
     kvl_side side = kvl_side(v ? V_FORMAT : K_FORMAT, (ROTATED & (v ? 2 : 1)) != 0, v ? layer.v_global : layer.k_global);
     kvl_seal_tile(side, exact, kvl_place(to.bank, v ? to.v : to.k));

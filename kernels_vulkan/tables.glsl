@@ -15,6 +15,7 @@ layout(constant_id = KVLI_VK_DIM) const uint DIM = 64;
 layout(constant_id = KVLI_VK_BLOCK_TOKENS) const uint BLOCK_TOKENS = 32;
 layout(constant_id = KVLI_VK_ROWS) const uint ROWS = 4;
 layout(constant_id = KVLI_VK_LANES) const uint LANES = 8;
+layout(constant_id = KVLI_VK_PARTS) const uint PARTS = 0;
 
 #ifndef KVL_PAGES_ACCESS
 #define KVL_PAGES_ACCESS readonly // of store and copy: nothing

@@ -1,15 +1,15 @@
 #!/bin/bash
-# Checks and measures the CUDA backend on this machine's GPU, within 8 minutes.
+# Checks and measures the CUDA backend on this machine's GPU, and the Vulkan backend, within 8 minutes.
 #
 # usage: tools/gpu_check.sh [options]
-#   --mock             no GPU: the kernels run on the CPU through the mock driver, on tiny cases
+#   --mock             no GPU: the kernels run on the CPU through the mock driver, Vulkan's shaders on Mesa's lavapipe; tiny cases
 #   --quick            only the cases that have targets
 #   --flashinfer PATH  FlashInfer's checkout (or its include folder): measured on the same shapes; needs nvcc
 #   --python PYTHON    the interpreter that has PyTorch (default python3)
-#   --only LIST        of: build kernels conformance sanitizer same bench flashinfer torch
+#   --only LIST        of: build kernels conformance sanitizer same vulkan bench flashinfer torch
 #   --out FILE         results (default build/results/gpu_check.json); logs beside it in gpu_check-logs
 #
-# Needs an NVIDIA driver, gcc and make. nvcc, compute-sanitizer, cmocka, PyTorch, FlashInfer: used where they are; what is
+# Needs an NVIDIA driver, gcc and make. Vulkan (libvulkan.so.1 and the driver's ICD file), nvcc, compute-sanitizer, cmocka, PyTorch, FlashInfer: used where they are; what is
 # not there is a SKIP line that names it. Prints a line for each part; status 0: nothing failed. `make report` makes
 # BENCHMARKS.md's GPU part of the results once they lie in tools/report/results/gpu_check.json.
 set -u
@@ -89,20 +89,21 @@ sanitizer=$(find_tool compute-sanitizer) || sanitizer=''
 
 TEST=build/tests/gpu/test_device
 BENCH=build/bench_cuda
+VULKAN_TEST=build/tests/gpu/test_vulkan_device
+VULKAN_BENCH=build/bench_vulkan
 build() {
-  local flags='' target
+  local flags=''
   echo '#include <cmocka.h>' | gcc -include stdarg.h -include stddef.h -include setjmp.h -include stdint.h -E - >/dev/null 2>&1 ||
     flags=-Itests/gpu/without_cmocka
   [ -z "$mock" ] || make mock-cuda || return
-  for target in $BENCH $TEST; do
-    make "$target" TESTS=gpu ${flags:+CPPFLAGS="$flags"} ${flags:+CMOCKA=-lm} || return
-  done
-  echo "bench_cuda and test_device${flags:+ (without cmocka)}"
+  make $BENCH $TEST $VULKAN_BENCH $VULKAN_TEST TESTS=gpu ${flags:+CPPFLAGS="$flags"} ${flags:+CMOCKA=-lm} || return
+  echo "bench_cuda, test_device, bench_vulkan, test_vulkan_device${flags:+ (without cmocka)}"
 }
 
 kernels() {
   has python3 || { echo "SKIP: python3 is not there, so whether the committed kernels are those of the sources is not known"; return 77; }
-  python3 tools/kernels.py check && return
+  python3 tools/kernels.py check && python3 tools/shaders.py check && return
+  python3 tools/shaders.py check || return
   [ -z "$mock" ] && [ -n "$nvcc" ] || return 1
   echo "the header is not current: nvcc makes it again"
   python3 tools/kernels.py build --nvcc "$nvcc"
@@ -146,6 +147,31 @@ bench() {
   grep -v '"section": "device"' "$logs/bench.rows" >>"$rows"
   grep '"section": "device"' "$logs/bench.rows" >"$logs/device.row"
   echo "$(grep -c '"section": "decode"' "$logs/bench.rows") cases of decode, $(grep -c '"section": "prefill"' "$logs/bench.rows") of prefill, $(grep -c left_out "$logs/bench.rows") left out"
+}
+
+# ---- Vulkan: NVIDIA's driver serves it too ----
+
+# With --mock on lavapipe; else on the best device, which must be no CPU.
+vulkan_device() {
+  if [ -n "$mock" ]; then
+    local icd
+    icd=$(ls /usr/share/vulkan/icd.d/lvp_icd.*json 2>/dev/null | head -1)
+    [ -n "$icd" ] || { echo "SKIP: lavapipe, Mesa's Vulkan driver for the CPU, is not there"; return 77; }
+    export VK_ICD_FILENAMES=$icd VK_DRIVER_FILES=$icd
+  fi
+  $VULKAN_BENCH --only none --json "$logs/vulkan-device.row" || return
+  [ -n "$mock" ] || ! grep -q '"cpu": true' "$logs/vulkan-device.row" ||
+    { echo "SKIP: the only Vulkan driver is one that runs on the CPU: NVIDIA's has no ICD file here (nvidia_icd.json)"; return 77; }
+}
+
+vulkan_conformance() { vulkan_device && $VULKAN_TEST ${mock:+few}; }
+
+vulkan_bench() {
+  vulkan_device || return
+  $VULKAN_BENCH --only ceiling,decode,prefill,store,copies,host,same $smoke --quick --seconds "$1" --json "$logs/vulkan.rows" || return
+  sed 's/^{"section": "/&vulkan /' "$logs/vulkan.rows" >>"$rows"
+  ! grep -q '"equal": false' "$logs/vulkan.rows" || return 1
+  echo "$(grep -c '"section": "decode"' "$logs/vulkan.rows") cases of decode, $(grep -c '"section": "prefill"' "$logs/vulkan.rows") of prefill, $(grep -c left_out "$logs/vulkan.rows") left out"
 }
 
 # The shapes that the peers get, the ones with targets: those that --quick has.
@@ -204,8 +230,9 @@ write_results() {
 
 # ---- the parts, in order ----
 
-export -f kernels build sanitize same bench peer_shapes build_flashinfer run_flashinfer run_torch has
-export mock logs rows nvcc sanitizer python flashinfer smoke quick TEST BENCH
+export -f kernels build sanitize same bench vulkan_device vulkan_conformance vulkan_bench peer_shapes build_flashinfer run_flashinfer \
+  run_torch has
+export mock logs rows nvcc sanitizer python flashinfer smoke quick TEST BENCH VULKAN_TEST VULKAN_BENCH
 
 for tool in gcc make; do
   has $tool || { say FAIL build 0 "$tool is not there"; write_results; exit 1; }
@@ -228,6 +255,8 @@ for tool in memcheck racecheck synccheck; do
   fi
 done
 part same 60 bash -c same
+part vulkan:conformance 75 bash -c vulkan_conformance
+part vulkan:bench 75 bash -c "vulkan_bench 45"
 if [ -n "${flashinfer_build:-}" ]; then wait "$flashinfer_build"; flashinfer_status=$?; fi
 watch_clocks
 left=$((440 - (SECONDS - begin)))

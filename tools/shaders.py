@@ -25,7 +25,7 @@ TEXTS = "kernels_cuda/tables.h", SOURCES + "/vk_api.h", SOURCES + "/abi.h", SOUR
 MACROS = {1: "KVL_FP16", 2: "KVL_STORAGE16", 4: "KVL_SUBGROUP"}  # bits of a variant, as in abi.h
 VARIES_BY = {"store": 2, "decode": 1 | 2 | 4, "prefill": 1 | 2, "merge": 2, "copy": 0, "read": 0}
 # What SPIR-V modules may need: always (Shader), and with each bit of the variant (Float16; StorageBuffer16BitAccess;
-# GroupNonUniform and its Shuffle). The host asks for the features behind them.
+# GroupNonUniform, its Ballot and its Shuffle). The host asks for the features behind them.
 CAPABILITIES = {0: {1}, 1: {9}, 2: {4433}, 4: {61, 64, 65}}
 TOOLS = "glslangValidator", "spirv-opt", "spirv-val"
 TARGET = ["--target-env", "vulkan1.1"]

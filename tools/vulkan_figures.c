@@ -3,7 +3,7 @@
  * RADV_FORCE_FAMILY names the one to compile for.
  *
  * usage: vulkan_figures FOLDER   where SHADER.VARIANT.spv are (tools/shaders.py unpack); pipelines as lines on stdin:
- *                                  SHADER VARIANT PRESET DIM BLOCK_TOKENS ROWS WORKGROUP LANES
+ *                                  SHADER VARIANT PRESET DIM GQA
  *
  * Prints for each pipeline a line "pipeline NAME=VALUE ...", lines "stat NAME: VALUE", and its assembly, "asm " before each line. */
 #include <stdbool.h>
@@ -198,11 +198,24 @@ static uint32_t *read_words(const char *folder, const char *shader, uint32_t var
     return words;
 }
 
-/* One line of the input: SHADER VARIANT PRESET DIM BLOCK_TOKENS ROWS WORKGROUP LANES. */
+/* One line of the input: SHADER VARIANT PRESET DIM GQA, blocks of 32 tokens. What is shaped as the host shapes it. */
 typedef struct job {
     char shader[32], preset[32];
-    uint32_t variant, dim, block_tokens, rows, workgroup, lanes;
+    uint32_t variant, dim, gqa;
+    uint32_t block_tokens, rows, workgroup, lanes;
 } job;
+
+static void shape(job *j, uint32_t subgroup) {
+    const uint32_t shuffles = j->variant & KVLI_VK_SUBGROUP ? subgroup : 0;
+    j->block_tokens = 32;
+    j->rows = kvli_vk_decode_rows(j->gqa);
+    j->workgroup = 128;
+    j->lanes = 4;
+    if (strcmp(j->shader, "decode") == 0) {
+        j->workgroup = kvli_vk_decode_workgroup(shuffles, 0);
+        j->lanes = kvli_vk_decode_lanes(j->dim, j->rows, j->workgroup, shuffles, 0);
+    }
+}
 
 static uint32_t tile_bytes(uint32_t format, const job *j) { /* without what pads it */
     return j->block_tokens *
@@ -231,10 +244,11 @@ static bool run_job(const device *d, const char *folder, const job *j) {
                                                     [KVLI_VK_BLOCK_TOKENS] = j->block_tokens,
                                                     [KVLI_VK_ROWS] = j->rows,
                                                     [KVLI_VK_LANES] = j->lanes};
-    printf("pipeline shader=%s variant=%u preset=%s dim=%u block_tokens=%u rows=%u workgroup=%u lanes=%u "
-           "tile_bytes=%u\n",
-           j->shader, j->variant, j->preset, j->dim, j->block_tokens, j->rows, j->workgroup, j->lanes,
-           tile_bytes(presets[p].k, j) + tile_bytes(presets[p].v, j));
+    printf(
+        "pipeline shader=%s variant=%u preset=%s dim=%u block_tokens=%u gqa=%u rows=%u workgroup=%u lanes=%u "
+        "tile_bytes=%u\n",
+        j->shader, j->variant, j->preset, j->dim, j->block_tokens, j->gqa, j->rows, j->workgroup, j->lanes,
+        tile_bytes(presets[p].k, j) + tile_bytes(presets[p].v, j));
     VkPipeline pipeline = make_pipeline(d, words, bytes, spec);
     print_pipeline(d, pipeline);
     vkDestroyPipeline(d->device, pipeline, NULL);
@@ -249,8 +263,9 @@ int main(int argc, char **argv) {
     if (argc != 2) fprintf(stderr, "usage: vulkan_figures FOLDER <JOBS\n"), exit(2);
     open_device(&d);
     make_layout(&d);
-    while (scanf("%31s %u %31s %u %u %u %u %u", j.shader, &j.variant, j.preset, &j.dim, &j.block_tokens,
-                 &j.rows, &j.workgroup, &j.lanes) == 8)
+    while (scanf("%31s %u %31s %u %u", j.shader, &j.variant, j.preset, &j.dim, &j.gqa) == 5) {
+        shape(&j, d.subgroup);
         ok = run_job(&d, argv[1], &j) && ok;
+    }
     return !ok;
 }

@@ -10,6 +10,7 @@ compiler, libvulkan-dev and mesa-vulkan-drivers (radeon_icd).
 import argparse
 import glob
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,7 +24,7 @@ from kernel_sources import ROOT, fail
 FAMILIES = {
     "navi21": {"name": "RX 6800 XT", "cus": 72, "ghz": 2.25, "gbs": 512},
     "gfx1100": {"name": "RX 7900 XTX", "cus": 96, "ghz": 2.5, "gbs": 960},
-    "polaris10": {"name": "RX 580", "cus": 36, "ghz": 1.34, "gbs": 256},
+    "vega10": {"name": "RX Vega 64", "cus": 64, "ghz": 1.55, "gbs": 484},
 }
 PRESETS = "f16", "int8", "int8+", "fp8", "balanced", "int4", "nvfp4"
 STATS = {"VGPRs": "vgprs", "SGPRs": "sgprs", "Spilled VGPRs": "spilled_vgprs", "Spilled SGPRs": "spilled_sgprs", "LDS size": "shared",
@@ -44,11 +45,10 @@ def jobs(names):
     lines = []
     for dim in (128, 64):
         for preset in PRESETS:
-            for variant in (7, 3, 0):
-                lines.append("decode %d %s %d 32 4 128 %d" % (variant, preset, dim, 8))
-            lines.append("prefill 3 %s %d 32 32 128 8" % (preset, dim))
-            lines.append("store 2 %s %d 32 4 128 8" % (preset, dim))
-    lines += ["merge 2 f16 128 32 4 128 8", "copy 0 f16 128 32 4 128 8", "read 0 f16 128 32 4 128 8"]
+            lines += ["decode %d %s %d 4" % (variant, preset, dim) for variant in (7, 3, 0)]
+            lines.append("prefill 3 %s %d 4" % (preset, dim))
+            lines.append("store 2 %s %d 4" % (preset, dim))
+    lines += ["merge 2 f16 128 4", "copy 0 f16 128 4", "read 0 f16 128 4"]
     return [line for line in lines if all(n in line for n in names)]
 
 
@@ -102,15 +102,29 @@ def loops(code):
             yield labels[found.group(1)], i
 
 
-def main_loop(code):
-    """The innermost loop that loads most: (instructions, bytes that a lane loads) of all that stands in it."""
-    best = None
-    for begin, end in loops(code):
+FMA = re.compile(r"v_(?:pk_)?(?:fma|mac|mad|dot)")
+
+
+def decode_loop(code, record):
+    """Adds to a decode pipeline's record what its loop over packed blocks takes: the first outermost loop with the products of
+    scores and sums in it. All that stands in it counts, rare ways too, so that this is the most."""
+    found = list(loops(code))
+    outer = sorted((b, e) for b, e in found if not any(c <= b and e <= f and (b, e) != (c, f) for c, f in found))
+    per_token = 2 * record["rows"] * record["dim"] / record["lanes"]  # products of one lane
+    for begin, end in outer:
         body = [t for t in code[begin:end + 1] if is_instruction(t)]
-        loaded = sum(bytes_of(t) for t in body)
-        if loaded and (best is None or (loaded, -len(body)) > (best[1], -best[0])):
-            best = len(body), loaded
-    return best
+        products = sum(1 + t.startswith("v_pk_") for t in body if FMA.match(t))
+        if products < per_token / 2:
+            continue
+        waves, slots = -(-record["workgroup"] // record["subgroup"]), record["workgroup"] // record["lanes"]
+        tokens = slots * 2 ** round(math.log2(products / per_token))  # (decoding has some products, too)
+        kv = record["tile_bytes"] * tokens / record["block_tokens"]
+        vector = sum(t.startswith("v_") for t in body)
+        record.update(loop=len(body), loop_vector=vector, loop_tokens=tokens, loop_bytes=round(kv),
+                      instructions_per_kv_byte=round(len(body) * waves / kv, 4), vector_per_kv_byte=round(vector * waves / kv, 4))
+        device = FAMILIES[record["family"]]
+        record["gbs_by_issue"] = round(device["cus"] * device["ghz"] / record["vector_per_kv_byte"])
+        return
 
 
 # ---- all of it ----
@@ -126,9 +140,8 @@ def collect(args):
         for family in args.families.split(","):
             for record, code in compile_all(family, program, folder, lines):
                 record["family"] = family
-                found = main_loop(code)
-                if found:
-                    record["loop"], record["loop_bytes"] = found[0], found[1] * record["subgroup"]
+                if record["shader"] == "decode":
+                    decode_loop(code, record)
                 if args.asm:
                     os.makedirs(args.asm, exist_ok=True)
                     name = "%s-%s-%s-%s-%s.s" % (family, record["shader"], record["variant"], record["preset"], record["dim"])
@@ -140,10 +153,10 @@ def collect(args):
 
 def table(records):
     head = ("family", "shader", "variant", "preset", "dim", "vgprs", "spilled_vgprs", "scratch", "shared", "waves_per_simd", "instructions",
-            "loop", "loop_bytes")
-    print(" ".join("%-12s" % h[:12] for h in head))
+            "loop", "loop_tokens", "instructions_per_kv_byte", "vector_per_kv_byte", "gbs_by_issue")
+    print(" ".join("%-9s" % h[:9] for h in head))
     for r in records:
-        print(" ".join("%-12s" % r.get(h, "-") for h in head))
+        print(" ".join("%-9s" % r.get(h, "-") for h in head))
 
 
 def main():

@@ -85,7 +85,8 @@ bool args_bytes(args *a, uint64_t *value, char *err, size_t err_len) {
 
 const char options_help[] =
     "  -m FILE          model, a GGUF file (required)\n"
-    "  --backend NAME   where the KV cache lives: auto cuda cpu (default auto: cuda where it works)\n"
+    "  --backend NAME   where the KV cache lives: auto cuda vulkan cpu (default auto: the first that works)\n"
+    "  --device N       which GPU, by the numbers that kvl_info lists, from 0 (default: the backend's best)\n"
     "  --threads N      threads (default: one for each processor)\n"
     "  --act int8|f32   activations (default int8; f32 is slower and exact)\n"
     "  --kv NAME|FILE   KV format: f32 f16 bf16 int8 int8+ fp8 nvfp4 balanced int4 (default int8),\n"
@@ -141,7 +142,10 @@ static bool take_backend(options *o, args *a, char *err, size_t err_len) {
     static const struct {
         const char *name;
         kvl_backend_kind kind;
-    } all[] = {{"auto", KVL_BACKEND_AUTO}, {"cuda", KVL_BACKEND_CUDA}, {"cpu", KVL_BACKEND_CPU}};
+    } all[] = {{"auto", KVL_BACKEND_AUTO},
+               {"cuda", KVL_BACKEND_CUDA},
+               {"vulkan", KVL_BACKEND_VULKAN},
+               {"cpu", KVL_BACKEND_CPU}};
     const char *name;
     if (!args_value(a, &name, err, err_len)) return false;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
@@ -149,7 +153,7 @@ static bool take_backend(options *o, args *a, char *err, size_t err_len) {
         o->runtime.backend = all[i].kind;
         return true;
     }
-    return llm_fail(err, err_len, "%s '%.40s' is unknown; there are: auto cuda cpu", a->name, name);
+    return llm_fail(err, err_len, "%s '%.40s' is unknown; there are: auto cuda vulkan cpu", a->name, name);
 }
 
 static bool take_act(options *o, args *a, char *err, size_t err_len) {
@@ -169,6 +173,11 @@ bool options_take(options *o, args *a, bool *taken, char *err, size_t err_len) {
     *taken = true;
     if (args_is(a, "-m") || args_is(a, "--model")) return args_value(a, &o->runtime.path, err, err_len);
     if (args_is(a, "--backend")) return take_backend(o, a, err, err_len);
+    if (args_is(a, "--device")) {
+        if (!args_u64(a, 0, 255, &n, err, err_len)) return false;
+        o->runtime.device = (uint32_t)n + 1;
+        return true;
+    }
     if (args_is(a, "--act")) return take_act(o, a, err, err_len);
     if (args_is(a, "--kv")) return take_kv(o, a, err, err_len);
     if (args_is(a, "--kv-k")) return take_format(a, &o->cache.k_format, err, err_len);

@@ -34,7 +34,8 @@ bool args_flag(args *a, char *err, size_t err_len);                   /* refuses
  * the error, which names the presets. */
 bool options_kv(runtime_cache_desc *c, const char *option, const char *name, char *err, size_t err_len);
 
-/* -m, --backend, --threads, --act, --kv, --kv-k, --kv-v, --kv-bytes, --temp, --top-k, --top-p, --min-p, --seed */
+/* -m, --backend, --device, --threads, --act, --kv, --kv-k, --kv-v, --kv-bytes, --temp, --top-k, --top-p,
+ * --min-p, --seed */
 typedef struct options {
     runtime_desc runtime;
     runtime_cache_desc cache;

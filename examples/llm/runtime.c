@@ -51,6 +51,8 @@ static bool make_context(runtime *rt, kvl_backend_kind backend, kvl_context **ou
                           .n_threads = pool_threads(rt->threads),
                           .parallel_for = pool_parallel_for,
                           .user = rt->threads,
+                          .cuda_device = rt->device ? rt->device - 1 : 0,
+                          .vulkan = {.device_index = rt->device},
                           .error = err,
                           .error_size = err_len};
     return kvl_context_create(&d, out) == KVL_OK;
@@ -71,6 +73,7 @@ static bool load_parts(runtime *rt, const runtime_desc *d, char *err, size_t err
     if (!rt->config->n_ctx) return llm_fail(err, err_len, "llama.context_length is 0");
     rt->fingerprint = fingerprint(rt, d->act);
     rt->backend = d->backend;
+    rt->device = d->device;
     return make_context(rt, d->backend, &rt->context, err, err_len);
 }
 

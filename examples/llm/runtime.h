@@ -29,6 +29,7 @@ typedef struct runtime_desc {
     uint32_t n_threads;       /* 0: one for each online processor */
     uint32_t step_tokens;     /* most rows of one step; 0 = 512 */
     kvl_backend_kind backend; /* of the caches; AUTO: the first that works and has a cache's formats */
+    uint32_t device; /* of the backend: 1 + its number; 0: the one that the backend takes */
 } runtime_desc;
 
 /* Fields are for reading. Start from {0}. */
@@ -42,6 +43,7 @@ typedef struct runtime {
     kvl_context *passed_over; /* the one before, which had not the formats of a cache, or NULL */
     char why_passed_over[LLM_ERR_LEN];
     kvl_backend_kind backend; /* as asked */
+    uint32_t device;
     uint64_t fingerprint;     /* of tensors, vocabulary, RoPE and activation mode */
     uint32_t step_tokens;
     double load_s;

@@ -51,6 +51,7 @@ struct Case {
     uint32_t stages = 2;       // CUDA
     uint32_t q_dtype = KVLI_GPU_DTYPE_F32, out_dtype = KVLI_GPU_DTYPE_F32;
     float q_size = 1; // standard deviation of q
+    bool small = false; // packed numbers are of codes and scales that are subnormal
     unsigned seed = 1;
     std::string text() const {
         char s[400];
@@ -180,6 +181,17 @@ static uint16_t get16(const uint8_t *p) {
     return h;
 }
 
+// The least numbers that there are of codes and scales: subnormals.
+static void fill_small_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint8_t *tile) {
+    uint32_t rows = tokens * row_bytes(f, dim), bytes = rows + scale_bytes(f, dim, tokens);
+    for (uint32_t i = 0; i < rows; i++) tile[i] = (uint8_t)r();
+    for (uint32_t i = 0; i < rows && f == KVLI_GPU_FP8_E4M3; i++) tile[i] &= 0x87;
+    for (uint32_t i = 0; i < rows && f == KVLI_GPU_NVFP4; i++) tile[i] &= 0x99;
+    for (uint32_t i = 0; i < rows && f == KVLI_GPU_INT8; i++) tile[i] = tile[i] == 128 ? 127 : tile[i];
+    for (uint32_t i = rows; i < bytes && f == KVLI_GPU_NVFP4; i++) tile[i] = (uint8_t)(1 + r() % 7);
+    for (uint32_t i = rows; i < bytes && f != KVLI_GPU_NVFP4; i += 2) put16(tile + i, (uint16_t)(1 + r() % 1023));
+}
+
 // Random numbers of about unit size.
 static void fill_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint8_t *tile) {
     uint32_t rows = tokens * row_bytes(f, dim), bytes = rows + scale_bytes(f, dim, tokens);
@@ -289,8 +301,9 @@ struct Sequence {
                 fill_tile(r, exact.v.format, c.dim, written, k + exact.v_offset);
                 if (written < c.block_tokens) continue;
                 k = packed_tile(b, h);
-                fill_tile(r, packed.k.format, c.dim, c.block_tokens, k);
-                fill_tile(r, packed.v.format, c.dim, c.block_tokens, k + packed.v_offset);
+                auto fill = c.small ? fill_small_tile : fill_tile;
+                fill(r, packed.k.format, c.dim, c.block_tokens, k);
+                fill(r, packed.v.format, c.dim, c.block_tokens, k + packed.v_offset);
             }
         }
     }

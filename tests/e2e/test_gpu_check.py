@@ -17,13 +17,14 @@ PRESETS = {"f16", "bf16", "int8", "int8+", "fp8", "balanced", "int4", "nvfp4"}
 ENV = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
 
-def bench(*args, **env):
-    return subprocess.run([os.path.join(BUILD, "bench_cuda"), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def bench(*args, program="bench_cuda", **env):
+    return subprocess.run([os.path.join(BUILD, program), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           timeout=60, env=dict(ENV, **env), check=False)
 
 
-def report():
-    spec = importlib.util.spec_from_file_location("gpu", "tools/report/gpu.py")
+def report(name):
+    sys.path.insert(0, "tools/report")
+    spec = importlib.util.spec_from_file_location(name, f"tools/report/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -34,12 +35,17 @@ def test_without_a_driver():
         with open(os.path.join(folder, "libcuda.so.1"), "w", encoding="ascii") as f:
             f.write("no library")
         done = bench(LD_LIBRARY_PATH=folder)
-    assert done.returncode == 77 and done.stdout.startswith("SKIP") and "libcuda" in done.stdout, done
+        assert done.returncode == 77 and done.stdout.startswith("SKIP") and "libcuda" in done.stdout, done
+        done = bench(program="bench_vulkan", VK_ICD_FILENAMES="/nonexistent", VK_DRIVER_FILES="/nonexistent")
+        assert done.returncode == 77 and done.stdout.startswith("SKIP") and "driver" in done.stdout, done
 
 
 def test_bad_options():
     for args, word in ((["--fast"], "--fast"), (["--json"], "--json"), (["--seconds", "0"], "--seconds")):
         done = bench(*args)
+        assert done.returncode == 2 and word in done.stderr, done
+    for args, word in ((["--fast"], "--fast"), (["--device", "x"], "--device"), (["--without", "fp32"], "fp32")):
+        done = bench(*args, program="bench_vulkan")
         assert done.returncode == 2 and word in done.stderr, done
     done = subprocess.run(["tools/gpu_check.sh", "--fast"], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "--fast" in done.stderr, done
@@ -81,9 +87,26 @@ def test_all_of_it_with_the_mock():
     assert f16["bytes"] == f16["batch"] * (f16["context"] + 1) * 2 * 8 * 128 * 2, f16
     assert len(of("host")) >= 6 and all(r.get("us", r.get("count")) > 0 for r in of("host")), of("host")
 
-    gpu = report()
+    gpu = report("gpu")
     figures = gpu.Check(result).figures()
     assert set(figures) <= {name for name, _, _ in gpu.targets()} and {"tflops", "layer"} <= set(figures), figures
+    vulkan_part(parts, rows)
+
+
+def vulkan_part(parts, rows):
+    assert parts["vulkan:conformance"] == parts["vulkan:bench"], parts
+    if parts["vulkan:bench"] == "SKIP":
+        raise Skip("lavapipe, Mesa's Vulkan driver for the CPU, is not there (make deps)")
+    assert parts["vulkan:bench"] == "PASS", parts
+    report("gpu")
+    vulkan = report("vulkan")
+    found = vulkan.Rows(rows, "vulkan ")
+    assert found.device()["cpu"] and found.of("ceiling")[0]["gb_s"] > 0 and not found.of("left_out"), found.of("left_out")
+    assert {r["preset"] for r in found.of("decode")} == {r["preset"] for r in found.of("prefill")} == {r["preset"] for r in found.of("store")} == PRESETS
+    assert all(r["us"] > 0 for r in found.of("host") + found.of("copies")) and len(found.of("host")) == 4, found.of("host")
+    assert len(found.of("same")) == 6 * len(PRESETS) and all(r["equal"] for r in found.of("same")), found.of("same")
+    f16 = found.of("decode", preset="f16")[0]  # bytes by hand: K and V, 8 heads, dim numbers, 2 bytes
+    assert f16["bytes"] == f16["batch"] * (f16["context"] + 1) * 2 * 8 * f16["dim"] * 2, f16
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ usage: test_programs.py [-k WORD] [BUILD_FOLDER [MODEL.gguf]]      -k: only the 
 Oracles: Python's json and UTF-8 decoder, the vocabulary as the gguf package reads it, and one program against the
 other (an answer on reused KV against the same prompt in an empty cache).
 """
+import glob
 import json
 import os
 import pty
@@ -30,11 +31,13 @@ SCRATCH = tempfile.TemporaryDirectory()
 ESCAPE = "\x1b"
 
 
-def run(program, *args, stdin=b"", model=MODEL, code=0, stdout=subprocess.PIPE, libraries=None):
+def run(program, *args, stdin=b"", model=MODEL, code=0, stdout=subprocess.PIPE, libraries=None, variables=None):
     """Runs a program; its exit code must be `code`. Returns (stdout bytes, stderr text). libraries: a folder where shared
-    libraries are looked for first."""
+    libraries are looked for first. variables: of the environment."""
     command = [os.path.join(BUILD, program)] + (["-m", model] if model else []) + list(args)
-    env = dict(os.environ, LD_LIBRARY_PATH=libraries) if libraries else None
+    env = dict(os.environ, **(variables or {}))
+    if libraries:
+        env["LD_LIBRARY_PATH"] = libraries
     p = subprocess.run(command, input=stdin, stdout=stdout, stderr=subprocess.PIPE, timeout=120, env=env)
     err = p.stderr.decode()
     assert p.returncode == code, f"{command[1:]}: exit code {p.returncode}, not {code}: {err}"
@@ -114,12 +117,21 @@ def test_json_and_plain_output_agree():
 
 
 def no_driver():
-    """A folder with a CUDA driver that cannot be loaded."""
+    """A folder with a CUDA driver and a Vulkan loader that cannot be loaded."""
     folder = os.path.join(SCRATCH.name, "no_driver")
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "libcuda.so.1"), "w", encoding="ascii") as f:
-        f.write("no library")
+    for name in "libcuda.so.1", "libvulkan.so.1", "libvulkan.so":
+        with open(os.path.join(folder, name), "w", encoding="ascii") as f:
+            f.write("no library")
     return folder
+
+
+def lavapipe():
+    """Variables that make Mesa's lavapipe the only Vulkan driver."""
+    for folder in "/usr/share/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/etc/vulkan/icd.d":
+        for path in glob.glob(folder + "/lvp_icd.*json"):
+            return {"VK_ICD_FILENAMES": path, "VK_DRIVER_FILES": path, "MESA_SHADER_CACHE_DIR": os.path.join(BUILD, "vulkan_shaders")}
+    raise Skip("lavapipe, Mesa's Vulkan driver for the CPU, is not there (make deps)")
 
 
 def test_backends():
@@ -128,11 +140,13 @@ def test_backends():
     assert re.search(r"^complete: backend cpu \(\w+\)$", err, re.M), err
     out, err = run("complete", *prompt, "--backend=auto", libraries=no_driver())
     assert out == want, out
-    assert re.search(r"^complete: backend cpu \(\w+\); cuda: .*libcuda", err, re.M), err
+    assert re.search(r"^complete: backend cpu \(\w+\); cuda: .*libcuda.*; vulkan: .*libvulkan", err, re.M), err
     last = refused("complete", *prompt, "--backend", "cuda", code=1, words=["cuda", "libcuda"], libraries=no_driver())
     assert len(last) > 30, last
+    refused("complete", *prompt, "--backend", "vulkan", code=1, words=["vulkan", "libvulkan"], libraries=no_driver())
     for program in "complete", "chat":
-        refused(program, "--backend", "gpu", code=2, words=["--backend", "'gpu'", "auto", "cuda", "cpu"])
+        refused(program, "--backend", "gpu", code=2, words=["--backend", "'gpu'", "auto", "cuda", "vulkan", "cpu"])
+        refused(program, "--device", "-1", code=2, words=["--device", "'-1'"])
     _, err = run("chat", "--backend", "cpu", stdin=b"/quit\n")
     assert re.search(r"backend cpu \(\w+\)$", err, re.M), err
     refused("chat", "--backend", "cuda", code=1, words=["libcuda"], libraries=no_driver())
@@ -155,6 +169,24 @@ def test_cuda_through_the_mock_driver():
     refused("complete", *odd, "--backend", "cuda", code=1, words=["cuda"], libraries=mock)
     _, err = run("complete", *odd, libraries=mock)
     assert re.search(r"^complete: backend cpu \(\w+\); cuda.*: ", err, re.M), err
+
+
+def test_vulkan_through_lavapipe():
+    only = lavapipe()
+    for kv in "int8", "int4":  # the tokens after a block of 32 read what the shaders have sealed
+        prompt = ("-p", "The capital of France is Paris. " * 6, "-n", "6", "--kv", kv)
+        want = complete(*prompt, "--backend", "cpu")
+        got = complete(*prompt, "--backend", "vulkan", variables=only)
+        assert got["backend"].startswith("vulkan") and "llvmpipe" in got["backend"], got
+        assert got["tokens"] == want["tokens"], (kv, got, want)
+    short = ("-p", "x", "-n", "2")
+    assert complete(*short, "--backend", "vulkan", "--device", "0", variables=only)["backend"] == got["backend"]
+    refused("complete", *short, "--backend", "vulkan", "--device", "7", code=1, words=["vulkan", "7"], variables=only)
+    # auto takes no driver that runs on the CPU, and says so
+    _, err = run("complete", *short, libraries=None, variables=only)
+    assert re.search(r"^complete: backend cpu \(\w+\); .*vulkan: .*llvmpipe", err, re.M), err
+    # what Vulkan has not and was asked for by name is refused
+    refused("complete", *short, "--kv-k", "int8", "--kv-v", "fp8_e4m3", "--backend", "vulkan", code=1, words=["vulkan"], variables=only)
 
 
 def test_text_is_what_the_tokens_stand_for():

@@ -9,7 +9,6 @@
 #include <cmocka.h>
 
 #include "vk_run.h"
-#define KVL_IMPLEMENTATION
 #include "../../kvlite.h"
 #include "../common/golden.h"
 
@@ -272,21 +271,30 @@ static kvli_vk_push push_of(const store_case *t) {
     return push;
 }
 
-/* Dispatches the stores, in one or two parts. */
-static void launch(const store_case *t, vkr_pipeline *p) {
+/* What stores blocks: one pipeline, or one that writes rows and one that seals. */
+typedef struct storer {
+    vkr_pipeline p[2];
+    uint32_t n;
+} storer;
+
+/* Dispatches the stores, at once or in two turns. */
+static void launch(const store_case *t, storer *by) {
     kvli_vk_push push = push_of(t);
     for (int b = 0; b < BANKS; b++) memcpy(bound.pages[b].map, before[b], BANK_BYTES);
     memset(bound.layers.map, 0xff, bound.layers.bytes);
     memcpy(bound.layers.map + sizeof t->layer, &t->layer, sizeof t->layer);
     memcpy(bound.tables.map + LIST * 4, t->stores, sizeof t->stores);
     memset(bound.taint.map, 0, STORES * 4);
-    if (below(2)) {
-        vkr_dispatch(&run, p, &bound, &push, STORES + 1, HEADS, 2); /* more than there are */
-        return;
+    for (uint32_t i = 0; i < by->n; i++) {
+        push.first = 0;
+        if (below(2)) {
+            vkr_dispatch(&run, &by->p[i], &bound, &push, STORES + 1, HEADS, 2); /* more than there are */
+            continue;
+        }
+        vkr_dispatch(&run, &by->p[i], &bound, &push, 1, HEADS, 2);
+        push.first = 1;
+        vkr_dispatch(&run, &by->p[i], &bound, &push, STORES - 1, HEADS, 2);
     }
-    vkr_dispatch(&run, p, &bound, &push, 1, HEADS, 2);
-    push.first = 1;
-    vkr_dispatch(&run, p, &bound, &push, STORES - 1, HEADS, 2);
 }
 
 static uint32_t taint_of(uint32_t span) {
@@ -295,7 +303,7 @@ static uint32_t taint_of(uint32_t span) {
     return word;
 }
 
-static void run_store(vkr_pipeline *p, const formats *f, uint32_t tokens, uint32_t dim, row_kind kind) {
+static void run_store(storer *by, const formats *f, uint32_t tokens, uint32_t dim, row_kind kind) {
     store_case t;
     memset(&t, 0, sizeof t);
     t.f = *f;
@@ -311,13 +319,13 @@ static void run_store(vkr_pipeline *p, const formats *f, uint32_t tokens, uint32
     fill_banks(0xa5);
     for (uint32_t i = 0; i < STORES; i++)
         for (uint32_t h = 0; h < 2 * HEADS; h++) expect_tile(&t, i, h / 2, h % 2);
-    launch(&t, p);
+    launch(&t, by);
     compare_banks("store", &t);
     for (uint32_t i = 0; i < STORES; i++) assert_int_equal(taint_of(i), 0);
 }
 
-static vkr_pipeline make_pipeline(const char *shader, uint32_t variant, uint32_t workgroup, const formats *f,
-                                  uint32_t tokens, uint32_t dim) {
+static vkr_pipeline make_pipeline(const char *shader, uint32_t variant, uint32_t workgroup, uint32_t parts,
+                                  const formats *f, uint32_t tokens, uint32_t dim) {
     const uint32_t rotated = KVL_ROTATED;
     uint32_t spec[KVLI_VK_SPECIALISATIONS] = {0};
     spec[KVLI_VK_WORKGROUP] = workgroup;
@@ -329,7 +337,23 @@ static vkr_pipeline make_pipeline(const char *shader, uint32_t variant, uint32_t
     spec[KVLI_VK_DIM] = dim;
     spec[KVLI_VK_BLOCK_TOKENS] = tokens;
     spec[KVLI_VK_ROWS] = spec[KVLI_VK_LANES] = 1;
+    spec[KVLI_VK_PARTS] = parts;
     return vkr_pipeline_make(&run, shader, variant, spec);
+}
+
+static storer make_storer(bool split, uint32_t variant, uint32_t workgroup, const formats *f, uint32_t tokens,
+                          uint32_t dim) {
+    storer s;
+    memset(&s, 0, sizeof s);
+    s.n = split ? 2 : 1;
+    s.p[0] = make_pipeline("store", variant, split ? workgroup / 8 : workgroup, split ? KVLI_VK_WRITES : 0, f,
+                           tokens, dim);
+    if (split) s.p[1] = make_pipeline("store", variant, workgroup, KVLI_VK_SEALS, f, tokens, dim);
+    return s;
+}
+
+static void free_storer(storer *s) {
+    for (uint32_t i = 0; i < s->n; i++) vkr_pipeline_free(&run, &s->p[i]);
 }
 
 static bool is_channel(kvl_format f) { return f == KVL_INT8_CHANNEL || f == KVL_INT4_CHANNEL; }
@@ -343,11 +367,11 @@ static void run_shapes(const formats *f) {
     for (uint32_t d = 0; d < 8; d++) {
         for (uint32_t i = 0; i < (full ? 18 : 1); i++, turn++) {
             uint32_t T = tokens[turn % n_tokens], group = groups[turn / 3 % 3];
-            vkr_pipeline p;
+            storer by;
             if (!full && (d + turn / 8) % 2) continue;
-            p = make_pipeline("store", turn % 2 ? KVLI_VK_STORAGE16 : 0, group, f, T, dims[d]);
-            for (int kind = 0; kind < KINDS; kind++) run_store(&p, f, T, dims[d], (row_kind)kind);
-            vkr_pipeline_free(&run, &p);
+            by = make_storer(turn / 2 % 2, turn % 2 ? KVLI_VK_STORAGE16 : 0, group, f, T, dims[d]);
+            for (int kind = 0; kind < KINDS; kind++) run_store(&by, f, T, dims[d], (row_kind)kind);
+            free_storer(&by);
         }
     }
 }
@@ -379,7 +403,7 @@ static void test_other_pairs(void **state) {
 }
 
 /* The tiles whose hashes stand in tests/golden, through the shader. */
-static void run_golden(vkr_pipeline *p, const formats *f, int side, const golden_hash *g) {
+static void run_golden(storer *by, const formats *f, int side, const golden_hash *g) {
     static float rows[MAX_TOKENS * MAX_DIM];
     kvl_format format = side ? f->v : f->k;
     store_case t;
@@ -397,7 +421,7 @@ static void run_golden(vkr_pipeline *p, const formats *f, int side, const golden
     golden_rows(g->pattern, format & ~(kvl_format)KVL_ROTATED, g->tokens, g->dim, rows);
     for (uint32_t r = 0; r < g->tokens; r++) memcpy(input_row(&t, side, r, 1), rows + r * g->dim, g->dim * 4);
     fill_banks(0xa5);
-    launch(&t, p);
+    launch(&t, by);
     for (int b = 0; b < BANKS; b++) maps[b] = bound.pages[b].map;
     if (golden_fnv(tile_of(&t, maps, t.stores[0].sealed, true, 1, side), g->bytes) != g->hash)
         fail_msg("%s, pattern %u, %u tokens of %u: not the golden tile", g->format, g->pattern, g->tokens,
@@ -418,16 +442,16 @@ static void test_golden(void **state) {
     (void)state;
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
         for (uint32_t dim = 80; dim <= 128; dim += 48) {
-            vkr_pipeline p = make_pipeline("store", 0, KVLI_VK_STORE_WORKGROUP, &pairs[i], 32, dim);
+            storer by = make_storer(false, 0, KVLI_VK_STORE_WORKGROUP, &pairs[i], 32, dim);
             for (size_t j = 0; j < sizeof golden_hashes / sizeof golden_hashes[0]; j++) {
                 const golden_hash *g = &golden_hashes[j];
                 for (int side = 0; side < 2 && g->tokens == 32 && g->dim == dim; side++) {
                     if (kvl_format_from_name(g->format) != (side ? pairs[i].v : pairs[i].k)) continue;
-                    run_golden(&p, &pairs[i], side, g);
+                    run_golden(&by, &pairs[i], side, g);
                     checked++;
                 }
             }
-            vkr_pipeline_free(&run, &p);
+            free_storer(&by);
         }
     }
     print_message("%u golden tiles\n", checked);
@@ -435,7 +459,7 @@ static void test_golden(void **state) {
 }
 
 /* A number that is not finite after rounding taints its span and no other; it is stored as it is. */
-static void run_taint(vkr_pipeline *p, kvl_format exact, uint32_t dim) {
+static void run_taint(storer *by, kvl_format exact, uint32_t dim) {
     const float bad[] = {INFINITY, -INFINITY, NAN, 65520.0f, -1e30f, 3.4e38f};
     static float one[16 * MAX_DIM], back[16 * MAX_DIM];
     static uint8_t tile[MAX_TILE];
@@ -464,7 +488,7 @@ static void run_taint(vkr_pipeline *p, kvl_format exact, uint32_t dim) {
     row = below(t.stores[store].n_rows);
     memcpy(input_row(&t, side, t.stores[store].row + row, head), tile, dim * number_bytes(t.dtype));
     fill_banks(0);
-    launch(&t, p);
+    launch(&t, by);
     round_rows(t.dtype, 16, dim, one);
     round_rows(exact, 16, dim, one);
     for (uint32_t s = 0; s < STORES; s++)
@@ -483,10 +507,9 @@ static void test_taint(void **state) {
     for (uint32_t i = 0; i < 6; i++) {
         formats f = {"taint", KVL_INT8, KVL_INT8, exacts[i % 3]};
         uint32_t dim = i % 2 ? 64 : 80;
-        vkr_pipeline p =
-            make_pipeline("store", i < 3 ? 0 : KVLI_VK_STORAGE16, KVLI_VK_STORE_WORKGROUP, &f, 16, dim);
-        for (uint32_t n = 0; n < 30; n++) run_taint(&p, f.exact, dim);
-        vkr_pipeline_free(&run, &p);
+        storer by = make_storer(i % 2, i < 3 ? 0 : KVLI_VK_STORAGE16, KVLI_VK_STORE_WORKGROUP, &f, 16, dim);
+        for (uint32_t n = 0; n < 30; n++) run_taint(&by, f.exact, dim);
+        free_storer(&by);
     }
 }
 
@@ -509,7 +532,7 @@ static void test_copy(void **state) {
     fill_random();
     for (uint32_t round = 0; round < 40; round++) {
         enum { N = 5, ROOM = 48 * 1024 };
-        vkr_pipeline p = make_pipeline("copy", 0, round % 2 ? 64 : 128, &none, 16, 64);
+        vkr_pipeline p = make_pipeline("copy", 0, round % 2 ? 64 : 128, 0, &none, 16, 64);
         kvli_gpu_copy copies[N];
         kvli_vk_push push;
         memset(&push, 0, sizeof push);
@@ -538,7 +561,7 @@ static void test_copy(void **state) {
 }
 
 static void test_read(void **state) {
-    vkr_pipeline p = make_pipeline("read", 0, 128, &none, 16, 64);
+    vkr_pipeline p = make_pipeline("read", 0, 128, 0, &none, 16, 64);
     (void)state;
     random_state = 8;
     fill_random();

@@ -274,8 +274,9 @@ static void measure_store(bench *b, const char *name) {
     launch one = {
         kernel(b, "kvl_store"), {n, CASE_KV_HEADS, 2}, KVLI_CU_STORE_THREADS, KVLI_CU_STORE_SMEM, &args};
     double s = time_launches(b, launch_one, &one);
-    uint64_t tile = 2 * CASE_T * CASE_DIM * 2 + 2 * case_tile_bytes(p->exact); /* k and v rows; exact tiles */
-    if (seals) tile += case_tile_bytes(p->k) + case_tile_bytes(p->v);
+    uint64_t tile =
+        2 * CASE_T * CASE_DIM * 2 + 2 * case_tile_bytes(p->exact, CASE_DIM); /* k and v rows; exact tiles */
+    if (seals) tile += case_tile_bytes(p->k, CASE_DIM) + case_tile_bytes(p->v, CASE_DIM);
     double bytes = (double)tile * CASE_KV_HEADS * n;
     row_begin(&b->out, "store");
     row_text(&b->out, "preset", name);

@@ -24,6 +24,7 @@ typedef struct case_shape {
     const char *preset;
     uint32_t batch, context, gqa; /* sequences; tokens that each holds; query heads a KV head */
     uint32_t rows;                /* new ones of each sequence, 1 = decode */
+    uint32_t dim;                 /* 0: CASE_DIM */
 } case_shape;
 
 typedef struct case_cache {
@@ -35,6 +36,9 @@ typedef struct case_cache {
     case_buffer q, k, v, out;
     uint64_t bytes; /* of KV with its scales that a decode step reads in each layer */
 } case_cache;
+
+/* The next cache that is opened takes tensors in host memory too. */
+static bool case_host_tensors;
 
 /* ---- of a backend ---- */
 static case_buffer case_alloc(const case_device *g, size_t bytes);
@@ -52,11 +56,13 @@ static void case_must(const case_cache *c, kvl_result r, const char *call) {
     exit(1);
 }
 
+static uint32_t case_dim(const case_shape *s) { return s->dim ? s->dim : CASE_DIM; }
+
 static kvl_geometry case_geometry(const case_shape *s, uint32_t n_layers) {
     return (kvl_geometry){.n_layers = n_layers,
                           .n_q_heads = CASE_KV_HEADS * s->gqa,
                           .n_kv_heads = CASE_KV_HEADS,
-                          .k_dim = CASE_DIM,
+                          .k_dim = case_dim(s),
                           .block_tokens = CASE_T,
                           .preset = s->preset};
 }
@@ -91,15 +97,16 @@ static case_buffer case_blocks(const case_cache *c, bool exact) {
     kvl_block_layout l;
     case_must(c, kvl_cache_layout(c->cache, 0, exact, &l), "kvl_cache_layout");
     uint8_t *image = malloc(CASE_VARIANTS * l.block_bytes);
-    float rows[CASE_T * CASE_DIM];
+    const uint32_t dim = case_dim(&c->shape);
+    float rows[CASE_T * 256];
     if (!image) case_must(c, KVL_OUT_OF_HOST_MEMORY, "case_blocks");
     for (uint32_t i = 0; i < CASE_VARIANTS; i++) {
         uint8_t *first = image + i * l.block_bytes; /* layer 0's tiles; the others have the same */
         size_t bytes = CASE_KV_HEADS * l.head_stride;
         for (uint32_t tile = 0; tile < 2 * CASE_KV_HEADS; tile++) {
-            for (size_t e = 0; e < sizeof rows / sizeof *rows; e++) rows[e] = bench_noise();
+            for (size_t e = 0; e < CASE_T * dim; e++) rows[e] = bench_noise();
             case_must(c,
-                      kvl_tile_encode(formats[tile % 2], CASE_T, CASE_DIM, 0, rows,
+                      kvl_tile_encode(formats[tile % 2], CASE_T, dim, 0, rows,
                                       first + tile / 2 * l.head_stride + tile % 2 * l.v_offset),
                       "kvl_tile_encode");
         }
@@ -144,16 +151,17 @@ static void case_fill(case_cache *c, uint32_t step_rows) {
 }
 
 /* Bytes of a tile, its scales with it, without what pads it. */
-static uint64_t case_tile_bytes(kvl_format f) {
+static uint64_t case_tile_bytes(kvl_format f, uint32_t dim) {
     const kvl_format base = f & ~(kvl_format)KVL_ROTATED;
-    return CASE_T * kvli_row_bytes(base, CASE_DIM) + kvli_scale_bytes(base, CASE_T, CASE_DIM);
+    return CASE_T * kvli_row_bytes(base, dim) + kvli_scale_bytes(base, CASE_T, dim);
 }
 
 /* Bytes of one layer's KV that the step's sequences hold: whole tiles, of the open block its rows. */
 static uint64_t case_kv_bytes(const case_cache *c, const kvl_step *step) {
     const kvl_preset *p = kvl_preset_find(c->shape.preset);
-    uint64_t packed = case_tile_bytes(p->k) + case_tile_bytes(p->v), exact = 2 * case_tile_bytes(p->exact),
-             sum = 0;
+    const uint32_t dim = case_dim(&c->shape);
+    uint64_t packed = case_tile_bytes(p->k, dim) + case_tile_bytes(p->v, dim), sum = 0,
+             exact = 2 * case_tile_bytes(p->exact, dim);
     for (uint32_t s = 0; s < step->n_spans; s++) {
         const kvl_span_blocks *b = &step->blocks[s];
         for (uint32_t i = 0; i < b->first_own; i++) sum += b->table[i] & KVL_ENTRY_EXACT ? exact : packed;
@@ -193,11 +201,11 @@ static bool case_open(case_cache *c, const case_device *g, kvl_context *ctx, con
                         .max_seq_tokens = s->context + s->rows,
                         .max_step_tokens = rows > step_rows ? rows : step_rows,
                         .no_prefix_cache = true,
-                        .device_tensors = true,
+                        .device_tensors = !case_host_tensors,
                         .error = err,
                         .error_size = n};
     *c = (case_cache){.g = g, .shape = *s, .n_layers = n_layers};
-    size_t heads = (size_t)rows * CASE_KV_HEADS * CASE_DIM;
+    size_t heads = (size_t)rows * CASE_KV_HEADS * case_dim(s);
     if (d.device_bytes + heads * s->gqa * 4 > case_room(g))
         return llm_fail(err, n, "%.1f GB do not fit into the device's memory", (double)d.device_bytes * 1e-9);
     if (kvl_cache_create(&d, &c->cache) != KVL_OK) return false;

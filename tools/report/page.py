@@ -12,6 +12,7 @@ import sys
 import gpu
 import plots
 import style
+import vulkan
 from steps import STEPS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -370,6 +371,7 @@ def build(out):
     r = Results()
     page, after = Page(r, out), Page(r, out)
     on_gpu = gpu.section(after, table, load("gpu_check.json"), load("cuda-static.json"))
+    on_gpu += vulkan.section(after, table, r.get("bench-vulkan"), load("gpu_check.json"), load("vulkan-static.json"))
     page.add("# Benchmarks\n",
              "Written by `make report` from the files in tools/report/results, one for each measurement; each section begins with the command "
              "that measured it; DATA is the folder of traces and texts. Machine: " + "; ".join(r.machines()) + ". Where programs are compared, they "

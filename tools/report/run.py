@@ -54,6 +54,14 @@ def save(name, record):
     os.replace(path + ".new", path)
 
 
+def result_of(text):
+    """One JSON value; or one a line, which are its rows."""
+    lines = text.splitlines()
+    if len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines):
+        return {"rows": [json.loads(line) for line in lines]}
+    return json.loads(text)
+
+
 def run_step(step, quick, data, base):
     """One step's record. A missing file is a skip; a command that fails or prints no JSON is a failure."""
     for need, how in step.needs(data):
@@ -70,7 +78,7 @@ def run_step(step, quick, data, base):
     if done.returncode:
         return dict(base, failed=f"status {done.returncode}: {done.stderr.strip()[-600:]}")
     try:
-        return dict(base, result=json.loads(done.stdout))
+        return dict(base, result=result_of(done.stdout))
     except ValueError as error:
         return dict(base, failed=f"no JSON: {error}: {done.stdout[:200]}")
 

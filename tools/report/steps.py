@@ -71,5 +71,6 @@ STEPS = [
     peer("peer-attention", "attention, beside ggml", "bench_peer_attention", "--rounds", "3", model=False),
     peer("peer-llm", "a model end to end, beside llama.cpp", "bench_peer_llm", "-m", MODEL, "-f", ALICE),
     peer("peer-quality", "llama.cpp's cache formats", "bench_peer_quality", "-m", MODEL, "-f", WIKITEXT),
+    Step("bench-vulkan", "Vulkan, on the device that there is", ["build/bench_vulkan", "--json", "-"], quick=["--quick"]),
     Step("demo", "eight conversations", ["build/demo", "-m", MODEL, "--json"], quick=["--quick"], model=True),
 ]
