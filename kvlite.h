@@ -7827,8 +7827,8 @@ typedef struct kvli_gpu_pass {
     uint32_t at[KVLI_GPU_SORTS]; /* in the tables: bytes */
 } kvli_gpu_pass;
 typedef struct kvli_gpu_group {
-    uint32_t counts, spans, stores; /* in the tables: bytes */
-    uint32_t n_stores, padded_stores, first_pass, n_passes;
+    uint32_t counts, spans, stores;                                  /* in the tables: bytes */
+    uint32_t n_stores, n_seals, padded_stores, first_pass, n_passes; /* n_seals: of the stores, the first */
 } kvli_gpu_group;
 
 /* A cache's part of it: what stands where in the tables of this step. */
@@ -8122,7 +8122,7 @@ static kvli_gpu_span kvli_gpu_put_span(const kvl_cache *c, uint32_t group, const
 }
 
 static void kvli_gpu_put_stores(const kvl_cache *c, const kvli_attend_span *span, uint32_t s,
-                                kvli_gpu_store *stores, uint32_t *n) {
+                                kvli_gpu_store *stores, uint32_t *seals, uint32_t *others) {
     const kvl_span_blocks *b = &span->blocks;
     uint32_t T = c->geo.block_tokens, end = span->position + span->n_rows;
     for (uint32_t i = 0; i < b->n_own; i++) {
@@ -8133,7 +8133,7 @@ static void kvli_gpu_put_stores(const kvl_cache *c, const kvli_attend_span *span
         out.row = span->first_row + (from - span->position);
         out.n_rows = kvli_min_u32(start + T, end) - from;
         out.at = from - start;
-        stores[(*n)++] = out;
+        stores[out.sealed ? (*seals)++ : --*others] = out; /* those that are sealed first */
     }
 }
 
@@ -8166,13 +8166,14 @@ static void kvli_gpu_build(kvl_cache *c, kvli_gpu_tables *t, uint8_t *to) {
     uint32_t n = 0;
     t->entries = t->used;
     for (b.group = 0; b.group < c->geo.n_groups; b.group++) {
-        const kvli_gpu_group *g = &t->groups[b.group];
-        uint32_t n_stores = 0;
+        kvli_gpu_group *g = &t->groups[b.group];
+        uint32_t others = g->n_stores;
+        g->n_seals = 0;
         kvli_gpu_put_counts(t, g, to);
         for (uint32_t s = 0; s < st->n_spans; s++) {
             const kvli_attend_span *span = &st->attend[(size_t)b.group * c->max_spans + s];
             ((kvli_gpu_span *)(void *)(to + g->spans))[s] = kvli_gpu_put_span(c, b.group, span, entries, &n);
-            kvli_gpu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &n_stores);
+            kvli_gpu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &g->n_seals, &others);
         }
         kvli_gpu_items(&b);
     }
@@ -9137,17 +9138,17 @@ static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
 #error "kvlite's Vulkan backend is for programs of 64 bits"
 #endif
 enum {
-    KVLI_VK_RING = 8,         /* submits that may be under way */
+    KVLI_VK_RING = 8,       /* submits that may be under way */
     KVLI_VK_COPY_GROUPS = 8 /* workgroups that share the copy of a block */
 };
 /* Drivers stop what runs for more than about 2 s: multiply-adds (twice, of keys and of values) and bytes in a submit. */
 static const uint64_t kvli_vk_submit_work = 1ull << 33, kvli_vk_submit_bytes = 1ull << 30;
 
-/* What a cache runs: the context's, by preset. */
+/* What a cache runs: the context's, by preset. write: instead of store, where nothing is sealed. */
 typedef struct kvli_vk_pipes {
     kvli_vk_set_layout sets[2];
     kvli_vk_pipeline_layout layout;
-    kvli_vk_pipeline store[16], decode[16], prefill[16], merge, copy;
+    kvli_vk_pipeline store[16], write[16], decode[16], prefill[16], merge, copy;
 } kvli_vk_pipes;
 
 /* A cache's part of it. */
@@ -9394,7 +9395,7 @@ static uint32_t kvli_vk_looks_at(uint32_t sort) {
                    shape = 1u << KVLI_VK_WORKGROUP | 1u << KVLI_VK_BANKS;
     return sort == KVLI_VT_COPY    ? shape
            : sort == KVLI_VT_MERGE ? shape | 1u << KVLI_VK_DIM
-           : sort == KVLI_VT_STORE ? all & ~(1u << KVLI_VK_ROWS | 1u << KVLI_VK_LANES)
+           : sort <= KVLI_VT_WRITE ? all & ~(1u << KVLI_VK_ROWS | 1u << KVLI_VK_LANES)
                                    : all;
 }
 
@@ -9549,7 +9550,11 @@ static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_pres
     s[KVLI_VK_ROTATED] = (p->k & KVL_ROTATED ? 1u : 0) | (p->v & KVL_ROTATED ? 2u : 0);
     s[KVLI_VK_DIM] = dim;
     s[KVLI_VK_BLOCK_TOKENS] = T;
-    s[KVLI_VK_ROWS] = s[KVLI_VK_LANES] = 0;
+    s[KVLI_VK_ROWS] = s[KVLI_VK_LANES] = s[KVLI_VK_PARTS] = 0;
+    if (sort == KVLI_VT_WRITE) {
+        s[KVLI_VK_WORKGROUP] = KVLI_VK_WRITE_WORKGROUP;
+        s[KVLI_VK_PARTS] = KVLI_VK_WRITES;
+    }
     if (sort == KVLI_VT_DECODE) {
         s[KVLI_VK_ROWS] = rows = kvli_vk_decode_rows(c->geo.gqa);
         s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.is_cpu);
@@ -9610,7 +9615,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
     kvli_vk_cache *cc = kvli_vk_of(c);
     kvli_vk_pipes *out = &cc->pipes;
     kvli_vk_layouts *l = NULL;
-    uint32_t used[KVLI_VT_SORTS] = {0, 0, 0, 0, 0};
+    uint32_t used[KVLI_VT_SORTS] = {0, 0, 0, 0, 0, 0};
     const kvl_preset *presets = kvl_presets(NULL);
     kvl_result r = kvli_vk_layouts_get(c->ctx, cc->n_banks, kvli_err(c), &l);
     memset(out, 0, sizeof *out);
@@ -9625,6 +9630,9 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
         const kvl_preset *p = &presets[i];
         if (out->store[i]) continue;
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_STORE, p, &out->store[i], &used[KVLI_VT_STORE]);
+        out->write[i] = out->store[i];
+        if (r == KVL_OK && c->ctx->vk->caps.is_cpu) /* which runs both branches of a condition */
+            r = kvli_vk_pipeline_get(c, l, KVLI_VT_WRITE, p, &out->write[i], &used[KVLI_VT_WRITE]);
         if (r == KVL_OK)
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
         if (r == KVL_OK)
@@ -10344,10 +10352,34 @@ static kvl_result kvli_vk_attend_items(kvl_cache *c, const kvli_attend *a, const
     return r;
 }
 
+/* Blocks that are sealed come first in the list. */
+static kvl_result kvli_vk_store(kvl_cache *c, const kvli_gpu_group *g, const kvli_vk_tensors *t,
+                                kvli_vk_push *push) {
+    const kvli_vk_cache *cc = kvli_vk_of(c);
+    const uint32_t grid[2] = {c->geo.n_kv_heads, 2}, preset = cc->layer_preset[push->layer];
+    const kvli_vk_pipeline pipelines[2] = {cc->pipes.store[preset], cc->pipes.write[preset]};
+    uint32_t n[2] = {pipelines[0] == pipelines[1] ? g->n_stores : g->n_seals, 0};
+    kvl_result r = KVL_OK;
+    n[1] = g->n_stores - n[0];
+    push->list = g->stores / 4;
+    for (uint32_t i = 0; i < 2 && r == KVL_OK; i++) {
+        kvli_vk_commands commands;
+        push->n = n[i];
+        if (i && n[0] && n[1]) {
+            r = kvli_vk_begin_layer(c, &commands);
+            if (r != KVL_OK) break;
+            kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
+        }
+        r = kvli_vk_run(c, pipelines[i], t->store, push, grid,
+                        (uint64_t)c->geo.block_tokens * c->geo.k_dim * c->geo.n_kv_heads * 8);
+        push->list += n[i] * (uint32_t)(sizeof(kvli_gpu_store) / 4);
+    }
+    return r;
+}
+
 static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kvli_vk_tensors *t) {
     const kvli_vk_cache *cc = kvli_vk_of(c);
     const kvli_gpu_group *g = &cc->tables.groups[a->layer->group];
-    const uint32_t grid[2] = {c->geo.n_kv_heads, 2};
     kvli_vk_commands commands;
     kvli_vk_push push;
     memset(&push, 0, sizeof push);
@@ -10359,13 +10391,9 @@ static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kv
     push.gqa = c->geo.gqa;
     push.a = t->k;
     push.b = t->v;
-    push.list = g->stores / 4;
-    push.n = g->n_stores;
     kvl_result r = kvli_vk_begin_layer(c, &commands);
     if (r == KVL_OK && cc->record) kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
-    if (r == KVL_OK)
-        r = kvli_vk_run(c, cc->pipes.store[cc->layer_preset[push.layer]], t->store, &push, grid,
-                        (uint64_t)c->geo.block_tokens * c->geo.k_dim * c->geo.n_kv_heads * 8);
+    if (r == KVL_OK) r = kvli_vk_store(c, g, t, &push);
     if (r == KVL_OK) r = kvli_vk_attend_items(c, a, t, &push);
     if (r == KVL_OK && cc->record)
         kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);
