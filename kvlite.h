@@ -9958,19 +9958,9 @@ static void kvli_vk_put_layers(const kvl_cache *c, uint8_t *to) {
 
 static void kvli_vk_set_range(const struct kvli_vk *vk, kvli_vk_set set, uint32_t binding, uint32_t element,
                               const kvli_vk_piece *p, uint64_t offset, uint64_t bytes) {
-    kvli_vk_range range;
-    kvli_vk_write_set write;
-    range.buffer = p->buffer;
-    range.offset = offset;
-    range.bytes = bytes;
-    memset(&write, 0, sizeof write);
-    write.type = KVLI_VK_TYPE_WRITE_SET;
-    write.set = set;
-    write.binding = binding;
-    write.element = element;
-    write.count = 1;
-    write.sort = KVLI_VK_STORAGE_BUFFER;
-    write.ranges = &range;
+    kvli_vk_range range = {p->buffer, offset, bytes};
+    kvli_vk_write_set write = {KVLI_VK_TYPE_WRITE_SET, NULL, set,    binding, element, 1,
+                               KVLI_VK_STORAGE_BUFFER, NULL, &range, NULL};
     vk->fn.update_sets(vk->device, 1, &write, 0, NULL);
 }
 
@@ -9986,21 +9976,11 @@ static int kvli_vk_new_sets(const kvl_cache *c, kvli_vk_cache *cc) {
     const struct kvli_vk *vk = c->ctx->vk;
     uint32_t n = kvli_vk_n_sets(c);
     kvli_vk_pool_size size = {KVLI_VK_STORAGE_BUFFER, cc->n_banks + KVLI_VK_MORE_BUFFERS + 2 * n};
-    kvli_vk_set_pool_info info;
-    kvli_vk_sets_info one;
-    memset(&info, 0, sizeof info);
-    memset(&one, 0, sizeof one);
-    info.type = KVLI_VK_TYPE_SET_POOL;
-    info.max_sets = n;
-    info.n_sizes = 1;
-    info.sizes = &size;
+    kvli_vk_set_pool_info info = {KVLI_VK_TYPE_SET_POOL, NULL, 0, n, 1, &size};
     int e = vk->fn.create_set_pool(vk->device, &info, NULL, &cc->set_pool);
     if (kvli_vk_failed(e)) cc->set_pool = NULL;
-    one.type = KVLI_VK_TYPE_SETS;
-    one.pool = cc->set_pool;
-    one.count = 1;
     for (uint32_t i = 0; i < n && !kvli_vk_failed(e); i++) {
-        one.layouts = &cc->pipes.sets[i != 0];
+        kvli_vk_sets_info one = {KVLI_VK_TYPE_SETS, NULL, cc->set_pool, 1, &cc->pipes.sets[i != 0]};
         e = vk->fn.alloc_sets(vk->device, &one, &cc->sets[i]);
     }
     return e;

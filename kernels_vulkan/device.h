@@ -70,19 +70,10 @@ typedef struct kvli_vk_piece {
 /* ---- errors ---- */
 static const char *kvli_vk_result_name(int e) {
     switch (e) {
-    case KVLI_VK_TIMEOUT: return "VK_TIMEOUT: the device did not answer";
-    case KVLI_VK_ERROR_OUT_OF_HOST_MEMORY: return "VK_ERROR_OUT_OF_HOST_MEMORY";
-    case KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY: return "VK_ERROR_OUT_OF_DEVICE_MEMORY";
-    case KVLI_VK_ERROR_INITIALIZATION_FAILED: return "VK_ERROR_INITIALIZATION_FAILED";
-    case KVLI_VK_ERROR_DEVICE_LOST: return "VK_ERROR_DEVICE_LOST";
-    case KVLI_VK_ERROR_MEMORY_MAP_FAILED: return "VK_ERROR_MEMORY_MAP_FAILED";
-    case KVLI_VK_ERROR_LAYER_NOT_PRESENT: return "VK_ERROR_LAYER_NOT_PRESENT";
-    case KVLI_VK_ERROR_EXTENSION_NOT_PRESENT: return "VK_ERROR_EXTENSION_NOT_PRESENT";
-    case KVLI_VK_ERROR_FEATURE_NOT_PRESENT: return "VK_ERROR_FEATURE_NOT_PRESENT";
-    case KVLI_VK_ERROR_INCOMPATIBLE_DRIVER: return "VK_ERROR_INCOMPATIBLE_DRIVER";
-    case KVLI_VK_ERROR_TOO_MANY_OBJECTS: return "VK_ERROR_TOO_MANY_OBJECTS";
-    case KVLI_VK_ERROR_FRAGMENTED_POOL: return "VK_ERROR_FRAGMENTED_POOL";
-    case KVLI_VK_ERROR_OUT_OF_POOL_MEMORY: return "VK_ERROR_OUT_OF_POOL_MEMORY";
+#define KVLI_VK_NAME_(name, value, symbol) \
+    case value: return symbol;
+        KVLI_VK_RESULTS(KVLI_VK_NAME_)
+#undef KVLI_VK_NAME_
     default: return "an unknown error";
     }
 }
@@ -155,25 +146,22 @@ static kvl_result kvli_vk_extensions(kvl_context *ctx, kvli_text why, kvli_vk_ph
 static kvl_result kvli_vk_start_instance(kvl_context *ctx, kvli_text why) {
     struct kvli_vk *vk = ctx->vk;
     static const char *const names[] = {"VK_KHR_portability_enumeration"}; /* (MoltenVK is no whole Vulkan) */
-    kvli_vk_application application;
-    kvli_vk_instance_info info;
+    kvli_vk_application application = {KVLI_VK_TYPE_APPLICATION, NULL, NULL, 0, "kvlite", KVL_VERSION,
+                                       KVLI_VK_API_1_1};
     const kvli_vk_device device = NULL;
     uint32_t portable = 0;
     if (!vk->lent) {
         KVLI_VK_GLOBAL_FUNCTIONS(KVLI_VK_LOAD_)
         kvl_result r = kvli_vk_extensions(ctx, why, NULL, names, 1, &portable);
         if (r != KVL_OK) return r;
-        memset(&application, 0, sizeof application);
-        memset(&info, 0, sizeof info);
-        application.type = KVLI_VK_TYPE_APPLICATION;
-        application.engine = "kvlite";
-        application.engine_version = KVL_VERSION;
-        application.api_version = KVLI_VK_API_1_1;
-        info.type = KVLI_VK_TYPE_INSTANCE;
-        info.application = &application;
-        info.flags = portable ? KVLI_VK_INSTANCE_PORTABILITY : 0;
-        info.n_extensions = portable;
-        info.extensions = names;
+        kvli_vk_instance_info info = {KVLI_VK_TYPE_INSTANCE,
+                                      NULL,
+                                      (uint32_t)(portable ? KVLI_VK_INSTANCE_PORTABILITY : 0),
+                                      &application,
+                                      0,
+                                      NULL,
+                                      portable,
+                                      names};
         int e = vk->fn.create_instance(&info, NULL, &vk->instance);
         if (kvli_vk_failed(e)) vk->instance = NULL;
         if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkCreateInstance");
@@ -204,32 +192,37 @@ typedef struct kvli_vk_probe {
     bool buffer_arrays, computes;
 } kvli_vk_probe;
 
-static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
-    kvli_vk_features f;
+/* Features, asked for or enabled: those of extensions only where the device has them. */
+typedef struct kvli_vk_chain {
+    kvli_vk_features all;
     kvli_vk_storage16_features storage;
     kvli_vk_float16_features half;
     kvli_vk_subgroup_size_features size;
-    memset(&f, 0, sizeof f);
-    memset(&storage, 0, sizeof storage);
-    memset(&half, 0, sizeof half);
-    memset(&size, 0, sizeof size);
-    f.type = KVLI_VK_TYPE_FEATURES;
-    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
-    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
-    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
-    f.next = &storage;
-    if (p->extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
-        half.next = f.next;
-        f.next = &half;
+} kvli_vk_chain;
+
+static void kvli_vk_chain_init(kvli_vk_chain *f, uint32_t extensions) {
+    memset(f, 0, sizeof *f);
+    f->all.type = KVLI_VK_TYPE_FEATURES;
+    f->storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
+    f->half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
+    f->size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
+    void **next = &f->all.next;
+    *next = &f->storage;
+    next = &f->storage.next;
+    if (extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
+        *next = &f->half;
+        next = &f->half.next;
     }
-    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) {
-        size.next = f.next;
-        f.next = &size;
-    }
-    vk->fn.features(device, &f);
-    p->buffer_arrays = f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
-    p->features = (half.float16 ? KVL_VULKAN_FP16 : 0) | (storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
-                  KVL_VULKAN_SUBGROUP | (size.control && size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
+    if (extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) *next = &f->size;
+}
+
+static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
+    kvli_vk_chain f;
+    kvli_vk_chain_init(&f, p->extensions);
+    vk->fn.features(device, &f.all);
+    p->buffer_arrays = f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
+    p->features = (f.half.float16 ? KVL_VULKAN_FP16 : 0) | (f.storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
+                  KVL_VULKAN_SUBGROUP | (f.size.control && f.size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
                   (p->extensions >> KVLI_VK_EXT_BUDGET & 1 ? KVL_VULKAN_MEMORY_BUDGET : 0);
 }
 
@@ -363,40 +356,16 @@ static kvl_result kvli_vk_create_device(kvl_context *ctx, kvli_text why, const k
     struct kvli_vk *vk = ctx->vk;
     const float priority = 1;
     const char *names[KVLI_VK_EXTS];
-    kvli_vk_features f;
-    kvli_vk_storage16_features storage;
-    kvli_vk_float16_features half;
-    kvli_vk_subgroup_size_features size;
-    kvli_vk_queue_info queue;
-    kvli_vk_device_info info;
-    memset(&f, 0, sizeof f);
-    memset(&storage, 0, sizeof storage);
-    memset(&half, 0, sizeof half);
-    memset(&size, 0, sizeof size);
-    memset(&queue, 0, sizeof queue);
-    memset(&info, 0, sizeof info);
-    f.type = KVLI_VK_TYPE_FEATURES;
-    f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
-    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
-    storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
-    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
-    half.float16 = 1;
-    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
-    size.control = size.full = 1;
-    f.next = &storage;
-    if (p->features & KVL_VULKAN_FP16) half.next = f.next, f.next = &half;
-    if (p->features & KVL_VULKAN_SUBGROUP_SIZE) size.next = f.next, f.next = &size;
-    queue.type = KVLI_VK_TYPE_DEVICE_QUEUE;
-    queue.family = p->family;
-    queue.count = 1;
-    queue.priorities = &priority;
-    info.type = KVLI_VK_TYPE_DEVICE;
-    info.next = &f;
-    info.n_queues = 1;
-    info.queues = &queue;
+    kvli_vk_chain f;
+    kvli_vk_queue_info queue = {KVLI_VK_TYPE_DEVICE_QUEUE, NULL, 0, p->family, 1, &priority};
+    kvli_vk_device_info info = {KVLI_VK_TYPE_DEVICE, &f.all, 0, 1, &queue, 0, NULL, 0, names, NULL};
+    kvli_vk_chain_init(&f, p->extensions);
+    f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
+    f.storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
+    f.half.float16 = (p->features & KVL_VULKAN_FP16) != 0;
+    f.size.control = f.size.full = (p->features & KVL_VULKAN_SUBGROUP_SIZE) != 0;
     for (uint32_t i = 0; i < KVLI_VK_EXTS; i++)
         if (p->extensions >> i & 1) names[info.n_extensions++] = kvli_vk_device_extensions[i];
-    info.extensions = names;
     int e = vk->fn.create_device(vk->physical, &info, NULL, &vk->device);
     if (!kvli_vk_failed(e)) return KVL_OK;
     vk->device = NULL;
@@ -454,14 +423,17 @@ static int kvli_vk_piece_memory(const struct kvli_vk *vk, kvli_vk_purpose purpos
 static kvl_result kvli_vk_piece_new(kvl_context *ctx, kvli_text text, uint64_t bytes, kvli_vk_purpose purpose,
                                     kvli_vk_piece *out) {
     const struct kvli_vk *vk = ctx->vk;
-    kvli_vk_buffer_info info;
+    kvli_vk_buffer_info info = {KVLI_VK_TYPE_BUFFER,
+                                NULL,
+                                0,
+                                (bytes + 15) & ~15ull,
+                                KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST,
+                                0,
+                                0,
+                                NULL};
     const char *call = "vkCreateBuffer";
     void *at = NULL;
     memset(out, 0, sizeof *out);
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_BUFFER;
-    info.size = (bytes + 15) & ~15ull;
-    info.use = KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST;
     int e = vk->fn.create_buffer(vk->device, &info, NULL, &out->buffer);
     if (kvli_vk_failed(e)) {
         out->buffer = NULL;
@@ -494,11 +466,7 @@ static void kvli_vk_queue_leave(kvl_context *ctx) {
 }
 
 static int kvli_vk_submit_to(kvl_context *ctx, kvli_vk_commands commands, kvli_vk_fence fence) {
-    kvli_vk_submit_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_SUBMIT;
-    info.n_commands = 1;
-    info.commands = &commands;
+    kvli_vk_submit_info info = {KVLI_VK_TYPE_SUBMIT, NULL, 0, NULL, NULL, 1, &commands, 0, NULL};
     kvli_vk_queue_enter(ctx);
     int e = ctx->vk->fn.queue_submit(ctx->vk->queue, 1, &info, fence);
     kvli_vk_queue_leave(ctx);
@@ -519,19 +487,14 @@ static uint64_t kvli_vk_patience(const struct kvli_vk *vk) {
 
 /* What was written is seen from here on. */
 static void kvli_vk_wall(const struct kvli_vk *vk, kvli_vk_commands commands, uint32_t from, uint32_t to) {
-    kvli_vk_barrier barrier;
-    memset(&barrier, 0, sizeof barrier);
-    barrier.type = KVLI_VK_TYPE_BARRIER;
-    barrier.from = KVLI_VK_MEMORY_WRITE;
-    barrier.to = KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE;
+    kvli_vk_barrier barrier = {KVLI_VK_TYPE_BARRIER, NULL, KVLI_VK_MEMORY_WRITE,
+                               KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE};
     vk->fn.barrier(commands, from, to, 0, 1, &barrier, 0, NULL, 0, NULL);
 }
 enum { KVLI_VK_AT_OURS = KVLI_VK_AT_COMPUTE | KVLI_VK_AT_TRANSFER };
 
 static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
-    kvli_vk_fence_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_FENCE;
+    kvli_vk_fence_info info = {KVLI_VK_TYPE_FENCE, NULL, 0};
     int e = vk->fn.create_fence(vk->device, &info, NULL, out);
     if (kvli_vk_failed(e)) *out = NULL;
     return e;
@@ -540,27 +503,16 @@ static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
 /* A pool, and n command buffers of it. */
 static int kvli_vk_new_commands(const struct kvli_vk *vk, uint32_t n, kvli_vk_command_pool *pool,
                                 kvli_vk_commands *out) {
-    kvli_vk_command_pool_info info;
-    kvli_vk_commands_info all;
-    memset(&info, 0, sizeof info);
-    memset(&all, 0, sizeof all);
-    info.type = KVLI_VK_TYPE_COMMAND_POOL;
-    info.flags = KVLI_VK_POOL_RESET;
-    info.family = vk->family;
+    kvli_vk_command_pool_info info = {KVLI_VK_TYPE_COMMAND_POOL, NULL, KVLI_VK_POOL_RESET, vk->family};
     int e = vk->fn.create_command_pool(vk->device, &info, NULL, pool);
     if (kvli_vk_failed(e)) *pool = NULL;
     if (kvli_vk_failed(e)) return e;
-    all.type = KVLI_VK_TYPE_COMMANDS;
-    all.pool = *pool;
-    all.count = n;
+    kvli_vk_commands_info all = {KVLI_VK_TYPE_COMMANDS, NULL, *pool, 0, n};
     return vk->fn.alloc_commands(vk->device, &all, out);
 }
 
 static int kvli_vk_begin_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
-    kvli_vk_begin_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_BEGIN;
-    info.flags = KVLI_VK_ONE_TIME;
+    kvli_vk_begin_info info = {KVLI_VK_TYPE_BEGIN, NULL, KVLI_VK_ONE_TIME, NULL};
     int e = vk->fn.begin(commands, &info);
     if (!kvli_vk_failed(e)) kvli_vk_wall(vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
     return e;
