@@ -155,23 +155,29 @@ KVLI_GPU_END(kvli_gpu_copy);
 KVLI_VK_HANDLES(KVLI_VK_HANDLE_)
 #undef KVLI_VK_HANDLE_
 
-enum { /* VkResult; errors are negative */
-       KVLI_VK_SUCCESS = 0,
-       KVLI_VK_NOT_READY = 1,
-       KVLI_VK_TIMEOUT = 2,
-       KVLI_VK_INCOMPLETE = 5,
-       KVLI_VK_ERROR_OUT_OF_HOST_MEMORY = -1,
-       KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY = -2,
-       KVLI_VK_ERROR_INITIALIZATION_FAILED = -3,
-       KVLI_VK_ERROR_DEVICE_LOST = -4,
-       KVLI_VK_ERROR_MEMORY_MAP_FAILED = -5,
-       KVLI_VK_ERROR_LAYER_NOT_PRESENT = -6,
-       KVLI_VK_ERROR_EXTENSION_NOT_PRESENT = -7,
-       KVLI_VK_ERROR_FEATURE_NOT_PRESENT = -8,
-       KVLI_VK_ERROR_INCOMPATIBLE_DRIVER = -9,
-       KVLI_VK_ERROR_TOO_MANY_OBJECTS = -10,
-       KVLI_VK_ERROR_FRAGMENTED_POOL = -12,
-       KVLI_VK_ERROR_OUT_OF_POOL_MEMORY = -1000069000
+/* VkResult; errors are negative. */
+#define KVLI_VK_RESULTS(X)                                               \
+    X(SUCCESS, 0, "VK_SUCCESS")                                          \
+    X(NOT_READY, 1, "VK_NOT_READY")                                      \
+    X(TIMEOUT, 2, "VK_TIMEOUT")                                          \
+    X(INCOMPLETE, 5, "VK_INCOMPLETE")                                    \
+    X(ERROR_OUT_OF_HOST_MEMORY, -1, "VK_ERROR_OUT_OF_HOST_MEMORY")       \
+    X(ERROR_OUT_OF_DEVICE_MEMORY, -2, "VK_ERROR_OUT_OF_DEVICE_MEMORY")   \
+    X(ERROR_INITIALIZATION_FAILED, -3, "VK_ERROR_INITIALIZATION_FAILED") \
+    X(ERROR_DEVICE_LOST, -4, "VK_ERROR_DEVICE_LOST")                     \
+    X(ERROR_MEMORY_MAP_FAILED, -5, "VK_ERROR_MEMORY_MAP_FAILED")         \
+    X(ERROR_LAYER_NOT_PRESENT, -6, "VK_ERROR_LAYER_NOT_PRESENT")         \
+    X(ERROR_EXTENSION_NOT_PRESENT, -7, "VK_ERROR_EXTENSION_NOT_PRESENT") \
+    X(ERROR_FEATURE_NOT_PRESENT, -8, "VK_ERROR_FEATURE_NOT_PRESENT")     \
+    X(ERROR_INCOMPATIBLE_DRIVER, -9, "VK_ERROR_INCOMPATIBLE_DRIVER")     \
+    X(ERROR_TOO_MANY_OBJECTS, -10, "VK_ERROR_TOO_MANY_OBJECTS")          \
+    X(ERROR_FRAGMENTED_POOL, -12, "VK_ERROR_FRAGMENTED_POOL")            \
+    X(ERROR_OUT_OF_POOL_MEMORY, -1000069000, "VK_ERROR_OUT_OF_POOL_MEMORY")
+enum {
+#define KVLI_VK_RESULT_(name, value, symbol) KVLI_VK_##name = value,
+    KVLI_VK_RESULTS(KVLI_VK_RESULT_)
+#undef KVLI_VK_RESULT_
+        KVLI_VK_RESULT_FORCE_INT_ = 0x7fffffff
 };
 enum { /* VkStructureType */
        KVLI_VK_TYPE_APPLICATION = 0,
@@ -701,8 +707,9 @@ typedef struct kvli_vk_functions {
    another, after a barrier and only where a store has something to seal, seals. */
 #define KVLI_VK_WRITES 1
 #define KVLI_VK_SEALS 2
-/* WORKGROUP of the store shader: a power of two in 32..128, in 4..128 if it only writes. */
+/* WORKGROUP of the store shader: a power of two in 32..128; if it only writes, any. */
 #define KVLI_VK_STORE_WORKGROUP 128
+#define KVLI_VK_WRITE_WORKGROUP 8
 
 /* Descriptors, all of storage buffers. Set 0: */
 #define KVLI_VK_PAGES \
@@ -898,19 +905,10 @@ typedef struct kvli_vk_piece {
 /* ---- errors ---- */
 static const char *kvli_vk_result_name(int e) {
     switch (e) {
-    case KVLI_VK_TIMEOUT: return "VK_TIMEOUT: the device did not answer";
-    case KVLI_VK_ERROR_OUT_OF_HOST_MEMORY: return "VK_ERROR_OUT_OF_HOST_MEMORY";
-    case KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY: return "VK_ERROR_OUT_OF_DEVICE_MEMORY";
-    case KVLI_VK_ERROR_INITIALIZATION_FAILED: return "VK_ERROR_INITIALIZATION_FAILED";
-    case KVLI_VK_ERROR_DEVICE_LOST: return "VK_ERROR_DEVICE_LOST";
-    case KVLI_VK_ERROR_MEMORY_MAP_FAILED: return "VK_ERROR_MEMORY_MAP_FAILED";
-    case KVLI_VK_ERROR_LAYER_NOT_PRESENT: return "VK_ERROR_LAYER_NOT_PRESENT";
-    case KVLI_VK_ERROR_EXTENSION_NOT_PRESENT: return "VK_ERROR_EXTENSION_NOT_PRESENT";
-    case KVLI_VK_ERROR_FEATURE_NOT_PRESENT: return "VK_ERROR_FEATURE_NOT_PRESENT";
-    case KVLI_VK_ERROR_INCOMPATIBLE_DRIVER: return "VK_ERROR_INCOMPATIBLE_DRIVER";
-    case KVLI_VK_ERROR_TOO_MANY_OBJECTS: return "VK_ERROR_TOO_MANY_OBJECTS";
-    case KVLI_VK_ERROR_FRAGMENTED_POOL: return "VK_ERROR_FRAGMENTED_POOL";
-    case KVLI_VK_ERROR_OUT_OF_POOL_MEMORY: return "VK_ERROR_OUT_OF_POOL_MEMORY";
+#define KVLI_VK_NAME_(name, value, symbol) \
+    case value: return symbol;
+        KVLI_VK_RESULTS(KVLI_VK_NAME_)
+#undef KVLI_VK_NAME_
     default: return "an unknown error";
     }
 }
@@ -983,25 +981,22 @@ static kvl_result kvli_vk_extensions(kvl_context *ctx, kvli_text why, kvli_vk_ph
 static kvl_result kvli_vk_start_instance(kvl_context *ctx, kvli_text why) {
     struct kvli_vk *vk = ctx->vk;
     static const char *const names[] = {"VK_KHR_portability_enumeration"}; /* (MoltenVK is no whole Vulkan) */
-    kvli_vk_application application;
-    kvli_vk_instance_info info;
+    kvli_vk_application application = {KVLI_VK_TYPE_APPLICATION, NULL, NULL, 0, "kvlite", KVL_VERSION,
+                                       KVLI_VK_API_1_1};
     const kvli_vk_device device = NULL;
     uint32_t portable = 0;
     if (!vk->lent) {
         KVLI_VK_GLOBAL_FUNCTIONS(KVLI_VK_LOAD_)
         kvl_result r = kvli_vk_extensions(ctx, why, NULL, names, 1, &portable);
         if (r != KVL_OK) return r;
-        memset(&application, 0, sizeof application);
-        memset(&info, 0, sizeof info);
-        application.type = KVLI_VK_TYPE_APPLICATION;
-        application.engine = "kvlite";
-        application.engine_version = KVL_VERSION;
-        application.api_version = KVLI_VK_API_1_1;
-        info.type = KVLI_VK_TYPE_INSTANCE;
-        info.application = &application;
-        info.flags = portable ? KVLI_VK_INSTANCE_PORTABILITY : 0;
-        info.n_extensions = portable;
-        info.extensions = names;
+        kvli_vk_instance_info info = {KVLI_VK_TYPE_INSTANCE,
+                                      NULL,
+                                      (uint32_t)(portable ? KVLI_VK_INSTANCE_PORTABILITY : 0),
+                                      &application,
+                                      0,
+                                      NULL,
+                                      portable,
+                                      names};
         int e = vk->fn.create_instance(&info, NULL, &vk->instance);
         if (kvli_vk_failed(e)) vk->instance = NULL;
         if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkCreateInstance");
@@ -1032,32 +1027,37 @@ typedef struct kvli_vk_probe {
     bool buffer_arrays, computes;
 } kvli_vk_probe;
 
-static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
-    kvli_vk_features f;
+/* Features, asked for or enabled: those of extensions only where the device has them. */
+typedef struct kvli_vk_chain {
+    kvli_vk_features all;
     kvli_vk_storage16_features storage;
     kvli_vk_float16_features half;
     kvli_vk_subgroup_size_features size;
-    memset(&f, 0, sizeof f);
-    memset(&storage, 0, sizeof storage);
-    memset(&half, 0, sizeof half);
-    memset(&size, 0, sizeof size);
-    f.type = KVLI_VK_TYPE_FEATURES;
-    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
-    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
-    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
-    f.next = &storage;
-    if (p->extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
-        half.next = f.next;
-        f.next = &half;
+} kvli_vk_chain;
+
+static void kvli_vk_chain_init(kvli_vk_chain *f, uint32_t extensions) {
+    memset(f, 0, sizeof *f);
+    f->all.type = KVLI_VK_TYPE_FEATURES;
+    f->storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
+    f->half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
+    f->size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
+    void **next = &f->all.next;
+    *next = &f->storage;
+    next = &f->storage.next;
+    if (extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
+        *next = &f->half;
+        next = &f->half.next;
     }
-    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) {
-        size.next = f.next;
-        f.next = &size;
-    }
-    vk->fn.features(device, &f);
-    p->buffer_arrays = f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
-    p->features = (half.float16 ? KVL_VULKAN_FP16 : 0) | (storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
-                  KVL_VULKAN_SUBGROUP | (size.control && size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
+    if (extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) *next = &f->size;
+}
+
+static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
+    kvli_vk_chain f;
+    kvli_vk_chain_init(&f, p->extensions);
+    vk->fn.features(device, &f.all);
+    p->buffer_arrays = f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
+    p->features = (f.half.float16 ? KVL_VULKAN_FP16 : 0) | (f.storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
+                  KVL_VULKAN_SUBGROUP | (f.size.control && f.size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
                   (p->extensions >> KVLI_VK_EXT_BUDGET & 1 ? KVL_VULKAN_MEMORY_BUDGET : 0);
 }
 
@@ -1191,40 +1191,16 @@ static kvl_result kvli_vk_create_device(kvl_context *ctx, kvli_text why, const k
     struct kvli_vk *vk = ctx->vk;
     const float priority = 1;
     const char *names[KVLI_VK_EXTS];
-    kvli_vk_features f;
-    kvli_vk_storage16_features storage;
-    kvli_vk_float16_features half;
-    kvli_vk_subgroup_size_features size;
-    kvli_vk_queue_info queue;
-    kvli_vk_device_info info;
-    memset(&f, 0, sizeof f);
-    memset(&storage, 0, sizeof storage);
-    memset(&half, 0, sizeof half);
-    memset(&size, 0, sizeof size);
-    memset(&queue, 0, sizeof queue);
-    memset(&info, 0, sizeof info);
-    f.type = KVLI_VK_TYPE_FEATURES;
-    f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
-    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
-    storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
-    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
-    half.float16 = 1;
-    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
-    size.control = size.full = 1;
-    f.next = &storage;
-    if (p->features & KVL_VULKAN_FP16) half.next = f.next, f.next = &half;
-    if (p->features & KVL_VULKAN_SUBGROUP_SIZE) size.next = f.next, f.next = &size;
-    queue.type = KVLI_VK_TYPE_DEVICE_QUEUE;
-    queue.family = p->family;
-    queue.count = 1;
-    queue.priorities = &priority;
-    info.type = KVLI_VK_TYPE_DEVICE;
-    info.next = &f;
-    info.n_queues = 1;
-    info.queues = &queue;
+    kvli_vk_chain f;
+    kvli_vk_queue_info queue = {KVLI_VK_TYPE_DEVICE_QUEUE, NULL, 0, p->family, 1, &priority};
+    kvli_vk_device_info info = {KVLI_VK_TYPE_DEVICE, &f.all, 0, 1, &queue, 0, NULL, 0, names, NULL};
+    kvli_vk_chain_init(&f, p->extensions);
+    f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
+    f.storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
+    f.half.float16 = (p->features & KVL_VULKAN_FP16) != 0;
+    f.size.control = f.size.full = (p->features & KVL_VULKAN_SUBGROUP_SIZE) != 0;
     for (uint32_t i = 0; i < KVLI_VK_EXTS; i++)
         if (p->extensions >> i & 1) names[info.n_extensions++] = kvli_vk_device_extensions[i];
-    info.extensions = names;
     int e = vk->fn.create_device(vk->physical, &info, NULL, &vk->device);
     if (!kvli_vk_failed(e)) return KVL_OK;
     vk->device = NULL;
@@ -1282,14 +1258,17 @@ static int kvli_vk_piece_memory(const struct kvli_vk *vk, kvli_vk_purpose purpos
 static kvl_result kvli_vk_piece_new(kvl_context *ctx, kvli_text text, uint64_t bytes, kvli_vk_purpose purpose,
                                     kvli_vk_piece *out) {
     const struct kvli_vk *vk = ctx->vk;
-    kvli_vk_buffer_info info;
+    kvli_vk_buffer_info info = {KVLI_VK_TYPE_BUFFER,
+                                NULL,
+                                0,
+                                (bytes + 15) & ~15ull,
+                                KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST,
+                                0,
+                                0,
+                                NULL};
     const char *call = "vkCreateBuffer";
     void *at = NULL;
     memset(out, 0, sizeof *out);
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_BUFFER;
-    info.size = (bytes + 15) & ~15ull;
-    info.use = KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST;
     int e = vk->fn.create_buffer(vk->device, &info, NULL, &out->buffer);
     if (kvli_vk_failed(e)) {
         out->buffer = NULL;
@@ -1322,11 +1301,7 @@ static void kvli_vk_queue_leave(kvl_context *ctx) {
 }
 
 static int kvli_vk_submit_to(kvl_context *ctx, kvli_vk_commands commands, kvli_vk_fence fence) {
-    kvli_vk_submit_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_SUBMIT;
-    info.n_commands = 1;
-    info.commands = &commands;
+    kvli_vk_submit_info info = {KVLI_VK_TYPE_SUBMIT, NULL, 0, NULL, NULL, 1, &commands, 0, NULL};
     kvli_vk_queue_enter(ctx);
     int e = ctx->vk->fn.queue_submit(ctx->vk->queue, 1, &info, fence);
     kvli_vk_queue_leave(ctx);
@@ -1347,19 +1322,14 @@ static uint64_t kvli_vk_patience(const struct kvli_vk *vk) {
 
 /* What was written is seen from here on. */
 static void kvli_vk_wall(const struct kvli_vk *vk, kvli_vk_commands commands, uint32_t from, uint32_t to) {
-    kvli_vk_barrier barrier;
-    memset(&barrier, 0, sizeof barrier);
-    barrier.type = KVLI_VK_TYPE_BARRIER;
-    barrier.from = KVLI_VK_MEMORY_WRITE;
-    barrier.to = KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE;
+    kvli_vk_barrier barrier = {KVLI_VK_TYPE_BARRIER, NULL, KVLI_VK_MEMORY_WRITE,
+                               KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE};
     vk->fn.barrier(commands, from, to, 0, 1, &barrier, 0, NULL, 0, NULL);
 }
 enum { KVLI_VK_AT_OURS = KVLI_VK_AT_COMPUTE | KVLI_VK_AT_TRANSFER };
 
 static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
-    kvli_vk_fence_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_FENCE;
+    kvli_vk_fence_info info = {KVLI_VK_TYPE_FENCE, NULL, 0};
     int e = vk->fn.create_fence(vk->device, &info, NULL, out);
     if (kvli_vk_failed(e)) *out = NULL;
     return e;
@@ -1368,27 +1338,16 @@ static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
 /* A pool, and n command buffers of it. */
 static int kvli_vk_new_commands(const struct kvli_vk *vk, uint32_t n, kvli_vk_command_pool *pool,
                                 kvli_vk_commands *out) {
-    kvli_vk_command_pool_info info;
-    kvli_vk_commands_info all;
-    memset(&info, 0, sizeof info);
-    memset(&all, 0, sizeof all);
-    info.type = KVLI_VK_TYPE_COMMAND_POOL;
-    info.flags = KVLI_VK_POOL_RESET;
-    info.family = vk->family;
+    kvli_vk_command_pool_info info = {KVLI_VK_TYPE_COMMAND_POOL, NULL, KVLI_VK_POOL_RESET, vk->family};
     int e = vk->fn.create_command_pool(vk->device, &info, NULL, pool);
     if (kvli_vk_failed(e)) *pool = NULL;
     if (kvli_vk_failed(e)) return e;
-    all.type = KVLI_VK_TYPE_COMMANDS;
-    all.pool = *pool;
-    all.count = n;
+    kvli_vk_commands_info all = {KVLI_VK_TYPE_COMMANDS, NULL, *pool, 0, n};
     return vk->fn.alloc_commands(vk->device, &all, out);
 }
 
 static int kvli_vk_begin_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
-    kvli_vk_begin_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_BEGIN;
-    info.flags = KVLI_VK_ONE_TIME;
+    kvli_vk_begin_info info = {KVLI_VK_TYPE_BEGIN, NULL, KVLI_VK_ONE_TIME, NULL};
     int e = vk->fn.begin(commands, &info);
     if (!kvli_vk_failed(e)) kvli_vk_wall(vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
     return e;
@@ -1451,8 +1410,18 @@ enum {
     KVLI_VT_B,
     KVLI_VT_REGIONS
 };
-enum { KVLI_VT_STORE, KVLI_VT_DECODE, KVLI_VT_PREFILL, KVLI_VT_MERGE, KVLI_VT_COPY, KVLI_VT_SORTS };
-static const char *const kvli_vk_names[KVLI_VT_SORTS] = {"store", "decode", "prefill", "merge", "copy"};
+/* (Write: store, of KVLI_VK_WRITES.) */
+enum {
+    KVLI_VT_STORE,
+    KVLI_VT_WRITE,
+    KVLI_VT_DECODE,
+    KVLI_VT_PREFILL,
+    KVLI_VT_MERGE,
+    KVLI_VT_COPY,
+    KVLI_VT_SORTS
+};
+static const char *const kvli_vk_names[KVLI_VT_SORTS] = {"store",   "store", "decode",
+                                                         "prefill", "merge", "copy"};
 
 typedef struct kvli_vk_case {
     kvli_vk_push push;
@@ -1542,13 +1511,13 @@ static void kvli_vt_shape(kvli_vk_test *t) {
     bool attends = t->sort == KVLI_VT_DECODE || t->sort == KVLI_VT_PREFILL,
          uses_dim = t->sort != KVLI_VT_COPY;
     t->dim = uses_dim ? s[KVLI_VK_DIM] : 64;
-    t->T = attends || t->sort == KVLI_VT_STORE ? s[KVLI_VK_BLOCK_TOKENS] : 32;
+    t->T = attends || t->sort <= KVLI_VT_WRITE ? s[KVLI_VK_BLOCK_TOKENS] : 32;
     t->gqa = attends && s[KVLI_VK_ROWS] % 2 ? 1 : 2;
     t->n_rows = attends ? s[KVLI_VK_ROWS] / t->gqa : 2;
     uint32_t before = 5 + kvli_div_up(t->n_rows, t->T);
     t->position = before * t->T - t->n_rows / 2 + (t->n_rows == 1 ? 3 : 0);
     t->first_own = t->position / t->T;
-    t->n_blocks = t->sort == KVLI_VT_STORE ? 9 : (t->position + t->n_rows - 1) / t->T + 1;
+    t->n_blocks = t->sort <= KVLI_VT_WRITE ? 9 : (t->position + t->n_rows - 1) / t->T + 1;
     for (uint32_t v = 0; v < 2; v++)
         for (uint32_t e = 0; e < 2; e++) {
             kvli_side *side = &t->side[v][e];
@@ -1640,6 +1609,7 @@ static void kvli_vt_store(kvli_vk_test *t) {
     kvli_gpu_store *list = (kvli_gpu_store *)kvli_vt_table(t, KVLI_VT_LIST);
     uint32_t T = t->T, n = 2 * T - 1;
     size_t stride = KVLI_VT_HEADS * t->dim + 2, bytes = n * stride * 4;
+    bool seals = t->two_class && t->sort == KVLI_VT_STORE;
     for (uint32_t d = 0; d < 3; d++) {
         const kvli_gpu_store of[3] = {
             {kvli_vt_scratch(t, d), kvli_vt_packed(t, 3 * d), 2 * d, 0, T, 0},
@@ -1668,12 +1638,12 @@ static void kvli_vt_store(kvli_vk_test *t) {
                     memcpy(kvli_vt_tile(t, t->gpu, of[i].exact, h, v), tile, exact->tile_bytes);
                     kvli_write_rows(exact->format, t->dim, from, (kvl_dtype)d, stride, of[i].n_rows, tile,
                                     of[i].at, t->simd);
-                    if (of[i].sealed && t->two_class)
+                    if (of[i].sealed && seals)
                         kvli_seal_tile(&t->side[v][KVLI_PACKED], exact->format, tile,
                                        kvli_vt_tile(t, t->cpu, of[i].sealed, h, v), t->simd);
                 }
         }
-        for (uint32_t i = 0; i < 3 && !t->two_class; i++) list[3 * d + i].sealed = 0;
+        for (uint32_t i = 0; i < 3 && !seals; i++) list[3 * d + i].sealed = 0;
     }
 }
 
@@ -1982,11 +1952,10 @@ static bool kvli_vt_copy_check(kvli_vk_test *t) {
 static const struct {
     void (*make)(kvli_vk_test *t);
     bool (*check)(kvli_vk_test *t);
-} kvli_vt_sorts[KVLI_VT_SORTS] = {{kvli_vt_store, kvli_vt_store_check},
-                                  {kvli_vt_attend, kvli_vt_attend_check},
-                                  {kvli_vt_attend, kvli_vt_attend_check},
-                                  {kvli_vt_merge, kvli_vt_merge_check},
-                                  {kvli_vt_copy, kvli_vt_copy_check}};
+} kvli_vt_sorts[KVLI_VT_SORTS] = {
+    {kvli_vt_store, kvli_vt_store_check},   {kvli_vt_store, kvli_vt_store_check},
+    {kvli_vt_attend, kvli_vt_attend_check}, {kvli_vt_attend, kvli_vt_attend_check},
+    {kvli_vt_merge, kvli_vt_merge_check},   {kvli_vt_copy, kvli_vt_copy_check}};
 
 /* The problem, in t->gpu, of t->at[KVLI_VT_REGIONS] bytes, and memory of the CPU's. */
 static void kvli_vt_make(kvli_vk_test *t, uint8_t *cpu) {
@@ -2025,7 +1994,7 @@ typedef struct kvli_vk_shader {
 } kvli_vk_shader;
 
 /* SHA-256 of the sources. */
-static const char kvli_vk_source_hash[] = "36f6459dd863197f88666a611a42f73f475a6a7c9cfd3018eb384c71f9544146";
+static const char kvli_vk_source_hash[] = "31dd1b8141331833dda560b97391bd3f3a81dffd501eeea6a280a4dfb366d456";
 static const uint32_t kvli_vk_store_0[] = {
 0x7230203,66304,524299,3100,0,131089,1,393227,1,0x4c534c47,0x6474732e,0x3035342e,0,196622,0,1,458767,5,2,0x6e69616d,0,3,
 4,393232,2,17,1,1,1,327752,5,0,35,0,327752,5,1,35,4,327752,5,2,35,8,327752,5,3,35,12,327752,6,0,35,0,327752,6,1,35,16,
