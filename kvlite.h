@@ -7827,8 +7827,8 @@ typedef struct kvli_gpu_pass {
     uint32_t at[KVLI_GPU_SORTS]; /* in the tables: bytes */
 } kvli_gpu_pass;
 typedef struct kvli_gpu_group {
-    uint32_t counts, spans, stores; /* in the tables: bytes */
-    uint32_t n_stores, padded_stores, first_pass, n_passes;
+    uint32_t counts, spans, stores;                                  /* in the tables: bytes */
+    uint32_t n_stores, n_seals, padded_stores, first_pass, n_passes; /* n_seals: of the stores, the first */
 } kvli_gpu_group;
 
 /* A cache's part of it: what stands where in the tables of this step. */
@@ -8122,7 +8122,7 @@ static kvli_gpu_span kvli_gpu_put_span(const kvl_cache *c, uint32_t group, const
 }
 
 static void kvli_gpu_put_stores(const kvl_cache *c, const kvli_attend_span *span, uint32_t s,
-                                kvli_gpu_store *stores, uint32_t *n) {
+                                kvli_gpu_store *stores, uint32_t *seals, uint32_t *others) {
     const kvl_span_blocks *b = &span->blocks;
     uint32_t T = c->geo.block_tokens, end = span->position + span->n_rows;
     for (uint32_t i = 0; i < b->n_own; i++) {
@@ -8133,7 +8133,7 @@ static void kvli_gpu_put_stores(const kvl_cache *c, const kvli_attend_span *span
         out.row = span->first_row + (from - span->position);
         out.n_rows = kvli_min_u32(start + T, end) - from;
         out.at = from - start;
-        stores[(*n)++] = out;
+        stores[out.sealed ? (*seals)++ : --*others] = out; /* those that are sealed first */
     }
 }
 
@@ -8166,13 +8166,14 @@ static void kvli_gpu_build(kvl_cache *c, kvli_gpu_tables *t, uint8_t *to) {
     uint32_t n = 0;
     t->entries = t->used;
     for (b.group = 0; b.group < c->geo.n_groups; b.group++) {
-        const kvli_gpu_group *g = &t->groups[b.group];
-        uint32_t n_stores = 0;
+        kvli_gpu_group *g = &t->groups[b.group];
+        uint32_t others = g->n_stores;
+        g->n_seals = 0;
         kvli_gpu_put_counts(t, g, to);
         for (uint32_t s = 0; s < st->n_spans; s++) {
             const kvli_attend_span *span = &st->attend[(size_t)b.group * c->max_spans + s];
             ((kvli_gpu_span *)(void *)(to + g->spans))[s] = kvli_gpu_put_span(c, b.group, span, entries, &n);
-            kvli_gpu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &n_stores);
+            kvli_gpu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &g->n_seals, &others);
         }
         kvli_gpu_items(&b);
     }
@@ -9143,11 +9144,11 @@ enum {
 /* Drivers stop what runs for more than about 2 s: multiply-adds (twice, of keys and of values) and bytes in a submit. */
 static const uint64_t kvli_vk_submit_work = 1ull << 33, kvli_vk_submit_bytes = 1ull << 30;
 
-/* What a cache runs: the context's, by preset. */
+/* What a cache runs: the context's, by preset. write: instead of store, where nothing is sealed. */
 typedef struct kvli_vk_pipes {
     kvli_vk_set_layout sets[2];
     kvli_vk_pipeline_layout layout;
-    kvli_vk_pipeline store[16], decode[16], prefill[16], merge, copy;
+    kvli_vk_pipeline store[16], write[16], decode[16], prefill[16], merge, copy;
 } kvli_vk_pipes;
 
 /* A cache's part of it. */
@@ -9791,10 +9792,34 @@ static kvl_result kvli_vk_attend_items(kvl_cache *c, const kvli_attend *a, const
     return r;
 }
 
+/* Blocks that are sealed come first in the list. */
+static kvl_result kvli_vk_store(kvl_cache *c, const kvli_gpu_group *g, const kvli_vk_tensors *t,
+                                kvli_vk_push *push) {
+    const kvli_vk_cache *cc = kvli_vk_of(c);
+    const uint32_t grid[2] = {c->geo.n_kv_heads, 2}, preset = cc->layer_preset[push->layer];
+    const kvli_vk_pipeline pipelines[2] = {cc->pipes.store[preset], cc->pipes.write[preset]};
+    uint32_t n[2] = {pipelines[0] == pipelines[1] ? g->n_stores : g->n_seals, 0};
+    kvl_result r = KVL_OK;
+    n[1] = g->n_stores - n[0];
+    push->list = g->stores / 4;
+    for (uint32_t i = 0; i < 2 && r == KVL_OK; i++) {
+        kvli_vk_commands commands;
+        push->n = n[i];
+        if (i && n[0] && n[1]) {
+            r = kvli_vk_begin_layer(c, &commands);
+            if (r != KVL_OK) break;
+            kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
+        }
+        r = kvli_vk_run(c, pipelines[i], t->store, push, grid,
+                        (uint64_t)c->geo.block_tokens * c->geo.k_dim * c->geo.n_kv_heads * 8);
+        push->list += n[i] * (uint32_t)(sizeof(kvli_gpu_store) / 4);
+    }
+    return r;
+}
+
 static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kvli_vk_tensors *t) {
     const kvli_vk_cache *cc = kvli_vk_of(c);
     const kvli_gpu_group *g = &cc->tables.groups[a->layer->group];
-    const uint32_t grid[2] = {c->geo.n_kv_heads, 2};
     kvli_vk_commands commands;
     kvli_vk_push push;
     memset(&push, 0, sizeof push);
@@ -9806,13 +9831,9 @@ static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kv
     push.gqa = c->geo.gqa;
     push.a = t->k;
     push.b = t->v;
-    push.list = g->stores / 4;
-    push.n = g->n_stores;
     kvl_result r = kvli_vk_begin_layer(c, &commands);
     if (r == KVL_OK && cc->record) kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
-    if (r == KVL_OK)
-        r = kvli_vk_run(c, cc->pipes.store[cc->layer_preset[push.layer]], t->store, &push, grid,
-                        (uint64_t)c->geo.block_tokens * c->geo.k_dim * c->geo.n_kv_heads * 8);
+    if (r == KVL_OK) r = kvli_vk_store(c, g, t, &push);
     if (r == KVL_OK) r = kvli_vk_attend_items(c, a, t, &push);
     if (r == KVL_OK && cc->record)
         kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);

@@ -106,7 +106,7 @@ static uint32_t kvli_vk_looks_at(uint32_t sort) {
                    shape = 1u << KVLI_VK_WORKGROUP | 1u << KVLI_VK_BANKS;
     return sort == KVLI_VT_COPY    ? shape
            : sort == KVLI_VT_MERGE ? shape | 1u << KVLI_VK_DIM
-           : sort == KVLI_VT_STORE ? all & ~(1u << KVLI_VK_ROWS | 1u << KVLI_VK_LANES)
+           : sort <= KVLI_VT_WRITE ? all & ~(1u << KVLI_VK_ROWS | 1u << KVLI_VK_LANES)
                                    : all;
 }
 
@@ -261,7 +261,11 @@ static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_pres
     s[KVLI_VK_ROTATED] = (p->k & KVL_ROTATED ? 1u : 0) | (p->v & KVL_ROTATED ? 2u : 0);
     s[KVLI_VK_DIM] = dim;
     s[KVLI_VK_BLOCK_TOKENS] = T;
-    s[KVLI_VK_ROWS] = s[KVLI_VK_LANES] = 0;
+    s[KVLI_VK_ROWS] = s[KVLI_VK_LANES] = s[KVLI_VK_PARTS] = 0;
+    if (sort == KVLI_VT_WRITE) {
+        s[KVLI_VK_WORKGROUP] = KVLI_VK_WRITE_WORKGROUP;
+        s[KVLI_VK_PARTS] = KVLI_VK_WRITES;
+    }
     if (sort == KVLI_VT_DECODE) {
         s[KVLI_VK_ROWS] = rows = kvli_vk_decode_rows(c->geo.gqa);
         s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.is_cpu);
@@ -322,7 +326,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
     kvli_vk_cache *cc = kvli_vk_of(c);
     kvli_vk_pipes *out = &cc->pipes;
     kvli_vk_layouts *l = NULL;
-    uint32_t used[KVLI_VT_SORTS] = {0, 0, 0, 0, 0};
+    uint32_t used[KVLI_VT_SORTS] = {0, 0, 0, 0, 0, 0};
     const kvl_preset *presets = kvl_presets(NULL);
     kvl_result r = kvli_vk_layouts_get(c->ctx, cc->n_banks, kvli_err(c), &l);
     memset(out, 0, sizeof *out);
@@ -337,6 +341,9 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
         const kvl_preset *p = &presets[i];
         if (out->store[i]) continue;
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_STORE, p, &out->store[i], &used[KVLI_VT_STORE]);
+        out->write[i] = out->store[i];
+        if (r == KVL_OK && c->ctx->vk->caps.is_cpu) /* which runs both branches of a condition */
+            r = kvli_vk_pipeline_get(c, l, KVLI_VT_WRITE, p, &out->write[i], &used[KVLI_VT_WRITE]);
         if (r == KVL_OK)
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
         if (r == KVL_OK)
