@@ -87,7 +87,8 @@ MOCK_KERNELS := $(MOCK)/simple_kernels.so $(foreach a,$(CUDA_CPU_ARCHS),$(MOCK)/
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
 FORMAT_FILES := kvlite.h $(C_SOURCES) \
   $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h) \
-  $(CUDA_CPU_SOURCES) $(wildcard tests/vulkan/*.cpp) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h kernels_cuda/tables.h
+  $(CUDA_CPU_SOURCES) $(wildcard tests/vulkan/*.cpp) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h kernels_cuda/tables.h \
+  $(filter-out %_kernels.h,$(wildcard kernels_vulkan/*.h))
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
 COMPILED := $(OBJECTS) $(CUDA_CPU_OBJECTS) $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 
@@ -303,7 +304,8 @@ $(TOOLS): $(B)/libllm.a $(B)/libkvlite.a
 # A CUDA driver without a GPU: tests/mock_cuda/mock_cuda.h. Beside it stand the kernels, as libraries that it opens.
 MOCK_CXXFLAGS := -std=c++17 $(FLAGS_$(CONFIG)) $(WARNINGS) -fPIC -shared -fvisibility=hidden
 MOCK_TESTS := $(filter %_cuda %_cuda_fault,$(TEST_PROGRAMS))
-$(MOCK)/libcuda.so.1: $(filter-out %/shim_kernels.cpp,$(wildcard tests/mock_cuda/*.cpp tests/mock_cuda/*.h)) kernels_cuda/abi.h kernels_cuda/tables.h
+$(MOCK)/libcuda.so.1: $(filter-out %/shim_kernels.cpp,$(wildcard tests/mock_cuda/*.cpp tests/mock_cuda/*.h)) kernels_cuda/abi.h kernels_cuda/tables.h \
+  $(filter-out %_kernels.h,$(wildcard kernels_vulkan/*.h))
 	@mkdir -p $(@D)
 	$(call say,CXX   $@)$(CXX) $(MOCK_CXXFLAGS) $(CXXFLAGS) -Wl,-soname,libcuda.so.1 $(filter %.cpp,$^) -ldl -o $@
 $(MOCK)/simple_kernels.so: tests/mock_cuda/simple_kernels.c tests/mock_cuda/kernels.h kernels_cuda/abi.h kernels_cuda/tables.h kvlite.h

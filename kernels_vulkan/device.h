@@ -18,26 +18,6 @@ typedef struct kvli_vk_caps {
     uint64_t max_range, max_alloc; /* bytes of a storage buffer, of memory allocated at once */
 } kvli_vk_caps;
 
-/* Pipelines of a context: made when a cache is created (or recovered), tested once, shared by its caches. */
-enum { KVLI_VK_UNTESTED, KVLI_VK_RIGHT, KVLI_VK_WRONG };
-typedef struct kvli_vk_layouts { /* of pipelines with so many banks */
-    struct kvli_vk_layouts *next;
-    uint32_t banks;
-    kvli_vk_set_layout sets[2];
-    kvli_vk_pipeline_layout pipeline;
-} kvli_vk_layouts;
-typedef struct kvli_vk_made {
-    uint32_t shader, special[KVLI_VK_SPECIALISATIONS], verdict; /* shader: in kvli_vk_shaders */
-    kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
-} kvli_vk_made;
-typedef struct kvli_vk_shelf {
-    bool filled; /* with what desc.vulkan.cache has */
-    kvli_vk_layouts *layouts;
-    kvli_vk_made *made;
-    uint32_t n_made, max_made;
-    kvli_vk_pipeline_cache cache;
-} kvli_vk_shelf;
-
 /* The device, of a context. */
 struct kvli_vk {
     void *library;

@@ -1,14 +1,13 @@
 /* What each shader must compute: small problems with answers that the CPU knows, for kvlite.h (>>vulkan), which tests every
    variant on its driver before it is used. The text of this file stands in the generated kvlite_vulkan_kernels.h, since what
    was found right or wrong is remembered together with the hash of all that; to others than kvlite.h it says nothing. */
-#if defined(KVLITE_IMPLEMENTED) && !defined(KVLI_VULKAN_SELFTEST_H)
-#define KVLI_VULKAN_SELFTEST_H
+#ifdef KVLI_VULKAN_PIPELINES
 
-/* Two KV heads of a sequence whose blocks stand as in a cache: the first exact, others packed, those of the step's rows in
-   the scratch and, what is not sealed, in a block. All regions are in one buffer that the host sees. */
 /* Errors that are allowed, of the sum of magnitudes that a number is made of: above what float arithmetic in any order gives,
    below what a token or a code that is wrong does. */
 static const double kvli_vt_tolerance = 1e-3;
+/* Two KV heads of a sequence whose blocks stand as in a cache: the first exact, others packed, those of the step's rows in
+   the scratch and, what is not sealed, in a block. All regions are in one buffer that the host sees. */
 enum { KVLI_VT_HEADS = 2, KVLI_VT_CASES = 12, KVLI_VT_CODES = 5 };
 enum {
     KVLI_VT_SCRATCH,

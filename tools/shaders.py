@@ -21,7 +21,7 @@ from kernel_sources import ROOT, check_header, fail, hash_of, read, run, write_i
 
 SOURCES = "kernels_vulkan"
 HEADER = SOURCES + "/kvlite_vulkan_kernels.h"
-TEXTS = "kernels_cuda/tables.h", SOURCES + "/vk_api.h", SOURCES + "/abi.h", SOURCES + "/device.h", SOURCES + "/selftest.h"  # what they say stands in the header
+TEXTS = ["kernels_cuda/tables.h"] + [SOURCES + "/" + n for n in ("vk_api.h", "abi.h", "selftest.h", "pipelines.h", "device.h")]  # in the header
 MACROS = {1: "KVL_FP16", 2: "KVL_STORAGE16", 4: "KVL_SUBGROUP"}  # bits of a variant, as in abi.h
 VARIES_BY = {"store": 2, "decode": 1 | 2 | 4, "prefill": 1 | 2, "merge": 2, "copy": 0, "read": 0}
 # What SPIR-V modules may need: always (Shader), and with each bit of the variant (Float16; StorageBuffer16BitAccess;
