@@ -7758,18 +7758,18 @@ static kvl_result kvli_cpu_layer(kvl_cache *c, const kvli_attend *args) {
 #if UINTPTR_MAX <= 0xffffffffu || defined(KVL_NO_VULKAN)
 #define KVLI_VULKAN 0
 #elif defined(KVL_VULKAN_KERNELS)
-#define KVLI_VULKAN_HEADER KVL_VULKAN_KERNELS
+#include KVL_VULKAN_KERNELS
+#define KVLI_VULKAN 1
 #elif defined(__has_include)
 #if __has_include("kernels_vulkan/kvlite_vulkan_kernels.h")
-#define KVLI_VULKAN_HEADER "kernels_vulkan/kvlite_vulkan_kernels.h"
-#elif __has_include("kvlite_vulkan_kernels.h")
-#define KVLI_VULKAN_HEADER "kvlite_vulkan_kernels.h"
-#endif
-#endif
-#ifdef KVLI_VULKAN_HEADER
-#include KVLI_VULKAN_HEADER
+#include "kernels_vulkan/kvlite_vulkan_kernels.h"
 #define KVLI_VULKAN 1
-#elif !defined(KVLI_VULKAN)
+#elif __has_include("kvlite_vulkan_kernels.h")
+#include "kvlite_vulkan_kernels.h"
+#define KVLI_VULKAN 1
+#endif
+#endif
+#ifndef KVLI_VULKAN
 #define KVLI_VULKAN 0
 #endif
 
@@ -7827,8 +7827,8 @@ typedef struct kvli_gpu_pass {
     uint32_t at[KVLI_GPU_SORTS]; /* in the tables: bytes */
 } kvli_gpu_pass;
 typedef struct kvli_gpu_group {
-    uint32_t counts, spans, stores; /* in the tables: bytes */
-    uint32_t n_stores, padded_stores, first_pass, n_passes;
+    uint32_t counts, spans, stores;                                  /* in the tables: bytes */
+    uint32_t n_stores, n_seals, padded_stores, first_pass, n_passes; /* n_seals: of the stores, the first */
 } kvli_gpu_group;
 
 /* A cache's part of it: what stands where in the tables of this step. */
@@ -8122,7 +8122,7 @@ static kvli_gpu_span kvli_gpu_put_span(const kvl_cache *c, uint32_t group, const
 }
 
 static void kvli_gpu_put_stores(const kvl_cache *c, const kvli_attend_span *span, uint32_t s,
-                                kvli_gpu_store *stores, uint32_t *n) {
+                                kvli_gpu_store *stores, uint32_t *seals, uint32_t *others) {
     const kvl_span_blocks *b = &span->blocks;
     uint32_t T = c->geo.block_tokens, end = span->position + span->n_rows;
     for (uint32_t i = 0; i < b->n_own; i++) {
@@ -8133,7 +8133,7 @@ static void kvli_gpu_put_stores(const kvl_cache *c, const kvli_attend_span *span
         out.row = span->first_row + (from - span->position);
         out.n_rows = kvli_min_u32(start + T, end) - from;
         out.at = from - start;
-        stores[(*n)++] = out;
+        stores[out.sealed ? (*seals)++ : --*others] = out; /* those that are sealed first */
     }
 }
 
@@ -8166,13 +8166,14 @@ static void kvli_gpu_build(kvl_cache *c, kvli_gpu_tables *t, uint8_t *to) {
     uint32_t n = 0;
     t->entries = t->used;
     for (b.group = 0; b.group < c->geo.n_groups; b.group++) {
-        const kvli_gpu_group *g = &t->groups[b.group];
-        uint32_t n_stores = 0;
+        kvli_gpu_group *g = &t->groups[b.group];
+        uint32_t others = g->n_stores;
+        g->n_seals = 0;
         kvli_gpu_put_counts(t, g, to);
         for (uint32_t s = 0; s < st->n_spans; s++) {
             const kvli_attend_span *span = &st->attend[(size_t)b.group * c->max_spans + s];
             ((kvli_gpu_span *)(void *)(to + g->spans))[s] = kvli_gpu_put_span(c, b.group, span, entries, &n);
-            kvli_gpu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &n_stores);
+            kvli_gpu_put_stores(c, span, s, (kvli_gpu_store *)(void *)(to + g->stores), &g->n_seals, &others);
         }
         kvli_gpu_items(&b);
     }
@@ -9137,59 +9138,11 @@ static kvl_result kvli_cu_lend(kvl_context *ctx, void *context, void *stream) {
 #error "kvlite's Vulkan backend is for programs of 64 bits"
 #endif
 enum {
-    KVLI_VK_RING = 8,         /* submits that may be under way */
-    KVLI_VK_MORE_BUFFERS = 7, /* storage buffers of a pipeline besides banks */
-    KVLI_VK_MOST_SLABS = 511,
+    KVLI_VK_RING = 8,       /* submits that may be under way */
     KVLI_VK_COPY_GROUPS = 8 /* workgroups that share the copy of a block */
 };
 /* Drivers stop what runs for more than about 2 s: multiply-adds (twice, of keys and of values) and bytes in a submit. */
 static const uint64_t kvli_vk_submit_work = 1ull << 33, kvli_vk_submit_bytes = 1ull << 30;
-
-/* What of a device is used. */
-typedef struct kvli_vk_caps {
-    uint32_t variants;      /* KVLI_VK_FP16 | KVLI_VK_STORAGE16 | KVLI_VK_SUBGROUP that may be used */
-    uint32_t subgroup_size; /* that pipelines get */
-    bool size_control;      /* a stage must ask for it, and for full subgroups */
-    bool unified, is_cpu, memory_budget;
-    uint32_t max_workgroup, max_shared, banks;
-    uint64_t max_range, max_alloc; /* bytes of a storage buffer, of memory allocated at once */
-} kvli_vk_caps;
-
-/* The device, of a context. */
-struct kvli_vk {
-    void *library;
-    kvli_vk_get_instance_proc get_proc;
-    kvli_vk_functions fn;
-    kvli_vk_instance instance;
-    kvli_vk_physical physical;
-    kvli_vk_device device;
-    kvli_vk_queue queue;
-    uint32_t family;
-    bool lent, renewed, lost; /* renewed: another device was lent */
-    uint32_t generation;      /* grows when the device is stopped or started: what was on it is gone */
-    kvli_vk_properties properties;
-    kvli_vk_memory_properties memory;
-    kvli_vk_caps caps;
-    bool has_locks;
-    kvli_mutex lock;       /* caches, pipelines */
-    kvli_mutex queue_lock; /* the queue */
-    kvli_vk_shelf shelf;
-    kvl_cache *caches; /* started; linked by their kvli_vk_cache.next */
-};
-
-/* A buffer with memory of its own; at: where the host sees it, or null. */
-typedef struct kvli_vk_piece {
-    kvli_vk_buffer buffer;
-    kvli_vk_memory memory;
-    uint8_t *at;
-} kvli_vk_piece;
-
-/* What a cache runs: the context's, by preset. */
-typedef struct kvli_vk_pipes {
-    kvli_vk_set_layout sets[2];
-    kvli_vk_pipeline_layout layout;
-    kvli_vk_pipeline store[16], decode[16], prefill[16], merge, copy;
-} kvli_vk_pipes;
 
 /* A cache's part of it. */
 typedef struct kvli_vk_cache {
@@ -9215,49 +9168,9 @@ typedef struct kvli_vk_cache {
     kvli_vk_set *sets; /* pages and tables; staged k and v; staged q and out; k, v and q, out of each layer */
 } kvli_vk_cache;
 
-/* ---- pipelines ---- */
-/* With the device: what is kept of them for all caches. free: also after a start that failed, and twice. */
-static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why);
-static void kvli_vk_pipelines_free(kvl_context *ctx);
-static void kvli_vk_pipelines_forget(kvl_context *ctx);
-/* All that the cache's layers need, tested, into its `pipes`. */
-static kvl_result kvli_vk_pipelines(kvl_cache *c);
-
 static kvli_vk_cache *kvli_vk_of(const kvl_cache *c) { return (kvli_vk_cache *)c->backend_state; }
 
 /* ---- errors ---- */
-static const char *kvli_vk_result_name(int e) {
-    switch (e) {
-    case KVLI_VK_TIMEOUT: return "VK_TIMEOUT: the device did not answer";
-    case KVLI_VK_ERROR_OUT_OF_HOST_MEMORY: return "VK_ERROR_OUT_OF_HOST_MEMORY";
-    case KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY: return "VK_ERROR_OUT_OF_DEVICE_MEMORY";
-    case KVLI_VK_ERROR_INITIALIZATION_FAILED: return "VK_ERROR_INITIALIZATION_FAILED";
-    case KVLI_VK_ERROR_DEVICE_LOST: return "VK_ERROR_DEVICE_LOST";
-    case KVLI_VK_ERROR_MEMORY_MAP_FAILED: return "VK_ERROR_MEMORY_MAP_FAILED";
-    case KVLI_VK_ERROR_LAYER_NOT_PRESENT: return "VK_ERROR_LAYER_NOT_PRESENT";
-    case KVLI_VK_ERROR_EXTENSION_NOT_PRESENT: return "VK_ERROR_EXTENSION_NOT_PRESENT";
-    case KVLI_VK_ERROR_FEATURE_NOT_PRESENT: return "VK_ERROR_FEATURE_NOT_PRESENT";
-    case KVLI_VK_ERROR_INCOMPATIBLE_DRIVER: return "VK_ERROR_INCOMPATIBLE_DRIVER";
-    case KVLI_VK_ERROR_TOO_MANY_OBJECTS: return "VK_ERROR_TOO_MANY_OBJECTS";
-    case KVLI_VK_ERROR_FRAGMENTED_POOL: return "VK_ERROR_FRAGMENTED_POOL";
-    case KVLI_VK_ERROR_OUT_OF_POOL_MEMORY: return "VK_ERROR_OUT_OF_POOL_MEMORY";
-    default: return "an unknown error";
-    }
-}
-
-static kvl_result kvli_vk_fail(kvl_context *ctx, kvli_text text, int e, const char *call) {
-    bool full = e == KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY || e == KVLI_VK_ERROR_TOO_MANY_OBJECTS ||
-                e == KVLI_VK_ERROR_FRAGMENTED_POOL || e == KVLI_VK_ERROR_OUT_OF_POOL_MEMORY ||
-                e == KVLI_VK_ERROR_MEMORY_MAP_FAILED;
-    kvl_result r = full                                    ? KVL_OUT_OF_DEVICE_MEMORY
-                   : e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY
-                                                           : KVL_DEVICE_LOST;
-    ctx->native = e;
-    snprintf(ctx->native_text, sizeof ctx->native_text, "%s: %s (%d)", call, kvli_vk_result_name(e), e);
-    ctx->vk->lost = ctx->vk->lost || r == KVL_DEVICE_LOST;
-    return kvli_fail(ctx, text, r, "%s", ctx->native_text);
-}
-static bool kvli_vk_failed(int e) { return e < 0 || e == KVLI_VK_TIMEOUT || e == KVLI_VK_NOT_READY; }
 static kvl_result kvli_vk_ok(kvl_cache *c, int e, const char *call) {
     return kvli_vk_failed(e) ? kvli_vk_fail(c->ctx, kvli_err(c), e, call) : KVL_OK;
 }
@@ -9272,16 +9185,7 @@ static kvl_result kvli_vk_check(kvl_cache *c) {
     return KVL_OK;
 }
 
-/* ---- open: loader, instance, device ---- */
-static kvl_result kvli_vk_refuse(kvl_context *ctx, kvli_text why, int e, const char *call) {
-    const char *hint =
-        e == KVLI_VK_ERROR_INCOMPATIBLE_DRIVER ? "no driver for Vulkan 1.1 is installed; " : "";
-    kvli_vk_fail(ctx, kvli_text_at(NULL, 0), e, call);
-    return kvli_fail(NULL, why,
-                     e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY : KVL_NO_BACKEND, "%s%s",
-                     hint, ctx->native_text);
-}
-
+/* ---- open ---- */
 static void *kvli_vk_library(void) {
 #if defined(_WIN32)
     static const char *const names[] = {"vulkan-1.dll"};
@@ -9295,306 +9199,6 @@ static void *kvli_vk_library(void) {
         if (library) return library;
     }
     return NULL;
-}
-
-/* A function of the device, or (null) of the instance, or (null) of the loader; to: a pointer to a function. */
-static bool kvli_vk_load(struct kvli_vk *vk, kvli_vk_device device, const char *symbol, void *to) {
-    kvli_vk_function at =
-        device ? vk->fn.get_device_proc(device, symbol) : vk->get_proc(vk->instance, symbol);
-    memcpy(to, &at, sizeof at);
-    return at != NULL;
-}
-/* In a function with vk, device and why. */
-#define KVLI_VK_LOAD_(name, symbol, result, args)        \
-    if (!kvli_vk_load(vk, device, symbol, &vk->fn.name)) \
-        return kvli_fail(NULL, why, KVL_NO_BACKEND, "the loader or the driver is too old: no %s", symbol);
-
-static bool kvli_vk_listed(const kvli_vk_extension *list, uint32_t n, const char *name) {
-    for (uint32_t i = 0; i < n; i++)
-        if (strcmp(list[i].name, name) == 0) return true;
-    return false;
-}
-
-/* Which of the named extensions the instance (or the device, if given) has: a bit each. */
-static kvl_result kvli_vk_extensions(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
-                                     const char *const *names, uint32_t n_names, uint32_t *bits) {
-    struct kvli_vk *vk = ctx->vk;
-    const char *call =
-        device ? "vkEnumerateDeviceExtensionProperties" : "vkEnumerateInstanceExtensionProperties";
-    uint32_t n = 0;
-    *bits = 0;
-    int e = device ? vk->fn.device_extensions(device, NULL, &n, NULL)
-                   : vk->fn.instance_extensions(NULL, &n, NULL);
-    if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, call);
-    if (!n) return KVL_OK;
-    size_t bytes = n * sizeof(kvli_vk_extension);
-    kvli_vk_extension *list = (kvli_vk_extension *)kvli_alloc(ctx, bytes);
-    if (!list) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
-    e = device ? vk->fn.device_extensions(device, NULL, &n, list)
-               : vk->fn.instance_extensions(NULL, &n, list);
-    for (uint32_t i = 0; i < n_names && !kvli_vk_failed(e); i++)
-        *bits |= (uint32_t)kvli_vk_listed(list, n, names[i]) << i;
-    kvli_free(ctx, list, bytes);
-    return kvli_vk_failed(e) ? kvli_vk_refuse(ctx, why, e, call) : KVL_OK;
-}
-
-static kvl_result kvli_vk_start_instance(kvl_context *ctx, kvli_text why) {
-    struct kvli_vk *vk = ctx->vk;
-    static const char *const names[] = {"VK_KHR_portability_enumeration"}; /* (MoltenVK is no whole Vulkan) */
-    kvli_vk_application application;
-    kvli_vk_instance_info info;
-    const kvli_vk_device device = NULL;
-    uint32_t portable = 0;
-    if (!vk->lent) {
-        KVLI_VK_GLOBAL_FUNCTIONS(KVLI_VK_LOAD_)
-        kvl_result r = kvli_vk_extensions(ctx, why, NULL, names, 1, &portable);
-        if (r != KVL_OK) return r;
-        memset(&application, 0, sizeof application);
-        memset(&info, 0, sizeof info);
-        application.type = KVLI_VK_TYPE_APPLICATION;
-        application.engine = "kvlite";
-        application.engine_version = KVL_VERSION;
-        application.api_version = KVLI_VK_API_1_1;
-        info.type = KVLI_VK_TYPE_INSTANCE;
-        info.application = &application;
-        info.flags = portable ? KVLI_VK_INSTANCE_PORTABILITY : 0;
-        info.n_extensions = portable;
-        info.extensions = names;
-        int e = vk->fn.create_instance(&info, NULL, &vk->instance);
-        if (kvli_vk_failed(e)) vk->instance = NULL;
-        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkCreateInstance");
-    }
-    KVLI_VK_INSTANCE_FUNCTIONS(KVLI_VK_LOAD_)
-    return KVL_OK;
-}
-
-/* The extensions of a device that are used where they are there. */
-enum {
-    KVLI_VK_EXT_FLOAT16,
-    KVLI_VK_EXT_SUBGROUP_SIZE,
-    KVLI_VK_EXT_BUDGET,
-    KVLI_VK_EXT_PORTABLE,
-    KVLI_VK_EXTS
-};
-static const char *const kvli_vk_device_extensions[KVLI_VK_EXTS] = {
-    "VK_KHR_shader_float16_int8", "VK_EXT_subgroup_size_control", "VK_EXT_memory_budget",
-    "VK_KHR_portability_subset"};
-
-/* What a device says of itself: features as KVL_VULKAN_* (of a lent one: as the app says). */
-typedef struct kvli_vk_probe {
-    kvli_vk_properties properties;
-    kvli_vk_subgroup_properties subgroup;
-    kvli_vk_subgroup_size_properties sizes;
-    kvli_vk_maintenance3_properties more;
-    uint32_t extensions, features, family;
-    bool buffer_arrays, computes;
-} kvli_vk_probe;
-
-static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
-    kvli_vk_features f;
-    kvli_vk_storage16_features storage;
-    kvli_vk_float16_features half;
-    kvli_vk_subgroup_size_features size;
-    memset(&f, 0, sizeof f);
-    memset(&storage, 0, sizeof storage);
-    memset(&half, 0, sizeof half);
-    memset(&size, 0, sizeof size);
-    f.type = KVLI_VK_TYPE_FEATURES;
-    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
-    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
-    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
-    f.next = &storage;
-    if (p->extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
-        half.next = f.next;
-        f.next = &half;
-    }
-    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) {
-        size.next = f.next;
-        f.next = &size;
-    }
-    vk->fn.features(device, &f);
-    p->buffer_arrays = f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
-    p->features = (half.float16 ? KVL_VULKAN_FP16 : 0) | (storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
-                  KVL_VULKAN_SUBGROUP | (size.control && size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
-                  (p->extensions >> KVLI_VK_EXT_BUDGET & 1 ? KVL_VULKAN_MEMORY_BUDGET : 0);
-}
-
-static void kvli_vk_probe_family(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
-    kvli_vk_queue_family families[16]; /* one that does nothing but compute, where there is one */
-    uint32_t n = sizeof families / sizeof *families;
-    vk->fn.queue_families(device, &n, families);
-    for (uint32_t i = n; i-- > 0;) {
-        bool alone = !(families[i].flags & KVLI_VK_QUEUE_GRAPHICS);
-        if (!(families[i].flags & KVLI_VK_QUEUE_COMPUTE) || !families[i].count) continue;
-        if (!p->computes || alone || families[p->family].flags & KVLI_VK_QUEUE_GRAPHICS) p->family = i;
-        p->computes = true;
-    }
-}
-
-static kvl_result kvli_vk_probe_device(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
-                                       kvli_vk_probe *p) {
-    const struct kvli_vk *vk = ctx->vk;
-    const kvl_vulkan_desc *d = &ctx->desc.vulkan;
-    memset(p, 0, sizeof *p);
-    kvl_result r =
-        kvli_vk_extensions(ctx, why, device, kvli_vk_device_extensions, KVLI_VK_EXTS, &p->extensions);
-    if (r != KVL_OK) return r;
-    p->properties.type = KVLI_VK_TYPE_PROPERTIES;
-    p->subgroup.type = KVLI_VK_TYPE_SUBGROUP_PROPERTIES;
-    p->more.type = KVLI_VK_TYPE_MAINTENANCE3_PROPERTIES;
-    p->sizes.type = KVLI_VK_TYPE_SUBGROUP_SIZE_PROPERTIES;
-    p->properties.next = &p->subgroup;
-    p->subgroup.next = &p->more;
-    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) p->more.next = &p->sizes;
-    vk->fn.properties(device, &p->properties);
-    p->properties.next = p->subgroup.next = p->more.next = NULL;
-    kvli_vk_probe_features(vk, device, p);
-    kvli_vk_probe_family(vk, device, p);
-    if (vk->lent) {
-        p->features = d->features;
-        p->family = d->queue_family;
-    }
-    return KVL_OK;
-}
-
-/* Storage buffers that a pipeline can have, less those that are no banks. */
-static uint32_t kvli_vk_banks_of(const kvli_vk_probe *p) {
-    const kvli_vk_limits *l = &p->properties.limits;
-    uint32_t n = kvli_min_u32(kvli_min_u32(l->stage_storage_buffers, l->set_storage_buffers),
-                              kvli_min_u32(l->stage_resources, p->more.set_descriptors));
-    return n > KVLI_VK_MORE_BUFFERS ? kvli_min_u32(n - KVLI_VK_MORE_BUFFERS, 1 + KVLI_VK_MOST_SLABS) : 0;
-}
-
-/* How good a device is, or why it will not do. */
-static uint32_t kvli_vk_rate(const kvl_context *ctx, const kvli_vk_probe *p, const char **lack) {
-    static const uint8_t by_type[] = {2, 4, 5, 3, 1}; /* other, integrated, discrete, virtual, CPU */
-    uint32_t sort = (uint32_t)p->properties.device_type;
-    bool skips_cpu = ctx->desc.backend == KVL_BACKEND_AUTO && !ctx->vk->lent;
-    *lack = p->properties.api_version < KVLI_VK_API_1_1
-                ? "is for Vulkan 1.0, 1.1 is needed: look for a newer driver"
-            : !p->computes                            ? "has no queue that computes"
-            : !p->buffer_arrays                       ? "has no shaderStorageBufferArrayDynamicIndexing"
-            : kvli_vk_banks_of(p) < 2                 ? "has too few storage buffers for a shader"
-            : sort == KVLI_VK_DEVICE_CPU && skips_cpu ? "is a CPU: ask for the backend vulkan to use it"
-                                                      : NULL;
-    return sort < sizeof by_type ? by_type[sort] : 2;
-}
-
-/* The device to use; *why: why others are not. */
-static kvl_result kvli_vk_choose(kvl_context *ctx, kvli_text why, kvli_vk_probe *best) {
-    struct kvli_vk *vk = ctx->vk;
-    kvli_vk_physical devices[16];
-    uint32_t n = sizeof devices / sizeof *devices, best_rate = 0, asked = ctx->desc.vulkan.device_index;
-    char text[256] = "";
-    kvli_vk_probe probe;
-    devices[0] = vk->physical;
-    if (vk->lent) {
-        n = 1;
-        asked = 0;
-    } else {
-        int e = vk->fn.physical_devices(vk->instance, &n, devices);
-        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkEnumeratePhysicalDevices");
-    }
-    if (!n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "no GPU with a driver for Vulkan");
-    if (asked > n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "vulkan.device_index: %u of %u", asked, n);
-    for (uint32_t i = asked ? asked - 1 : 0; i < (asked ? asked : n); i++) {
-        const char *lack;
-        size_t used = strlen(text);
-        kvl_result r = kvli_vk_probe_device(ctx, why, devices[i], &probe);
-        if (r != KVL_OK) return r;
-        uint32_t rate = kvli_vk_rate(ctx, &probe, &lack);
-        if (lack)
-            snprintf(text + used, sizeof text - used, "%s%.64s %s", used ? "; " : "", probe.properties.name,
-                     lack);
-        if (lack || rate <= best_rate) continue;
-        best_rate = rate;
-        *best = probe;
-        vk->physical = devices[i];
-    }
-    if (!best_rate) return kvli_fail(NULL, why, KVL_NO_BACKEND, "%s", text);
-    if (why.at && why.size) snprintf(why.at, why.size, "%s", text);
-    return KVL_OK;
-}
-
-static void kvli_vk_set_caps(kvl_context *ctx, const kvli_vk_probe *p) {
-    const kvli_vk_limits *l = &p->properties.limits;
-    const uint32_t operations = KVLI_VK_SUBGROUP_BASIC | KVLI_VK_SUBGROUP_BALLOT | KVLI_VK_SUBGROUP_SHUFFLE;
-    uint32_t has = p->features & ~ctx->desc.vulkan.without;
-    struct kvli_vk *vk = ctx->vk;
-    kvli_vk_caps *c = &vk->caps;
-    memset(c, 0, sizeof *c);
-    if ((p->subgroup.operations & operations) != operations || !(p->subgroup.stages & KVLI_VK_STAGE_COMPUTE))
-        has &= ~(uint32_t)KVL_VULKAN_SUBGROUP;
-    c->variants = (has & KVL_VULKAN_FP16 ? KVLI_VK_FP16 : 0) |
-                  (has & KVL_VULKAN_STORAGE16 ? KVLI_VK_STORAGE16 : 0) |
-                  (has & KVL_VULKAN_SUBGROUP ? KVLI_VK_SUBGROUP : 0);
-    c->subgroup_size = p->subgroup.size;
-    c->size_control = has & KVL_VULKAN_SUBGROUP_SIZE && p->sizes.stages & KVLI_VK_STAGE_COMPUTE;
-    c->is_cpu = p->properties.device_type == KVLI_VK_DEVICE_CPU;
-    c->unified = c->is_cpu || p->properties.device_type == KVLI_VK_DEVICE_INTEGRATED;
-    c->memory_budget = (p->features & KVL_VULKAN_MEMORY_BUDGET) != 0;
-    c->max_workgroup = kvli_min_u32(l->invocations, l->workgroup_size[0]);
-    c->max_shared = l->shared_memory;
-    c->banks = kvli_vk_banks_of(p);
-    c->max_range = l->storage_range;
-    c->max_alloc = p->more.allocation_size;
-    vk->properties = p->properties;
-    memset(&vk->memory, 0, sizeof vk->memory);
-    vk->memory.type = KVLI_VK_TYPE_MEMORY_PROPERTIES;
-    vk->fn.memory_properties(vk->physical, &vk->memory);
-}
-
-/* Creates the device with the features of p. */
-static kvl_result kvli_vk_create_device(kvl_context *ctx, kvli_text why, const kvli_vk_probe *p) {
-    struct kvli_vk *vk = ctx->vk;
-    const float priority = 1;
-    const char *names[KVLI_VK_EXTS];
-    kvli_vk_features f;
-    kvli_vk_storage16_features storage;
-    kvli_vk_float16_features half;
-    kvli_vk_subgroup_size_features size;
-    kvli_vk_queue_info queue;
-    kvli_vk_device_info info;
-    memset(&f, 0, sizeof f);
-    memset(&storage, 0, sizeof storage);
-    memset(&half, 0, sizeof half);
-    memset(&size, 0, sizeof size);
-    memset(&queue, 0, sizeof queue);
-    memset(&info, 0, sizeof info);
-    f.type = KVLI_VK_TYPE_FEATURES;
-    f.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
-    storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
-    storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
-    half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
-    half.float16 = 1;
-    size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
-    size.control = size.full = 1;
-    f.next = &storage;
-    if (p->features & KVL_VULKAN_FP16) half.next = f.next, f.next = &half;
-    if (p->features & KVL_VULKAN_SUBGROUP_SIZE) size.next = f.next, f.next = &size;
-    queue.type = KVLI_VK_TYPE_DEVICE_QUEUE;
-    queue.family = p->family;
-    queue.count = 1;
-    queue.priorities = &priority;
-    info.type = KVLI_VK_TYPE_DEVICE;
-    info.next = &f;
-    info.n_queues = 1;
-    info.queues = &queue;
-    for (uint32_t i = 0; i < KVLI_VK_EXTS; i++)
-        if (p->extensions >> i & 1) names[info.n_extensions++] = kvli_vk_device_extensions[i];
-    info.extensions = names;
-    int e = vk->fn.create_device(vk->physical, &info, NULL, &vk->device);
-    if (!kvli_vk_failed(e)) return KVL_OK;
-    vk->device = NULL;
-    return kvli_vk_refuse(ctx, why, e, "vkCreateDevice");
-}
-
-/* Caches are laid out for one device, and stay when it is started again. */
-static bool kvli_vk_same(const struct kvli_vk *vk, const kvli_vk_probe *p) {
-    const kvli_vk_properties *a = &vk->properties, *b = &p->properties;
-    return a->vendor == b->vendor && a->device == b->device && a->driver_version == b->driver_version &&
-           kvli_vk_banks_of(p) == vk->caps.banks && a->limits.shared_memory == b->limits.shared_memory &&
-           a->limits.storage_range == b->limits.storage_range;
 }
 
 /* The device and what it is asked through; also when it is started again. */
@@ -9691,197 +9295,41 @@ static kvl_result kvli_vk_open(kvl_context *ctx, kvli_text why) {
     return r;
 }
 
-/* ---- memory ---- */
-/* What memory is for: types that have these properties are tried in turn. */
-typedef enum kvli_vk_purpose { KVLI_VK_BLOCKS, KVLI_VK_UPLOAD, KVLI_VK_READBACK } kvli_vk_purpose;
-static const uint32_t kvli_vk_properties_of[][2] = {
-    {KVLI_VK_MEMORY_DEVICE_LOCAL, KVLI_VK_MEMORY_DEVICE_LOCAL}, /* never another: what spills is slow */
-    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_DEVICE_LOCAL,
-     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT},
-    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED,
-     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT}};
-
-static void kvli_vk_piece_free(const struct kvli_vk *vk, kvli_vk_piece *p) {
-    if (p->buffer) vk->fn.destroy_buffer(vk->device, p->buffer, NULL);
-    if (p->memory) vk->fn.free(vk->device, p->memory, NULL);
-    memset(p, 0, sizeof *p);
-}
-
-static int kvli_vk_piece_memory(const struct kvli_vk *vk, kvli_vk_purpose purpose, kvli_vk_piece *p) {
-    const uint32_t known = KVLI_VK_MEMORY_DEVICE_LOCAL | KVLI_VK_MEMORY_HOST_VISIBLE |
-                           KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED;
-    kvli_vk_requirements need;
-    kvli_vk_memory_info info;
-    int e = KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY;
-    vk->fn.requirements(vk->device, p->buffer, &need);
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_MEMORY;
-    info.size = need.size;
-    for (uint32_t choice = 0; choice < 2; choice++)
-        for (uint32_t i = 0; i < vk->memory.n_types; i++) {
-            uint32_t want = kvli_vk_properties_of[purpose][choice], flags = vk->memory.types[i].flags;
-            if (!(need.types >> i & 1) || (flags & want) != want || flags & ~known) continue;
-            info.memory_type = i;
-            e = vk->fn.alloc(vk->device, &info, NULL, &p->memory);
-            if (!kvli_vk_failed(e)) return e;
-            p->memory = NULL;
-            if (e != KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY) return e;
-        }
-    return e;
-}
-
-/* A buffer of so many bytes, with memory; the host sees all but blocks'. */
-static kvl_result kvli_vk_piece_new(kvl_context *ctx, kvli_text text, uint64_t bytes, kvli_vk_purpose purpose,
-                                    kvli_vk_piece *out) {
+/* ---- how much room there is ---- */
+static kvl_result kvli_vk_room(const kvl_context *ctx, kvl_memory_info *out) {
     const struct kvli_vk *vk = ctx->vk;
-    kvli_vk_buffer_info info;
-    const char *call = "vkCreateBuffer";
-    void *at = NULL;
+    kvli_vk_memory_properties memory;
+    kvli_vk_budget_properties budget;
+    uint32_t i = 0;
     memset(out, 0, sizeof *out);
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_BUFFER;
-    info.size = (bytes + 15) & ~15ull;
-    info.use = KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST;
-    int e = vk->fn.create_buffer(vk->device, &info, NULL, &out->buffer);
-    if (kvli_vk_failed(e)) {
-        out->buffer = NULL;
+    if (vk->lost || !vk->device) return KVL_DEVICE_LOST;
+    memset(&memory, 0, sizeof memory);
+    memset(&budget, 0, sizeof budget);
+    memory.type = KVLI_VK_TYPE_MEMORY_PROPERTIES;
+    budget.type = KVLI_VK_TYPE_BUDGET_PROPERTIES;
+    memory.next = vk->caps.memory_budget ? &budget : NULL;
+    vk->fn.memory_properties(vk->physical, &memory);
+    while (i + 1 < memory.n_types && !(memory.types[i].flags & KVLI_VK_MEMORY_DEVICE_LOCAL)) i++;
+    uint32_t heap = memory.types[i].heap; /* where blocks are put first */
+    out->total = memory.heaps[heap].size;
+    out->budget = out->total / 10 * 8;
+    out->live = vk->caps.memory_budget && budget.budget[heap];
+    out->unified = vk->caps.unified;
+    if (out->live) {
+        out->budget = budget.budget[heap] < out->total ? budget.budget[heap] : out->total;
+        out->used = budget.usage[heap];
     } else {
-        call = "vkAllocateMemory";
-        e = kvli_vk_piece_memory(vk, purpose, out);
+        kvli_lock(&ctx->vk->lock);
+        for (kvl_cache *c = vk->caches; c; c = kvli_vk_of(c)->next) {
+            kvli_lock(&c->lock);
+            out->used += c->published.bytes_slabs + c->published.bytes_scratch + c->published.bytes_workspace;
+            kvli_unlock(&c->lock);
+        }
+        kvli_unlock(&ctx->vk->lock);
     }
-    if (!kvli_vk_failed(e)) {
-        call = "vkBindBufferMemory";
-        e = vk->fn.bind(vk->device, out->buffer, out->memory, 0);
-    }
-    if (!kvli_vk_failed(e) && purpose != KVLI_VK_BLOCKS) {
-        call = "vkMapMemory";
-        e = vk->fn.map(vk->device, out->memory, 0, ~0ull, 0, &at);
-        out->at = (uint8_t *)at;
-    }
-    if (!kvli_vk_failed(e)) return KVL_OK;
-    kvli_vk_piece_free(vk, out);
-    return kvli_vk_fail(ctx, text, e, call);
+    out->available = out->budget > out->used ? out->budget - out->used : 0;
+    return KVL_OK;
 }
-
-/* ---- commands ---- */
-static void kvli_vk_queue_enter(kvl_context *ctx) {
-    kvli_lock(&ctx->vk->queue_lock);
-    if (ctx->vk->lent && ctx->desc.vulkan.lock) ctx->desc.vulkan.lock(ctx->desc.user);
-}
-static void kvli_vk_queue_leave(kvl_context *ctx) {
-    if (ctx->vk->lent && ctx->desc.vulkan.unlock) ctx->desc.vulkan.unlock(ctx->desc.user);
-    kvli_unlock(&ctx->vk->queue_lock);
-}
-
-static int kvli_vk_submit_to(kvl_context *ctx, kvli_vk_commands commands, kvli_vk_fence fence) {
-    kvli_vk_submit_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_SUBMIT;
-    info.n_commands = 1;
-    info.commands = &commands;
-    kvli_vk_queue_enter(ctx);
-    int e = ctx->vk->fn.queue_submit(ctx->vk->queue, 1, &info, fence);
-    kvli_vk_queue_leave(ctx);
-    return e;
-}
-/* Before something is destroyed that a wait which failed may have left in use. */
-static int kvli_vk_idle(kvl_context *ctx) {
-    kvli_vk_queue_enter(ctx);
-    int e = ctx->vk->fn.queue_idle(ctx->vk->queue);
-    kvli_vk_queue_leave(ctx);
-    return e;
-}
-
-/* A CPU may be slow; a GPU that does not answer for so long is lost. */
-static uint64_t kvli_vk_patience(const struct kvli_vk *vk) {
-    return vk->caps.is_cpu ? ~0ull : 10000000000ull;
-}
-
-/* What was written is seen from here on. */
-static void kvli_vk_wall(const struct kvli_vk *vk, kvli_vk_commands commands, uint32_t from, uint32_t to) {
-    kvli_vk_barrier barrier;
-    memset(&barrier, 0, sizeof barrier);
-    barrier.type = KVLI_VK_TYPE_BARRIER;
-    barrier.from = KVLI_VK_MEMORY_WRITE;
-    barrier.to = KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE;
-    vk->fn.barrier(commands, from, to, 0, 1, &barrier, 0, NULL, 0, NULL);
-}
-enum { KVLI_VK_AT_OURS = KVLI_VK_AT_COMPUTE | KVLI_VK_AT_TRANSFER };
-
-static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
-    kvli_vk_fence_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_FENCE;
-    int e = vk->fn.create_fence(vk->device, &info, NULL, out);
-    if (kvli_vk_failed(e)) *out = NULL;
-    return e;
-}
-
-/* A pool, and n command buffers of it. */
-static int kvli_vk_new_commands(const struct kvli_vk *vk, uint32_t n, kvli_vk_command_pool *pool,
-                                kvli_vk_commands *out) {
-    kvli_vk_command_pool_info info;
-    kvli_vk_commands_info all;
-    memset(&info, 0, sizeof info);
-    memset(&all, 0, sizeof all);
-    info.type = KVLI_VK_TYPE_COMMAND_POOL;
-    info.flags = KVLI_VK_POOL_RESET;
-    info.family = vk->family;
-    int e = vk->fn.create_command_pool(vk->device, &info, NULL, pool);
-    if (kvli_vk_failed(e)) *pool = NULL;
-    if (kvli_vk_failed(e)) return e;
-    all.type = KVLI_VK_TYPE_COMMANDS;
-    all.pool = *pool;
-    all.count = n;
-    return vk->fn.alloc_commands(vk->device, &all, out);
-}
-
-static int kvli_vk_begin_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
-    kvli_vk_begin_info info;
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_BEGIN;
-    info.flags = KVLI_VK_ONE_TIME;
-    int e = vk->fn.begin(commands, &info);
-    if (!kvli_vk_failed(e)) kvli_vk_wall(vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
-    return e;
-}
-static int kvli_vk_end_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
-    kvli_vk_wall(vk, commands, KVLI_VK_AT_OURS, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);
-    return vk->fn.end(commands);
-}
-
-/* Runs what `record` records, once, and waits for it. */
-typedef void (*kvli_vk_record_fn)(const struct kvli_vk *vk, kvli_vk_commands commands, void *arg);
-static kvl_result kvli_vk_run_once(kvl_context *ctx, kvli_text text, kvli_vk_record_fn record, void *arg) {
-    const struct kvli_vk *vk = ctx->vk;
-    kvli_vk_command_pool pool = NULL;
-    kvli_vk_commands commands;
-    kvli_vk_fence fence = NULL;
-    const char *call = "vkAllocateCommandBuffers";
-    int e = kvli_vk_new_commands(vk, 1, &pool, &commands);
-    if (!kvli_vk_failed(e)) e = kvli_vk_new_fence(vk, &fence);
-    if (!kvli_vk_failed(e)) e = kvli_vk_begin_commands(vk, commands);
-    if (!kvli_vk_failed(e)) {
-        record(vk, commands, arg);
-        call = "vkQueueSubmit";
-        e = kvli_vk_end_commands(vk, commands);
-    }
-    if (!kvli_vk_failed(e)) e = kvli_vk_submit_to(ctx, commands, fence);
-    if (!kvli_vk_failed(e)) {
-        call = "vkWaitForFences";
-        e = vk->fn.wait_fences(vk->device, 1, &fence, 1, kvli_vk_patience(vk));
-        if (kvli_vk_failed(e)) kvli_vk_idle(ctx);
-    }
-    if (fence) vk->fn.destroy_fence(vk->device, fence, NULL);
-    if (pool) vk->fn.destroy_command_pool(vk->device, pool, NULL);
-    return kvli_vk_failed(e) ? kvli_vk_fail(ctx, text, e, call) : KVL_OK;
-}
-/* ---- pipelines: kernels_vulkan/selftest.h, pipelines.h ---- */
-static void kvli_vk_set_range(const struct kvli_vk *vk, kvli_vk_set set, uint32_t binding, uint32_t element,
-                              const kvli_vk_piece *p, uint64_t offset, uint64_t bytes);
-#define KVLI_VULKAN_PIPELINES /* the rest of the header */
-#include KVLI_VULKAN_HEADER
-#undef KVLI_VULKAN_PIPELINES
 
 /* ---- what a cache needs ---- */
 static bool kvli_vk_supports(kvl_format f, bool is_key, uint32_t tokens, uint32_t dim, const char **why) {
@@ -9982,24 +9430,6 @@ static void kvli_vk_put_layers(const kvl_cache *c, uint8_t *to) {
     }
 }
 
-static void kvli_vk_set_range(const struct kvli_vk *vk, kvli_vk_set set, uint32_t binding, uint32_t element,
-                              const kvli_vk_piece *p, uint64_t offset, uint64_t bytes) {
-    kvli_vk_range range;
-    kvli_vk_write_set write;
-    range.buffer = p->buffer;
-    range.offset = offset;
-    range.bytes = bytes;
-    memset(&write, 0, sizeof write);
-    write.type = KVLI_VK_TYPE_WRITE_SET;
-    write.set = set;
-    write.binding = binding;
-    write.element = element;
-    write.count = 1;
-    write.sort = KVLI_VK_STORAGE_BUFFER;
-    write.ranges = &range;
-    vk->fn.update_sets(vk->device, 1, &write, 0, NULL);
-}
-
 /* A bank that is not mapped is bank 0: no entry names it. */
 static void kvli_vk_set_bank(const kvl_cache *c, uint32_t bank) {
     const kvli_vk_cache *cc = kvli_vk_of(c);
@@ -10012,21 +9442,11 @@ static int kvli_vk_new_sets(const kvl_cache *c, kvli_vk_cache *cc) {
     const struct kvli_vk *vk = c->ctx->vk;
     uint32_t n = kvli_vk_n_sets(c);
     kvli_vk_pool_size size = {KVLI_VK_STORAGE_BUFFER, cc->n_banks + KVLI_VK_MORE_BUFFERS + 2 * n};
-    kvli_vk_set_pool_info info;
-    kvli_vk_sets_info one;
-    memset(&info, 0, sizeof info);
-    memset(&one, 0, sizeof one);
-    info.type = KVLI_VK_TYPE_SET_POOL;
-    info.max_sets = n;
-    info.n_sizes = 1;
-    info.sizes = &size;
+    kvli_vk_set_pool_info info = {KVLI_VK_TYPE_SET_POOL, NULL, 0, n, 1, &size};
     int e = vk->fn.create_set_pool(vk->device, &info, NULL, &cc->set_pool);
     if (kvli_vk_failed(e)) cc->set_pool = NULL;
-    one.type = KVLI_VK_TYPE_SETS;
-    one.pool = cc->set_pool;
-    one.count = 1;
     for (uint32_t i = 0; i < n && !kvli_vk_failed(e); i++) {
-        one.layouts = &cc->pipes.sets[i != 0];
+        kvli_vk_sets_info one = {KVLI_VK_TYPE_SETS, NULL, cc->set_pool, 1, &cc->pipes.sets[i != 0]};
         e = vk->fn.alloc_sets(vk->device, &one, &cc->sets[i]);
     }
     return e;
@@ -10066,7 +9486,7 @@ static kvl_result kvli_vk_acquire(kvl_cache *c) {
     cc->next = vk->caches;
     vk->caches = c;
     kvli_unlock(&vk->lock);
-    kvl_result r = kvli_vk_pipelines(c);
+    kvl_result r = kvli_vk_pipelines(c, cc->n_banks, cc->layer_preset, &cc->pipes);
     if (r == KVL_OK)
         r = kvli_vk_ok(c, kvli_vk_new_commands(vk, KVLI_VK_RING, &cc->command_pool, cc->commands),
                        "vkAllocateCommandBuffers");
@@ -10378,10 +9798,34 @@ static kvl_result kvli_vk_attend_items(kvl_cache *c, const kvli_attend *a, const
     return r;
 }
 
+/* Blocks that are sealed come first in the list. */
+static kvl_result kvli_vk_store(kvl_cache *c, const kvli_gpu_group *g, const kvli_vk_tensors *t,
+                                kvli_vk_push *push) {
+    const kvli_vk_cache *cc = kvli_vk_of(c);
+    const uint32_t grid[2] = {c->geo.n_kv_heads, 2}, preset = cc->layer_preset[push->layer];
+    const kvli_vk_pipeline pipelines[2] = {cc->pipes.store[preset], cc->pipes.write[preset]};
+    uint32_t n[2] = {pipelines[0] == pipelines[1] ? g->n_stores : g->n_seals, 0};
+    kvl_result r = KVL_OK;
+    n[1] = g->n_stores - n[0];
+    push->list = g->stores / 4;
+    for (uint32_t i = 0; i < 2 && r == KVL_OK; i++) {
+        kvli_vk_commands commands;
+        push->n = n[i];
+        if (i && n[0] && n[1]) {
+            r = kvli_vk_begin_layer(c, &commands);
+            if (r != KVL_OK) break;
+            kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
+        }
+        r = kvli_vk_run(c, pipelines[i], t->store, push, grid,
+                        (uint64_t)c->geo.block_tokens * c->geo.k_dim * c->geo.n_kv_heads * 8);
+        push->list += n[i] * (uint32_t)(sizeof(kvli_gpu_store) / 4);
+    }
+    return r;
+}
+
 static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kvli_vk_tensors *t) {
     const kvli_vk_cache *cc = kvli_vk_of(c);
     const kvli_gpu_group *g = &cc->tables.groups[a->layer->group];
-    const uint32_t grid[2] = {c->geo.n_kv_heads, 2};
     kvli_vk_commands commands;
     kvli_vk_push push;
     memset(&push, 0, sizeof push);
@@ -10393,13 +9837,9 @@ static kvl_result kvli_vk_layer_run(kvl_cache *c, const kvli_attend *a, const kv
     push.gqa = c->geo.gqa;
     push.a = t->k;
     push.b = t->v;
-    push.list = g->stores / 4;
-    push.n = g->n_stores;
     kvl_result r = kvli_vk_begin_layer(c, &commands);
     if (r == KVL_OK && cc->record) kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
-    if (r == KVL_OK)
-        r = kvli_vk_run(c, cc->pipes.store[cc->layer_preset[push.layer]], t->store, &push, grid,
-                        (uint64_t)c->geo.block_tokens * c->geo.k_dim * c->geo.n_kv_heads * 8);
+    if (r == KVL_OK) r = kvli_vk_store(c, g, t, &push);
     if (r == KVL_OK) r = kvli_vk_attend_items(c, a, t, &push);
     if (r == KVL_OK && cc->record)
         kvli_vk_wall(c->ctx->vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);

@@ -29,8 +29,9 @@
    another, after a barrier and only where a store has something to seal, seals. */
 #define KVLI_VK_WRITES 1
 #define KVLI_VK_SEALS 2
-/* WORKGROUP of the store shader: a power of two in 32..128, in 4..128 if it only writes. */
+/* WORKGROUP of the store shader: a power of two in 32..128; if it only writes, any. */
 #define KVLI_VK_STORE_WORKGROUP 128
+#define KVLI_VK_WRITE_WORKGROUP 8
 
 /* Descriptors, all of storage buffers. Set 0: */
 #define KVLI_VK_PAGES \

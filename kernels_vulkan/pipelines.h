@@ -1,30 +1,24 @@
 /* Which shaders a cache runs: pipelines are made when it is created (or recovered), tested once, kept in the context for all
-   of its caches, and remembered from run to run (kvl_vulkan_cache). Of kvlite.h (>>vulkan), which includes what it needs
-   to declare a device with the rest of the header, and the rest when there is one. */
-#ifndef KVLI_VULKAN_PIPELINES_H
+   of its caches, and remembered from run to run (kvl_vulkan_cache). C for kvlite.h (>>vulkan); the text of this file stands
+   in the generated kvlite_vulkan_kernels.h, and says nothing to others. */
+#if defined(KVLITE_IMPLEMENTED) && !defined(KVLI_VULKAN_PIPELINES_H)
 #define KVLI_VULKAN_PIPELINES_H
 
-enum { KVLI_VK_UNTESTED, KVLI_VK_RIGHT, KVLI_VK_WRONG };
-typedef struct kvli_vk_layouts { /* of pipelines with so many banks */
-    struct kvli_vk_layouts *next;
-    uint32_t banks;
+/* What a cache runs: the context's, by preset. write: instead of store, where nothing is sealed. */
+typedef struct kvli_vk_pipes {
     kvli_vk_set_layout sets[2];
-    kvli_vk_pipeline_layout pipeline;
-} kvli_vk_layouts;
-typedef struct kvli_vk_made {
-    uint32_t shader, special[KVLI_VK_SPECIALISATIONS], verdict; /* shader: in kvli_vk_shaders */
-    kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
-} kvli_vk_made;
-typedef struct kvli_vk_shelf {
-    uint32_t filled; /* 1: with what desc.vulkan.cache has */
-    kvli_vk_layouts *layouts;
-    kvli_vk_made *made;
-    uint32_t n_made, max_made;
-    kvli_vk_pipeline_cache cache;
-} kvli_vk_shelf;
-#endif
+    kvli_vk_pipeline_layout layout;
+    kvli_vk_pipeline store[16], write[16], decode[16], prefill[16], merge, copy;
+} kvli_vk_pipes;
 
-#ifdef KVLI_VULKAN_PIPELINES
+static void kvli_vk_set_range(const struct kvli_vk *vk, kvli_vk_set set, uint32_t binding, uint32_t element,
+                              const kvli_vk_piece *p, uint64_t offset, uint64_t bytes) {
+    kvli_vk_range range = {p->buffer, offset, bytes};
+    kvli_vk_write_set write = {KVLI_VK_TYPE_WRITE_SET, NULL, set,    binding, element, 1,
+                               KVLI_VK_STORAGE_BUFFER, NULL, &range, NULL};
+    vk->fn.update_sets(vk->device, 1, &write, 0, NULL);
+}
+
 /* A line of the report, once. */
 static void kvli_vk_say(kvl_context *ctx, const char *format, ...) {
     char line[256];
@@ -106,7 +100,7 @@ static uint32_t kvli_vk_looks_at(uint32_t sort) {
                    shape = 1u << KVLI_VK_WORKGROUP | 1u << KVLI_VK_BANKS;
     return sort == KVLI_VT_COPY    ? shape
            : sort == KVLI_VT_MERGE ? shape | 1u << KVLI_VK_DIM
-           : sort == KVLI_VT_STORE ? all & ~(1u << KVLI_VK_ROWS | 1u << KVLI_VK_LANES)
+           : sort <= KVLI_VT_WRITE ? all & ~(1u << KVLI_VK_ROWS | 1u << KVLI_VK_LANES)
                                    : all;
 }
 
@@ -248,20 +242,24 @@ static const char *kvli_vk_variant(uint32_t variant) {
 }
 
 /* Constants of a shader for a preset. False: not with this variant. */
-static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_preset *p, uint32_t variant,
-                               uint32_t *s) {
+static bool kvli_vk_specialise(const kvl_cache *c, uint32_t banks, uint32_t sort, const kvl_preset *p,
+                               uint32_t variant, uint32_t *s) {
     const struct kvli_vk *vk = c->ctx->vk;
     uint32_t dim = c->geo.k_dim, T = c->geo.block_tokens, rows, lanes, shared = 0,
              subgroup = variant & KVLI_VK_SUBGROUP ? vk->caps.subgroup_size : 0;
     s[KVLI_VK_WORKGROUP] = sort == KVLI_VT_MERGE ? KVLI_VK_MERGE_WORKGROUP : KVLI_VK_STORE_WORKGROUP;
-    s[KVLI_VK_BANKS] = kvli_vk_of(c)->n_banks;
+    s[KVLI_VK_BANKS] = banks;
     s[KVLI_VK_K_FORMAT] = p->k & ~(kvl_format)KVL_ROTATED;
     s[KVLI_VK_V_FORMAT] = p->v & ~(kvl_format)KVL_ROTATED;
     s[KVLI_VK_EXACT_FORMAT] = p->exact;
     s[KVLI_VK_ROTATED] = (p->k & KVL_ROTATED ? 1u : 0) | (p->v & KVL_ROTATED ? 2u : 0);
     s[KVLI_VK_DIM] = dim;
     s[KVLI_VK_BLOCK_TOKENS] = T;
-    s[KVLI_VK_ROWS] = s[KVLI_VK_LANES] = 0;
+    s[KVLI_VK_ROWS] = s[KVLI_VK_LANES] = s[KVLI_VK_PARTS] = 0;
+    if (sort == KVLI_VT_WRITE) {
+        s[KVLI_VK_WORKGROUP] = KVLI_VK_WRITE_WORKGROUP;
+        s[KVLI_VK_PARTS] = KVLI_VK_WRITES;
+    }
     if (sort == KVLI_VT_DECODE) {
         s[KVLI_VK_ROWS] = rows = kvli_vk_decode_rows(c->geo.gqa);
         s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.is_cpu);
@@ -293,7 +291,8 @@ static kvl_result kvli_vk_pipeline_get(kvl_cache *c, const kvli_vk_layouts *l, u
         while (i < n && (strcmp(kvli_vk_shaders[i].name, kvli_vk_names[sort]) ||
                          kvli_vk_shaders[i].variant != variant))
             i++;
-        if (i == n || variant & ~ctx->vk->caps.variants || !kvli_vk_specialise(c, sort, p, variant, special))
+        if (i == n || variant & ~ctx->vk->caps.variants ||
+            !kvli_vk_specialise(c, l->banks, sort, p, variant, special))
             continue;
         kvli_vk_made *made = kvli_vk_made_at(ctx, i, special);
         if (!made)
@@ -318,13 +317,12 @@ static kvl_result kvli_vk_pipeline_get(kvl_cache *c, const kvli_vk_layouts *l, u
                       c->geo.k_dim, why);
 }
 
-static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
-    kvli_vk_cache *cc = kvli_vk_of(c);
-    kvli_vk_pipes *out = &cc->pipes;
+static kvl_result kvli_vk_pipelines_all(kvl_cache *c, uint32_t n_banks, const uint8_t *layer_preset,
+                                        kvli_vk_pipes *out) {
     kvli_vk_layouts *l = NULL;
-    uint32_t used[KVLI_VT_SORTS] = {0, 0, 0, 0, 0};
+    uint32_t used[KVLI_VT_SORTS] = {0, 0, 0, 0, 0, 0};
     const kvl_preset *presets = kvl_presets(NULL);
-    kvl_result r = kvli_vk_layouts_get(c->ctx, cc->n_banks, kvli_err(c), &l);
+    kvl_result r = kvli_vk_layouts_get(c->ctx, n_banks, kvli_err(c), &l);
     memset(out, 0, sizeof *out);
     if (r != KVL_OK) return r;
     memcpy(out->sets, l->sets, sizeof out->sets);
@@ -333,10 +331,13 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
     if (r == KVL_OK)
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_MERGE, presets, &out->merge, &used[KVLI_VT_MERGE]);
     for (uint32_t n = 0; n < c->geo.n_layers && r == KVL_OK; n++) {
-        uint32_t i = cc->layer_preset[n];
+        uint32_t i = layer_preset[n];
         const kvl_preset *p = &presets[i];
         if (out->store[i]) continue;
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_STORE, p, &out->store[i], &used[KVLI_VT_STORE]);
+        out->write[i] = out->store[i];
+        if (r == KVL_OK && c->ctx->vk->caps.is_cpu) /* which runs both branches of a condition */
+            r = kvli_vk_pipeline_get(c, l, KVLI_VT_WRITE, p, &out->write[i], &used[KVLI_VT_WRITE]);
         if (r == KVL_OK)
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
         if (r == KVL_OK)
@@ -349,14 +350,16 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
     }
     return r;
 }
-static kvl_result kvli_vk_pipelines(kvl_cache *c) {
+/* All that the cache's layers need, tested. */
+static kvl_result kvli_vk_pipelines(kvl_cache *c, uint32_t n_banks, const uint8_t *layer_preset,
+                                    kvli_vk_pipes *out) {
     kvli_lock(&c->ctx->vk->lock);
-    kvl_result r = kvli_vk_pipelines_all(c);
+    kvl_result r = kvli_vk_pipelines_all(c, n_banks, layer_preset, out);
     kvli_unlock(&c->ctx->vk->lock);
     return r;
 }
 
-/* What stands on the device goes with it; verdicts stay. */
+/* What stands on the device goes with it; verdicts stay. Also after a start that failed, and twice. */
 static void kvli_vk_pipelines_free(kvl_context *ctx) {
     struct kvli_vk *vk = ctx->vk;
     kvli_vk_shelf *p = &vk->shelf;
@@ -455,12 +458,12 @@ static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why) {
     kvli_vk_pipeline_cache_info info = {KVLI_VK_TYPE_PIPELINE_CACHE, NULL, 0, 0, NULL};
     const uint8_t *at = vk->shelf.filled ? NULL : (const uint8_t *)ctx->desc.vulkan.cache;
     kvli_vk_blob b;
-    vk->shelf.filled = 1;
+    vk->shelf.filled = true;
     kvli_vk_say(ctx, "%s has %s shaders, subgroups of %u%s", vk->properties.name,
                 kvli_vk_variant(vk->caps.variants), vk->caps.subgroup_size,
                 vk->caps.is_cpu ? "; it is a CPU" : "");
     const char *fault = at ? kvli_vk_blob_fault(ctx, at, n, &b) : NULL;
-    if (fault) kvli_vk_say(ctx, "vulkan.cache is not used: %s", fault);
+    if (fault) kvli_vk_say(ctx, "vulkan.cache is ignored: %s", fault);
     for (uint32_t i = 0; at && !fault && i < b.n_verdicts; i++) {
         uint32_t w[KVLI_VK_VERDICT_WORDS];
         memcpy(w, at + sizeof b + i * sizeof w, sizeof w);
@@ -523,41 +526,5 @@ static kvl_result kvli_vk_blob_out(kvl_context *ctx, void *to, size_t *bytes) {
     kvl_result r = kvli_vk_blob_write(ctx, (uint8_t *)to, bytes);
     kvli_unlock(&ctx->vk->lock);
     return r;
-}
-
-/* ---- how much room there is ---- */
-static kvl_result kvli_vk_room(const kvl_context *ctx, kvl_memory_info *out) {
-    const struct kvli_vk *vk = ctx->vk;
-    kvli_vk_memory_properties memory;
-    kvli_vk_budget_properties budget;
-    uint32_t i = 0;
-    memset(out, 0, sizeof *out);
-    if (vk->lost || !vk->device) return KVL_DEVICE_LOST;
-    memset(&memory, 0, sizeof memory);
-    memset(&budget, 0, sizeof budget);
-    memory.type = KVLI_VK_TYPE_MEMORY_PROPERTIES;
-    budget.type = KVLI_VK_TYPE_BUDGET_PROPERTIES;
-    memory.next = vk->caps.memory_budget ? &budget : NULL;
-    vk->fn.memory_properties(vk->physical, &memory);
-    while (i + 1 < memory.n_types && !(memory.types[i].flags & KVLI_VK_MEMORY_DEVICE_LOCAL)) i++;
-    uint32_t heap = memory.types[i].heap; /* where blocks are put first */
-    out->total = memory.heaps[heap].size;
-    out->budget = out->total / 10 * 8;
-    out->live = vk->caps.memory_budget && budget.budget[heap];
-    out->unified = vk->caps.unified;
-    if (out->live) {
-        out->budget = budget.budget[heap] < out->total ? budget.budget[heap] : out->total;
-        out->used = budget.usage[heap];
-    } else {
-        kvli_lock(&ctx->vk->lock);
-        for (kvl_cache *c = vk->caches; c; c = kvli_vk_of(c)->next) {
-            kvli_lock(&c->lock);
-            out->used += c->published.bytes_slabs + c->published.bytes_scratch + c->published.bytes_workspace;
-            kvli_unlock(&c->lock);
-        }
-        kvli_unlock(&ctx->vk->lock);
-    }
-    out->available = out->budget > out->used ? out->budget - out->used : 0;
-    return KVL_OK;
 }
 #endif

@@ -1,13 +1,14 @@
 /* What each shader must compute: small problems with answers that the CPU knows, for kvlite.h (>>vulkan), which tests every
    variant on its driver before it is used. The text of this file stands in the generated kvlite_vulkan_kernels.h, since what
    was found right or wrong is remembered together with the hash of all that; to others than kvlite.h it says nothing. */
-#ifdef KVLI_VULKAN_PIPELINES
+#if defined(KVLITE_IMPLEMENTED) && !defined(KVLI_VULKAN_SELFTEST_H)
+#define KVLI_VULKAN_SELFTEST_H
 
+/* Two KV heads of a sequence whose blocks stand as in a cache: the first exact, others packed, those of the step's rows in
+   the scratch and, what is not sealed, in a block. All regions are in one buffer that the host sees. */
 /* Errors that are allowed, of the sum of magnitudes that a number is made of: above what float arithmetic in any order gives,
    below what a token or a code that is wrong does. */
 static const double kvli_vt_tolerance = 1e-3;
-/* Two KV heads of a sequence whose blocks stand as in a cache: the first exact, others packed, those of the step's rows in
-   the scratch and, what is not sealed, in a block. All regions are in one buffer that the host sees. */
 enum { KVLI_VT_HEADS = 2, KVLI_VT_CASES = 12, KVLI_VT_CODES = 5 };
 enum {
     KVLI_VT_SCRATCH,
@@ -21,8 +22,18 @@ enum {
     KVLI_VT_B,
     KVLI_VT_REGIONS
 };
-enum { KVLI_VT_STORE, KVLI_VT_DECODE, KVLI_VT_PREFILL, KVLI_VT_MERGE, KVLI_VT_COPY, KVLI_VT_SORTS };
-static const char *const kvli_vk_names[KVLI_VT_SORTS] = {"store", "decode", "prefill", "merge", "copy"};
+/* (Write: store, of KVLI_VK_WRITES.) */
+enum {
+    KVLI_VT_STORE,
+    KVLI_VT_WRITE,
+    KVLI_VT_DECODE,
+    KVLI_VT_PREFILL,
+    KVLI_VT_MERGE,
+    KVLI_VT_COPY,
+    KVLI_VT_SORTS
+};
+static const char *const kvli_vk_names[KVLI_VT_SORTS] = {"store",   "store", "decode",
+                                                         "prefill", "merge", "copy"};
 
 typedef struct kvli_vk_case {
     kvli_vk_push push;
@@ -112,13 +123,13 @@ static void kvli_vt_shape(kvli_vk_test *t) {
     bool attends = t->sort == KVLI_VT_DECODE || t->sort == KVLI_VT_PREFILL,
          uses_dim = t->sort != KVLI_VT_COPY;
     t->dim = uses_dim ? s[KVLI_VK_DIM] : 64;
-    t->T = attends || t->sort == KVLI_VT_STORE ? s[KVLI_VK_BLOCK_TOKENS] : 32;
+    t->T = attends || t->sort <= KVLI_VT_WRITE ? s[KVLI_VK_BLOCK_TOKENS] : 32;
     t->gqa = attends && s[KVLI_VK_ROWS] % 2 ? 1 : 2;
     t->n_rows = attends ? s[KVLI_VK_ROWS] / t->gqa : 2;
     uint32_t before = 5 + kvli_div_up(t->n_rows, t->T);
     t->position = before * t->T - t->n_rows / 2 + (t->n_rows == 1 ? 3 : 0);
     t->first_own = t->position / t->T;
-    t->n_blocks = t->sort == KVLI_VT_STORE ? 9 : (t->position + t->n_rows - 1) / t->T + 1;
+    t->n_blocks = t->sort <= KVLI_VT_WRITE ? 9 : (t->position + t->n_rows - 1) / t->T + 1;
     for (uint32_t v = 0; v < 2; v++)
         for (uint32_t e = 0; e < 2; e++) {
             kvli_side *side = &t->side[v][e];
@@ -210,6 +221,7 @@ static void kvli_vt_store(kvli_vk_test *t) {
     kvli_gpu_store *list = (kvli_gpu_store *)kvli_vt_table(t, KVLI_VT_LIST);
     uint32_t T = t->T, n = 2 * T - 1;
     size_t stride = KVLI_VT_HEADS * t->dim + 2, bytes = n * stride * 4;
+    bool seals = t->two_class && t->sort == KVLI_VT_STORE;
     for (uint32_t d = 0; d < 3; d++) {
         const kvli_gpu_store of[3] = {
             {kvli_vt_scratch(t, d), kvli_vt_packed(t, 3 * d), 2 * d, 0, T, 0},
@@ -238,12 +250,12 @@ static void kvli_vt_store(kvli_vk_test *t) {
                     memcpy(kvli_vt_tile(t, t->gpu, of[i].exact, h, v), tile, exact->tile_bytes);
                     kvli_write_rows(exact->format, t->dim, from, (kvl_dtype)d, stride, of[i].n_rows, tile,
                                     of[i].at, t->simd);
-                    if (of[i].sealed && t->two_class)
+                    if (of[i].sealed && seals)
                         kvli_seal_tile(&t->side[v][KVLI_PACKED], exact->format, tile,
                                        kvli_vt_tile(t, t->cpu, of[i].sealed, h, v), t->simd);
                 }
         }
-        for (uint32_t i = 0; i < 3 && !t->two_class; i++) list[3 * d + i].sealed = 0;
+        for (uint32_t i = 0; i < 3 && !seals; i++) list[3 * d + i].sealed = 0;
     }
 }
 
@@ -552,11 +564,10 @@ static bool kvli_vt_copy_check(kvli_vk_test *t) {
 static const struct {
     void (*make)(kvli_vk_test *t);
     bool (*check)(kvli_vk_test *t);
-} kvli_vt_sorts[KVLI_VT_SORTS] = {{kvli_vt_store, kvli_vt_store_check},
-                                  {kvli_vt_attend, kvli_vt_attend_check},
-                                  {kvli_vt_attend, kvli_vt_attend_check},
-                                  {kvli_vt_merge, kvli_vt_merge_check},
-                                  {kvli_vt_copy, kvli_vt_copy_check}};
+} kvli_vt_sorts[KVLI_VT_SORTS] = {
+    {kvli_vt_store, kvli_vt_store_check},   {kvli_vt_store, kvli_vt_store_check},
+    {kvli_vt_attend, kvli_vt_attend_check}, {kvli_vt_attend, kvli_vt_attend_check},
+    {kvli_vt_merge, kvli_vt_merge_check},   {kvli_vt_copy, kvli_vt_copy_check}};
 
 /* The problem, in t->gpu, of t->at[KVLI_VT_REGIONS] bytes, and memory of the CPU's. */
 static void kvli_vt_make(kvli_vk_test *t, uint8_t *cpu) {

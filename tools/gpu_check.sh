@@ -255,8 +255,8 @@ for tool in memcheck racecheck synccheck; do
   fi
 done
 part same 60 bash -c same
-part vulkan:conformance 75 bash -c vulkan_conformance
-part vulkan:bench 75 bash -c "vulkan_bench 45"
+part vulkan:conformance $((mock ? 300 : 75)) bash -c vulkan_conformance
+part vulkan:bench $((mock ? 300 : 75)) bash -c "vulkan_bench 45"
 if [ -n "${flashinfer_build:-}" ]; then wait "$flashinfer_build"; flashinfer_status=$?; fi
 watch_clocks
 left=$((440 - (SECONDS - begin)))

@@ -21,7 +21,8 @@ from kernel_sources import ROOT, check_header, fail, hash_of, read, run, write_i
 
 SOURCES = "kernels_vulkan"
 HEADER = SOURCES + "/kvlite_vulkan_kernels.h"
-TEXTS = ["kernels_cuda/tables.h"] + [SOURCES + "/" + n for n in ("vk_api.h", "abi.h", "selftest.h", "pipelines.h")]  # in the header
+# What they say stands in the header, of the last one after the shaders.
+TEXTS = ["kernels_cuda/tables.h"] + [SOURCES + n for n in ("/vk_api.h", "/abi.h", "/device.h", "/selftest.h", "/pipelines.h")]
 MACROS = {1: "KVL_FP16", 2: "KVL_STORAGE16", 4: "KVL_SUBGROUP"}  # bits of a variant, as in abi.h
 VARIES_BY = {"store": 2, "decode": 1 | 2 | 4, "prefill": 1 | 2, "merge": 2, "copy": 0, "read": 0}
 # What SPIR-V modules may need: always (Shader), and with each bit of the variant (Float16; StorageBuffer16BitAccess;
@@ -132,7 +133,7 @@ static const kvli_vk_shader kvli_vk_shaders[] = {
 };
 
 #endif
-"""
+%(last)s"""
 
 
 def array_text(name, variant, words):
@@ -156,7 +157,7 @@ def sum_of(modules):
 def header_text(modules):
     table = ['    {"%s", %d, kvli_vk_%s_%d, %d},' % (name, variant, name, variant, len(words))
              for name, variant, words in modules]
-    return TEXT % {"versions": versions(), "sum": sum_of(modules), "texts": "\n".join(read(t) for t in text_files()),
+    return TEXT % {"versions": versions(), "sum": sum_of(modules), "texts": "\n".join(map(read, TEXTS[:-1])), "last": read(TEXTS[-1]),
                    "hash": source_hash(), "arrays": "\n".join(array_text(*m) for m in modules), "table": "\n".join(table)}
 
 

@@ -21,7 +21,7 @@ typedef struct device {
     VkDevice device;
     VkDescriptorSetLayout sets[2];
     VkPipelineLayout layout;
-    uint32_t subgroup, variants;
+    uint32_t subgroup, shared, variants;
     char name[VK_MAX_PHYSICAL_DEVICE_NAME_SIZE];
     PFN_vkGetPipelineExecutablePropertiesKHR executables;
     PFN_vkGetPipelineExecutableStatisticsKHR statistics;
@@ -66,6 +66,7 @@ static void open_device(device *d) {
     vkGetPhysicalDeviceProperties2(d->physical, &properties);
     snprintf(d->name, sizeof d->name, "%s", properties.properties.deviceName);
     d->subgroup = subgroup.subgroupSize;
+    d->shared = properties.properties.limits.maxComputeSharedMemorySize;
     VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR executable = {
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR};
     VkPhysicalDevice16BitStorageFeatures storage = {
@@ -205,15 +206,20 @@ typedef struct job {
     uint32_t block_tokens, rows, workgroup, lanes;
 } job;
 
-static void shape(job *j, uint32_t subgroup) {
-    const uint32_t shuffles = j->variant & KVLI_VK_SUBGROUP ? subgroup : 0;
+static void shape(const device *d, job *j) {
+    const uint32_t shuffles = j->variant & KVLI_VK_SUBGROUP ? d->subgroup : 0;
     j->block_tokens = 32;
     j->rows = kvli_vk_decode_rows(j->gqa);
-    j->workgroup = 128;
+    j->workgroup = strcmp(j->shader, "merge") == 0 ? KVLI_VK_MERGE_WORKGROUP : KVLI_VK_STORE_WORKGROUP;
     j->lanes = 4;
     if (strcmp(j->shader, "decode") == 0) {
         j->workgroup = kvli_vk_decode_workgroup(shuffles, 0);
         j->lanes = kvli_vk_decode_lanes(j->dim, j->rows, j->workgroup, shuffles, 0);
+    }
+    if (strcmp(j->shader, "prefill") == 0) {
+        j->rows = kvli_vk_prefill_rows(j->dim, d->shared);
+        j->workgroup = kvli_vk_prefill_workgroup(d->shared);
+        j->lanes = kvli_vk_prefill_lanes(j->dim);
     }
 }
 
@@ -264,7 +270,7 @@ int main(int argc, char **argv) {
     open_device(&d);
     make_layout(&d);
     while (scanf("%31s %u %31s %u %u", j.shader, &j.variant, j.preset, &j.dim, &j.gqa) == 5) {
-        shape(&j, d.subgroup);
+        shape(&d, &j);
         ok = run_job(&d, argv[1], &j) && ok;
     }
     return !ok;

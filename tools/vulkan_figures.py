@@ -105,26 +105,38 @@ def loops(code):
 FMA = re.compile(r"v_(?:pk_)?(?:fma|mac|mad|dot)")
 
 
+def inside(a, b):
+    return b[0] <= a[0] and a[1] <= b[1] and a != b
+
+
 def decode_loop(code, record):
-    """Adds to a decode pipeline's record what its loop over packed blocks takes: the first outermost loop with the products of
-    scores and sums in it. All that stands in it counts, rare ways too, so that this is the most."""
-    found = list(loops(code))
-    outer = sorted((b, e) for b, e in found if not any(c <= b and e <= f and (b, e) != (c, f) for c, f in found))
+    """Adds to a decode pipeline's record what its loop over packed blocks takes: the first of the innermost loops with the
+    products of scores and sums in them, with the loops around it that have nothing else in them. All that stands in it
+    counts, rare ways too, so that this is the most."""
     per_token = 2 * record["rows"] * record["dim"] / record["lanes"]  # products of one lane
-    for begin, end in outer:
-        body = [t for t in code[begin:end + 1] if is_instruction(t)]
-        products = sum(1 + t.startswith("v_pk_") for t in body if FMA.match(t))
-        if products < per_token / 2:
-            continue
-        waves, slots = -(-record["workgroup"] // record["subgroup"]), record["workgroup"] // record["lanes"]
-        tokens = slots * 2 ** round(math.log2(products / per_token))  # (decoding has some products, too)
-        kv = record["tile_bytes"] * tokens / record["block_tokens"]
-        vector = sum(t.startswith("v_") for t in body)
-        record.update(loop=len(body), loop_vector=vector, loop_tokens=tokens, loop_bytes=round(kv),
-                      instructions_per_kv_byte=round(len(body) * waves / kv, 4), vector_per_kv_byte=round(vector * waves / kv, 4))
-        device = FAMILIES[record["family"]]
-        record["gbs_by_issue"] = round(device["cus"] * device["ghz"] / record["vector_per_kv_byte"])
+
+    def products(loop):
+        return sum(1 + t.startswith("v_pk_") for t in code[loop[0]:loop[1] + 1] if FMA.match(t))
+
+    every = list(loops(code))
+    with_products = [a for a in every if products(a) >= per_token / 2]
+    innermost = sorted(a for a in with_products if not any(inside(b, a) for b in with_products))
+    if not innermost:
         return
+    main = innermost[0]
+    chain = [b for b in every if inside(main, b)]
+    for around in sorted(chain, key=lambda b: b[1] - b[0]):
+        if all(b in chain or b == innermost[0] or inside(b, innermost[0]) for b in every if inside(b, around)):
+            main = around
+    body = [t for t in code[main[0]:main[1] + 1] if is_instruction(t)]
+    waves, slots = -(-record["workgroup"] // record["subgroup"]), record["workgroup"] // record["lanes"]
+    tokens = slots * 2 ** round(math.log2(products(main) / per_token))  # (decoding has some products, too)
+    kv = record["tile_bytes"] * tokens / record["block_tokens"]
+    vector = sum(t.startswith("v_") for t in body)
+    record.update(loop=len(body), loop_vector=vector, loop_tokens=tokens, loop_bytes=round(kv),
+                  instructions_per_kv_byte=round(len(body) * waves / kv, 4), vector_per_kv_byte=round(vector * waves / kv, 4))
+    device = FAMILIES[record["family"]]
+    record["gbs_by_issue"] = round(device["cus"] * device["ghz"] / record["vector_per_kv_byte"])
 
 
 # ---- all of it ----

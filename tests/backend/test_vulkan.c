@@ -339,7 +339,7 @@ static int run(const char *filter, bool full) {
     device = on(part(make("lent device and tensors", 0, full), 4, EVERY), true, false);
     record = on(part(make("recorded", 0, full), 7, EVERY), true, true);
     small = part(make("small limits", 0, full), 10, EVERY);
-    small.shown.max_range = small.shown.max_alloc = 8u << 20;
+    small.shown.max_range = small.shown.max_alloc = 24u << 20;
     small.shown.max_buffers = 24;
     discrete = part(make("memory that the host does not see", 0, full), 13, EVERY);
     discrete.shown.discrete = true;

@@ -181,15 +181,20 @@ static uint16_t get16(const uint8_t *p) {
     return h;
 }
 
-// The least numbers that there are of codes and scales: subnormals.
+// Subnormal codes (FP8) or scales (all others), yet numbers that are large enough to be missed.
 static void fill_small_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint8_t *tile) {
     uint32_t rows = tokens * row_bytes(f, dim), bytes = rows + scale_bytes(f, dim, tokens);
-    for (uint32_t i = 0; i < rows; i++) tile[i] = (uint8_t)r();
-    for (uint32_t i = 0; i < rows && f == KVLI_GPU_FP8_E4M3; i++) tile[i] &= 0x87;
-    for (uint32_t i = 0; i < rows && f == KVLI_GPU_NVFP4; i++) tile[i] &= 0x99;
-    for (uint32_t i = 0; i < rows && f == KVLI_GPU_INT8; i++) tile[i] = tile[i] == 128 ? 127 : tile[i];
-    for (uint32_t i = rows; i < bytes && f == KVLI_GPU_NVFP4; i++) tile[i] = (uint8_t)(1 + r() % 7);
-    for (uint32_t i = rows; i < bytes && f != KVLI_GPU_NVFP4; i += 2) put16(tile + i, (uint16_t)(1 + r() % 1023));
+    for (uint32_t i = 0; i < rows; i++) {
+        tile[i] = (uint8_t)r();
+        if (f == KVLI_GPU_FP8_E4M3) tile[i] &= 0x87;
+        if (f == KVLI_GPU_INT8 && tile[i] == 128) tile[i] = 127;
+    }
+    for (uint32_t i = rows; i < bytes; i += f == KVLI_GPU_NVFP4 ? 1 : 2) {
+        if (f == KVLI_GPU_NVFP4)
+            tile[i] = (uint8_t)(1 + r() % 7);
+        else
+            put16(tile + i, f == KVLI_GPU_FP8_E4M3 ? f16_bits(r() % 64) : (uint16_t)(1 + r() % 1023));
+    }
 }
 
 // Random numbers of about unit size.

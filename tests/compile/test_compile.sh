@@ -171,6 +171,12 @@ bits32() {
   one_unit "$1" "$2" -O1 "${flags[@]}"
 }
 
+# kvlite's own declarations of Vulkan have the layout of Vulkan's headers, where those are installed.
+vk_api() {
+  echo '#include <vulkan/vulkan_core.h>' | "$1" -x c -fsyntax-only - 2>/dev/null || skip "no Vulkan headers (libvulkan-dev)"
+  compile "$1" c11 -fsyntax-only "$here/vk_api.c"
+}
+
 for c in "$cc" "$clang"; do
   for std in c99 c11 gnu17; do check "declarations, $c $std" declarations "$c" "$std"; done
 done
@@ -181,6 +187,10 @@ check "implementation, $cc c99" implementation "$cc" c99 cc.o -O2
 check "implementation, $clang c99" implementation "$clang" c99 clang.o -O2
 check "implementation, $cxx c++11" implementation "$cxx" c++11 cxx.o -O2
 check "implementation, $clangxx c++11" implementation "$clangxx" c++11 clangxx.o -O2
+check "implementation, no CUDA" compile "$cc" c99 -DKVL_NO_CUDA -fsyntax-only "$here/implementation.c"
+check "implementation, no Vulkan" compile "$cxx" c++11 -DKVL_NO_VULKAN -fsyntax-only "$here/implementation.c"
+check "implementation, neither" compile "$cc" c99 -DKVL_NO_CUDA -DKVL_NO_VULKAN -fsyntax-only "$here/implementation.c"
+check "declarations of Vulkan" vk_api "$cc"
 check "public functions" list_functions
 for c in "$cc" "$clang"; do check "one unit, $c gnu99" one_unit "$c" gnu99; done
 for c in "$cxx" "$clangxx"; do check "one unit, $c c++11" one_unit "$c" c++11; done

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """The runner and kvlite end to end on SmolLM2-135M, against the numpy model in reference_model.py.
 
-usage: test_logits.py [-v] [CASE...]
+usage: test_logits.py [-v] [--backend vulkan] [CASE...]
 Runs from the root of the checkout on what `make test` builds; -v shows what was measured.
 
 With float activations and a float32 cache the runner must give the reference's logits and greedy text. Int8
 activations and each KV format may then differ from the reference by a Kullback-Leibler divergence (KLD) measured for
 them; that of the formats is bounded at about twice what it was, so that an exact block gone missing is seen. The same
 tokens must come out at any chunk size and number of threads, and with a reused prefix.
+
+With --backend vulkan the same of the Vulkan backend, on Mesa's lavapipe.
 """
+import glob
 import json
 import os
 import subprocess
@@ -76,6 +79,10 @@ MOST_LOG_PROB_ERROR = 3e-4  # 6e-5 was measured
 MOST_INT8_ACTIVATIONS = 0.005
 
 verbose = "-v" in sys.argv[1:]
+CASES = [a for a in sys.argv[1:] if a != "-v"]
+BACKEND = "cpu"
+if CASES[:1] == ["--backend"]:
+    BACKEND, CASES = CASES[1], CASES[2:]
 
 
 def say(text):
@@ -115,7 +122,7 @@ class Files:
 
     def dump(self, tokens, what, *options):
         path = self.write(tokens.astype(np.int32).tobytes())
-        return run(DUMP, "-m", MODEL, "--tokens", path, "--write", what, *map(str, options))
+        return run(DUMP, "-m", MODEL, "--tokens", path, "--write", what, "--backend", BACKEND, *map(str, options))
 
     def logits(self, tokens, n_vocab, *options):
         return np.frombuffer(self.dump(tokens, "logits", *options), np.float32).reshape(-1, n_vocab)
@@ -185,7 +192,7 @@ class Tests:
 
     def check_greedy(self, prompt, n_tokens, finish):
         command = [COMPLETE, "-m", MODEL, "-p", prompt, "-n", str(GREEDY), "--temp", "0"]
-        command += ["--act", "f32", "--kv", "f32"]
+        command += ["--act", "f32", "--kv", "f32", "--backend", BACKEND]
         answer = json.loads(run(*command, "--json"))
         tokens, text = answer["tokens"], answer["text"]
         check(run(*command).decode() == text, f"{prompt!r}: the text without --json is another")
@@ -230,13 +237,24 @@ class Tests:
                 check(other == alone, f"{preset} with {more}: other logits")
 
 
+def use_lavapipe():
+    found = [p for f in ("/usr/share", "/usr/local/share", "/etc") for p in glob.glob(f + "/vulkan/icd.d/lvp_icd.*json")]
+    if not found:
+        print("SKIP: lavapipe, Mesa's Vulkan driver for the CPU, is not there (make deps)")
+        sys.exit(77)
+    os.environ["VK_ICD_FILENAMES"] = os.environ["VK_DRIVER_FILES"] = found[0]
+    os.environ["MESA_SHADER_CACHE_DIR"] = os.path.join(BUILD, "vulkan_shaders")
+
+
 def main():
     if not os.path.exists(MODEL):
         print(f"SKIP: {MODEL} is not there (make model)")
         sys.exit(77)
+    if BACKEND == "vulkan":
+        use_lavapipe()
     with tempfile.TemporaryDirectory() as folder:
         tests = Tests(Files(folder))
-        sys.exit(run_methods(tests, [name for name in sys.argv[1:] if name != "-v"]))
+        sys.exit(run_methods(tests, CASES))
 
 
 if __name__ == "__main__":

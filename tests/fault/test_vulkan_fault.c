@@ -117,12 +117,12 @@ static void lives(const life *like, uint64_t every_failing, uint64_t every_lost)
     every_call(like, CALL_FAILS);
     faults.every = every_lost;
     every_call(like, DEVICE_LOST);
-    faults.every = 1;
+    faults.every = 9; /* of a recovery that fails itself */
 }
 static void test_host_tensors(void **state) {
     static const life like;
     (void)state;
-    lives(&like, 5, 5);
+    lives(&like, 5, 3);
 }
 /* A GPU with memory of its own, whose driver tells of its budget. */
 static void test_discrete(void **state) {
@@ -130,14 +130,14 @@ static void test_discrete(void **state) {
     (void)state;
     shown.discrete = shown.budget = true;
     shown.heap_budget = shown.heap_bytes = 256u << 20;
-    lives(&like, 23, 23);
+    lives(&like, 29, 7);
     memset(&shown, 0, sizeof shown);
 }
 static void test_lent_device(void **state) {
     static const life like = {.device = true, .lend = true};
     (void)state;
     shown.lock = true;
-    lives(&like, 11, 5);
+    lives(&like, 7, 3);
     memset(&shown, 0, sizeof shown);
 }
 
@@ -302,7 +302,7 @@ static void test_broken_shaders(void **state) {
     (void)state;
     good_life(&good);
     for (uint32_t i = 0; i < KT_COUNT(names); i++) {
-        for (uint32_t how = 0; how < 40; how = how ? how * 2 : 1) { /* 0: it does nothing */
+        for (uint32_t how = 0; how < 40; how = how ? how * 16 : 1) { /* 0: it does nothing */
             bool refused;
             break_shader(names[i], 0, how);
             snprintf(kt_where, sizeof kt_where, "%s, broken in way %u", names[i], how);
@@ -400,7 +400,7 @@ static bool is_used(const life *good, const uint8_t *bytes, size_t n) {
     d.context_desc.vulkan.cache_bytes = n;
     KT_OK(NULL, kvl_cache_create(&d, &w.cache));
     submits = vkw_count("vkQueueSubmit");
-    used = !strstr(kvl_context_report(kvl_cache_context(w.cache)), "not used");
+    used = !strstr(kvl_context_report(kvl_cache_context(w.cache)), "ignored");
     KT_CHECK(!used || submits <= 1, "%llu submits for tests that were done before",
              (unsigned long long)submits);
     life_add_requests(&w);
@@ -419,17 +419,17 @@ static void test_kept_pipelines(void **state) {
     bytes = kept(&n);
     copy = (uint8_t *)malloc(n);
     KT_CHECK(is_used(&good, bytes, n), "it is not used");
-    for (i = 0; i < 24; i++) { /* a bit is another one: in the header, and all over it */
-        size_t at = i < 12 ? i * 4 % n : (size_t)kt_mix(i) % n;
+    for (i = 0; i < 10; i++) { /* a bit is another one: in the header, and all over it */
+        size_t at = i < 4 ? i * 9 % n : (size_t)kt_mix(i) % n;
         memcpy(copy, bytes, n);
         copy[at] ^= (uint8_t)(1u << i % 8);
         snprintf(kt_where, sizeof kt_where, "byte %zu of %zu is wrong", at, n);
         KT_CHECK(!is_used(&good, copy, n), "it is used");
     }
-    for (i = 0; i < 8; i++) {
-        size_t less = i < 4 ? i * 7 : n - 1 - (i - 4) * n / 5;
+    for (i = 0; i < 4; i++) {
+        size_t less = i < 2 ? 7 + i * 40 : n - 1 - (i - 2) * n / 3;
         snprintf(kt_where, sizeof kt_where, "%zu of %zu bytes", less, n);
-        if (less) KT_CHECK(!is_used(&good, bytes, less), "it is used");
+        KT_CHECK(!is_used(&good, bytes, less), "it is used");
     }
     snprintf(kt_where, sizeof kt_where, "another driver");
     shown.driver_version = 77;

@@ -44,7 +44,7 @@ static float uniform(void) { return (float)random32() * 0x1p-32f; }
 static float power(int low, int high) { return ldexpf(1.0f, low + (int)below((uint32_t)(high - low + 1))); }
 
 /* ---- rows; `kind` is what they are made to hit ---- */
-typedef enum { NORMAL, MIDPOINTS, CONSTANTS, EXTREMES, BITS, TIES, KINDS } row_kind;
+typedef enum { NORMAL, MIDPOINTS, CONSTANTS, EXTREMES, BITS, TIES, SCALES, KINDS } row_kind;
 
 static float any_bits(kvl_format exact) {
     for (;;) {
@@ -93,7 +93,19 @@ static void make_ties(float *x, size_t n) {
     }
 }
 
-static void make_rows(row_kind kind, kvl_format exact, uint32_t tokens, uint32_t dim, float *x) {
+/* Groups of 16 whose largest number puts NVFP4's scale, of peak 6 or 4, at what lies between two codes of e4m3, or one or two
+   steps of f32 beside it: how 1 / global was rounded shows. */
+static void make_scales(float *x, size_t n, float global) {
+    for (size_t g = 0; g < n; g += 16) {
+        float middle = ((float)(8 + below(8)) + 0.5f) * power(-6, 3);
+        x[g] = middle * global * (below(2) ? 6.0f : 4.0f);
+        for (uint32_t i = below(5); i > 0; i--) x[g] = nextafterf(x[g], below(2) ? 0.0f : 1e30f);
+        for (size_t i = 1; i < 16; i++) x[g + i] = x[g] * uniform() * 0.9f;
+    }
+}
+
+static void make_rows(row_kind kind, kvl_format exact, uint32_t tokens, uint32_t dim, float global,
+                      float *x) {
     static const float extremes[] = {65504,     -65504,   0x1p-24f, -0x1p-24f, 0x1.ff8p-15f, 0x1p-14f,
                                      -65472.0f, 32768.0f, 0.0f,     -0.0f,     1.0f,         1.0009765625f};
     static const uint32_t levels[] = {6, 15, 127, 255, 448};
@@ -119,6 +131,7 @@ static void make_rows(row_kind kind, kvl_format exact, uint32_t tokens, uint32_t
         }
     }
     if (kind == TIES) make_ties(x, (size_t)tokens * dim);
+    if (kind == SCALES) make_scales(x, (size_t)tokens * dim, global);
 }
 
 static void encode(kvl_format f, uint32_t tokens, uint32_t dim, float global, const float *rows,
@@ -220,7 +233,8 @@ static void expect_tile(store_case *t, uint32_t store, uint32_t head, int side) 
            n = (size_t)t->tokens * t->dim;
     uint8_t *old = tile_of(t, before, s->exact, false, head, side),
             *new = tile_of(t, after, s->exact, false, head, side);
-    make_rows(t->kind, narrow, t->tokens, t->dim, rows);
+    float global = side ? t->layer.v_global : t->layer.k_global;
+    make_rows(t->kind, narrow, t->tokens, t->dim, global, rows);
     round_rows(t->dtype, t->tokens, t->dim, rows);
     for (size_t i = 0; i < n && narrow == KVL_F16;
          i++) /* bfloat16 near the largest half would round beyond it */
@@ -234,7 +248,7 @@ static void expect_tile(store_case *t, uint32_t store, uint32_t head, int side) 
     memcpy(new + s->at *row, tile + s->at * row, s->n_rows * row);
     if (!s->sealed) return;
     round_rows(exact, t->tokens, t->dim, rows);
-    encode(format_of(t, true, side), t->tokens, t->dim, side ? t->layer.v_global : t->layer.k_global, rows,
+    encode(format_of(t, true, side), t->tokens, t->dim, global, rows,
            tile_of(t, after, s->sealed, true, head, side));
 }
 
@@ -310,7 +324,7 @@ static void run_store(storer *by, const formats *f, uint32_t tokens, uint32_t di
     t.tokens = tokens;
     t.dim = dim;
     t.kind = kind;
-    t.dtype = (kvl_format)(KVL_F32 + below(3));
+    t.dtype = kind == SCALES && f->exact == KVL_F32 ? (kvl_format)KVL_F32 : (kvl_format)(KVL_F32 + below(3));
     t.misaligned = below(3);
     plan_layer(&t);
     plan_stores(&t);
