@@ -833,570 +833,16 @@ KVLI_GPU_FN kvli_u32 kvli_vk_prefill_shared(kvli_u32 dim, kvli_u32 block_tokens,
 }
 #endif
 
-/* Of the host side of Vulkan, what is Vulkan's alone: finding and creating a device, buffers with memory, command buffers. C for
-   kvlite.h (>>vulkan); the text of this file stands in the generated kvlite_vulkan_kernels.h, and says nothing to others. */
-#if defined(KVLITE_IMPLEMENTED) && !defined(KVLI_VULKAN_DEVICE_H)
-#define KVLI_VULKAN_DEVICE_H
-
-enum {
-    KVLI_VK_MORE_BUFFERS = 7, /* storage buffers of a pipeline besides banks */
-    KVLI_VK_MOST_SLABS = 511
-};
-
-/* What of a device is used. */
-typedef struct kvli_vk_caps {
-    uint32_t variants;      /* KVLI_VK_FP16 | KVLI_VK_STORAGE16 | KVLI_VK_SUBGROUP that may be used */
-    uint32_t subgroup_size; /* that pipelines get */
-    bool size_control;      /* a stage must ask for it, and for full subgroups */
-    bool unified, is_cpu, memory_budget;
-    uint32_t max_workgroup, max_shared, banks;
-    uint64_t max_range, max_alloc; /* bytes of a storage buffer, of memory allocated at once */
-} kvli_vk_caps;
-
-/* Pipelines of a context: made when a cache is created (or recovered), tested once, shared by its caches. */
-enum { KVLI_VK_UNTESTED, KVLI_VK_RIGHT, KVLI_VK_WRONG };
-typedef struct kvli_vk_layouts { /* of pipelines with so many banks */
-    struct kvli_vk_layouts *next;
-    uint32_t banks;
-    kvli_vk_set_layout sets[2];
-    kvli_vk_pipeline_layout pipeline;
-} kvli_vk_layouts;
-typedef struct kvli_vk_made {
-    uint32_t shader, special[KVLI_VK_SPECIALISATIONS], verdict; /* shader: in kvli_vk_shaders */
-    kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
-} kvli_vk_made;
-typedef struct kvli_vk_shelf {
-    bool filled; /* with what desc.vulkan.cache has */
-    kvli_vk_layouts *layouts;
-    kvli_vk_made *made;
-    uint32_t n_made, max_made;
-    kvli_vk_pipeline_cache cache;
-} kvli_vk_shelf;
-
-/* The device, of a context. */
-struct kvli_vk {
-    void *library;
-    kvli_vk_get_instance_proc get_proc;
-    kvli_vk_functions fn;
-    kvli_vk_instance instance;
-    kvli_vk_physical physical;
-    kvli_vk_device device;
-    kvli_vk_queue queue;
-    uint32_t family;
-    bool lent, renewed, lost; /* renewed: another device was lent */
-    uint32_t generation;      /* grows when the device is stopped or started: what was on it is gone */
-    kvli_vk_properties properties;
-    kvli_vk_memory_properties memory;
-    kvli_vk_caps caps;
-    bool has_locks;
-    kvli_mutex lock;       /* caches, pipelines */
-    kvli_mutex queue_lock; /* the queue */
-    kvli_vk_shelf shelf;
-    kvl_cache *caches; /* started; linked by their kvli_vk_cache.next */
-};
-
-/* A buffer with memory of its own; at: where the host sees it, or null. */
-typedef struct kvli_vk_piece {
-    kvli_vk_buffer buffer;
-    kvli_vk_memory memory;
-    uint8_t *at;
-} kvli_vk_piece;
-
-/* ---- errors ---- */
-static const char *kvli_vk_result_name(int e) {
-    switch (e) {
-#define KVLI_VK_NAME_(name, value, symbol) \
-    case value: return symbol;
-        KVLI_VK_RESULTS(KVLI_VK_NAME_)
-#undef KVLI_VK_NAME_
-    default: return "an unknown error";
-    }
-}
-
-static kvl_result kvli_vk_fail(kvl_context *ctx, kvli_text text, int e, const char *call) {
-    bool full = e == KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY || e == KVLI_VK_ERROR_TOO_MANY_OBJECTS ||
-                e == KVLI_VK_ERROR_FRAGMENTED_POOL || e == KVLI_VK_ERROR_OUT_OF_POOL_MEMORY ||
-                e == KVLI_VK_ERROR_MEMORY_MAP_FAILED;
-    kvl_result r = full                                    ? KVL_OUT_OF_DEVICE_MEMORY
-                   : e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY
-                                                           : KVL_DEVICE_LOST;
-    ctx->native = e;
-    snprintf(ctx->native_text, sizeof ctx->native_text, "%s: %s (%d)", call, kvli_vk_result_name(e), e);
-    ctx->vk->lost = ctx->vk->lost || r == KVL_DEVICE_LOST;
-    return kvli_fail(ctx, text, r, "%s", ctx->native_text);
-}
-static bool kvli_vk_failed(int e) { return e < 0 || e == KVLI_VK_TIMEOUT || e == KVLI_VK_NOT_READY; }
-
-/* ---- loader, instance, device ---- */
-static kvl_result kvli_vk_refuse(kvl_context *ctx, kvli_text why, int e, const char *call) {
-    const char *hint =
-        e == KVLI_VK_ERROR_INCOMPATIBLE_DRIVER ? "no driver for Vulkan 1.1 is installed; " : "";
-    kvli_vk_fail(ctx, kvli_text_at(NULL, 0), e, call);
-    return kvli_fail(NULL, why,
-                     e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY : KVL_NO_BACKEND, "%s%s",
-                     hint, ctx->native_text);
-}
-
-/* A function of the device, or (null) of the instance, or (null) of the loader; to: a pointer to a function. */
-static bool kvli_vk_load(struct kvli_vk *vk, kvli_vk_device device, const char *symbol, void *to) {
-    kvli_vk_function at =
-        device ? vk->fn.get_device_proc(device, symbol) : vk->get_proc(vk->instance, symbol);
-    memcpy(to, &at, sizeof at);
-    return at != NULL;
-}
-/* In a function with vk, device and why. */
-#define KVLI_VK_LOAD_(name, symbol, result, args)        \
-    if (!kvli_vk_load(vk, device, symbol, &vk->fn.name)) \
-        return kvli_fail(NULL, why, KVL_NO_BACKEND, "the loader or the driver is too old: no %s", symbol);
-
-static bool kvli_vk_listed(const kvli_vk_extension *list, uint32_t n, const char *name) {
-    for (uint32_t i = 0; i < n; i++)
-        if (strcmp(list[i].name, name) == 0) return true;
-    return false;
-}
-
-/* Which of the named extensions the instance (or the device, if given) has: a bit each. */
-static kvl_result kvli_vk_extensions(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
-                                     const char *const *names, uint32_t n_names, uint32_t *bits) {
-    struct kvli_vk *vk = ctx->vk;
-    const char *call =
-        device ? "vkEnumerateDeviceExtensionProperties" : "vkEnumerateInstanceExtensionProperties";
-    uint32_t n = 0;
-    *bits = 0;
-    int e = device ? vk->fn.device_extensions(device, NULL, &n, NULL)
-                   : vk->fn.instance_extensions(NULL, &n, NULL);
-    if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, call);
-    if (!n) return KVL_OK;
-    size_t bytes = n * sizeof(kvli_vk_extension);
-    kvli_vk_extension *list = (kvli_vk_extension *)kvli_alloc(ctx, bytes);
-    if (!list) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
-    e = device ? vk->fn.device_extensions(device, NULL, &n, list)
-               : vk->fn.instance_extensions(NULL, &n, list);
-    for (uint32_t i = 0; i < n_names && !kvli_vk_failed(e); i++)
-        *bits |= (uint32_t)kvli_vk_listed(list, n, names[i]) << i;
-    kvli_free(ctx, list, bytes);
-    return kvli_vk_failed(e) ? kvli_vk_refuse(ctx, why, e, call) : KVL_OK;
-}
-
-static kvl_result kvli_vk_start_instance(kvl_context *ctx, kvli_text why) {
-    struct kvli_vk *vk = ctx->vk;
-    static const char *const names[] = {"VK_KHR_portability_enumeration"}; /* (MoltenVK is no whole Vulkan) */
-    kvli_vk_application application = {KVLI_VK_TYPE_APPLICATION, NULL, NULL, 0, "kvlite", KVL_VERSION,
-                                       KVLI_VK_API_1_1};
-    const kvli_vk_device device = NULL;
-    uint32_t portable = 0;
-    if (!vk->lent) {
-        KVLI_VK_GLOBAL_FUNCTIONS(KVLI_VK_LOAD_)
-        kvl_result r = kvli_vk_extensions(ctx, why, NULL, names, 1, &portable);
-        if (r != KVL_OK) return r;
-        kvli_vk_instance_info info = {KVLI_VK_TYPE_INSTANCE,
-                                      NULL,
-                                      (uint32_t)(portable ? KVLI_VK_INSTANCE_PORTABILITY : 0),
-                                      &application,
-                                      0,
-                                      NULL,
-                                      portable,
-                                      names};
-        int e = vk->fn.create_instance(&info, NULL, &vk->instance);
-        if (kvli_vk_failed(e)) vk->instance = NULL;
-        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkCreateInstance");
-    }
-    KVLI_VK_INSTANCE_FUNCTIONS(KVLI_VK_LOAD_)
-    return KVL_OK;
-}
-
-/* The extensions of a device that are used where they are there. */
-enum {
-    KVLI_VK_EXT_FLOAT16,
-    KVLI_VK_EXT_SUBGROUP_SIZE,
-    KVLI_VK_EXT_BUDGET,
-    KVLI_VK_EXT_PORTABLE,
-    KVLI_VK_EXTS
-};
-static const char *const kvli_vk_device_extensions[KVLI_VK_EXTS] = {
-    "VK_KHR_shader_float16_int8", "VK_EXT_subgroup_size_control", "VK_EXT_memory_budget",
-    "VK_KHR_portability_subset"};
-
-/* What a device says of itself: features as KVL_VULKAN_* (of a lent one: as the app says). */
-typedef struct kvli_vk_probe {
-    kvli_vk_properties properties;
-    kvli_vk_subgroup_properties subgroup;
-    kvli_vk_subgroup_size_properties sizes;
-    kvli_vk_maintenance3_properties more;
-    uint32_t extensions, features, family;
-    bool buffer_arrays, computes;
-} kvli_vk_probe;
-
-/* Features, asked for or enabled: those of extensions only where the device has them. */
-typedef struct kvli_vk_chain {
-    kvli_vk_features all;
-    kvli_vk_storage16_features storage;
-    kvli_vk_float16_features half;
-    kvli_vk_subgroup_size_features size;
-} kvli_vk_chain;
-
-static void kvli_vk_chain_init(kvli_vk_chain *f, uint32_t extensions) {
-    memset(f, 0, sizeof *f);
-    f->all.type = KVLI_VK_TYPE_FEATURES;
-    f->storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
-    f->half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
-    f->size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
-    void **next = &f->all.next;
-    *next = &f->storage;
-    next = &f->storage.next;
-    if (extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
-        *next = &f->half;
-        next = &f->half.next;
-    }
-    if (extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) *next = &f->size;
-}
-
-static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
-    kvli_vk_chain f;
-    kvli_vk_chain_init(&f, p->extensions);
-    vk->fn.features(device, &f.all);
-    p->buffer_arrays = f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
-    p->features = (f.half.float16 ? KVL_VULKAN_FP16 : 0) | (f.storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
-                  KVL_VULKAN_SUBGROUP | (f.size.control && f.size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
-                  (p->extensions >> KVLI_VK_EXT_BUDGET & 1 ? KVL_VULKAN_MEMORY_BUDGET : 0);
-}
-
-static void kvli_vk_probe_family(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
-    kvli_vk_queue_family families[16]; /* one that does nothing but compute, where there is one */
-    uint32_t n = sizeof families / sizeof *families;
-    vk->fn.queue_families(device, &n, families);
-    for (uint32_t i = n; i-- > 0;) {
-        bool alone = !(families[i].flags & KVLI_VK_QUEUE_GRAPHICS);
-        if (!(families[i].flags & KVLI_VK_QUEUE_COMPUTE) || !families[i].count) continue;
-        if (!p->computes || alone || families[p->family].flags & KVLI_VK_QUEUE_GRAPHICS) p->family = i;
-        p->computes = true;
-    }
-}
-
-static kvl_result kvli_vk_probe_device(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
-                                       kvli_vk_probe *p) {
-    const struct kvli_vk *vk = ctx->vk;
-    const kvl_vulkan_desc *d = &ctx->desc.vulkan;
-    memset(p, 0, sizeof *p);
-    kvl_result r =
-        kvli_vk_extensions(ctx, why, device, kvli_vk_device_extensions, KVLI_VK_EXTS, &p->extensions);
-    if (r != KVL_OK) return r;
-    p->properties.type = KVLI_VK_TYPE_PROPERTIES;
-    p->subgroup.type = KVLI_VK_TYPE_SUBGROUP_PROPERTIES;
-    p->more.type = KVLI_VK_TYPE_MAINTENANCE3_PROPERTIES;
-    p->sizes.type = KVLI_VK_TYPE_SUBGROUP_SIZE_PROPERTIES;
-    p->properties.next = &p->subgroup;
-    p->subgroup.next = &p->more;
-    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) p->more.next = &p->sizes;
-    vk->fn.properties(device, &p->properties);
-    p->properties.next = p->subgroup.next = p->more.next = NULL;
-    kvli_vk_probe_features(vk, device, p);
-    kvli_vk_probe_family(vk, device, p);
-    if (vk->lent) {
-        p->features = d->features;
-        p->family = d->queue_family;
-    }
-    return KVL_OK;
-}
-
-/* Storage buffers that a pipeline can have, less those that are no banks. */
-static uint32_t kvli_vk_banks_of(const kvli_vk_probe *p) {
-    const kvli_vk_limits *l = &p->properties.limits;
-    uint32_t n = kvli_min_u32(kvli_min_u32(l->stage_storage_buffers, l->set_storage_buffers),
-                              kvli_min_u32(l->stage_resources, p->more.set_descriptors));
-    return n > KVLI_VK_MORE_BUFFERS ? kvli_min_u32(n - KVLI_VK_MORE_BUFFERS, 1 + KVLI_VK_MOST_SLABS) : 0;
-}
-
-/* How good a device is, or why it will not do. */
-static uint32_t kvli_vk_rate(const kvl_context *ctx, const kvli_vk_probe *p, const char **lack) {
-    static const uint8_t by_type[] = {2, 4, 5, 3, 1}; /* other, integrated, discrete, virtual, CPU */
-    uint32_t sort = (uint32_t)p->properties.device_type;
-    bool skips_cpu = ctx->desc.backend == KVL_BACKEND_AUTO && !ctx->vk->lent;
-    *lack = p->properties.api_version < KVLI_VK_API_1_1
-                ? "is for Vulkan 1.0, 1.1 is needed: look for a newer driver"
-            : !p->computes                            ? "has no queue that computes"
-            : !p->buffer_arrays                       ? "has no shaderStorageBufferArrayDynamicIndexing"
-            : kvli_vk_banks_of(p) < 2                 ? "has too few storage buffers for a shader"
-            : sort == KVLI_VK_DEVICE_CPU && skips_cpu ? "is a CPU: ask for the backend vulkan to use it"
-                                                      : NULL;
-    return sort < sizeof by_type ? by_type[sort] : 2;
-}
-
-/* The device to use; *why: why others are not. */
-static kvl_result kvli_vk_choose(kvl_context *ctx, kvli_text why, kvli_vk_probe *best) {
-    struct kvli_vk *vk = ctx->vk;
-    kvli_vk_physical devices[16];
-    uint32_t n = sizeof devices / sizeof *devices, best_rate = 0, asked = ctx->desc.vulkan.device_index;
-    char text[256] = "";
-    kvli_vk_probe probe;
-    devices[0] = vk->physical;
-    if (vk->lent) {
-        n = 1;
-        asked = 0;
-    } else {
-        int e = vk->fn.physical_devices(vk->instance, &n, devices);
-        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkEnumeratePhysicalDevices");
-    }
-    if (!n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "no GPU with a driver for Vulkan");
-    if (asked > n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "vulkan.device_index: %u of %u", asked, n);
-    for (uint32_t i = asked ? asked - 1 : 0; i < (asked ? asked : n); i++) {
-        const char *lack;
-        size_t used = strlen(text);
-        kvl_result r = kvli_vk_probe_device(ctx, why, devices[i], &probe);
-        if (r != KVL_OK) return r;
-        uint32_t rate = kvli_vk_rate(ctx, &probe, &lack);
-        if (lack)
-            snprintf(text + used, sizeof text - used, "%s%.64s %s", used ? "; " : "", probe.properties.name,
-                     lack);
-        if (lack || rate <= best_rate) continue;
-        best_rate = rate;
-        *best = probe;
-        vk->physical = devices[i];
-    }
-    if (!best_rate) return kvli_fail(NULL, why, KVL_NO_BACKEND, "%s", text);
-    if (why.at && why.size) snprintf(why.at, why.size, "%s", text);
-    return KVL_OK;
-}
-
-static void kvli_vk_set_caps(kvl_context *ctx, const kvli_vk_probe *p) {
-    const kvli_vk_limits *l = &p->properties.limits;
-    const uint32_t operations = KVLI_VK_SUBGROUP_BASIC | KVLI_VK_SUBGROUP_BALLOT | KVLI_VK_SUBGROUP_SHUFFLE;
-    uint32_t has = p->features & ~ctx->desc.vulkan.without;
-    struct kvli_vk *vk = ctx->vk;
-    kvli_vk_caps *c = &vk->caps;
-    memset(c, 0, sizeof *c);
-    if ((p->subgroup.operations & operations) != operations || !(p->subgroup.stages & KVLI_VK_STAGE_COMPUTE))
-        has &= ~(uint32_t)KVL_VULKAN_SUBGROUP;
-    c->variants = (has & KVL_VULKAN_FP16 ? KVLI_VK_FP16 : 0) |
-                  (has & KVL_VULKAN_STORAGE16 ? KVLI_VK_STORAGE16 : 0) |
-                  (has & KVL_VULKAN_SUBGROUP ? KVLI_VK_SUBGROUP : 0);
-    c->subgroup_size = p->subgroup.size;
-    c->size_control = has & KVL_VULKAN_SUBGROUP_SIZE && p->sizes.stages & KVLI_VK_STAGE_COMPUTE;
-    c->is_cpu = p->properties.device_type == KVLI_VK_DEVICE_CPU;
-    c->unified = c->is_cpu || p->properties.device_type == KVLI_VK_DEVICE_INTEGRATED;
-    c->memory_budget = (p->features & KVL_VULKAN_MEMORY_BUDGET) != 0;
-    c->max_workgroup = kvli_min_u32(l->invocations, l->workgroup_size[0]);
-    c->max_shared = l->shared_memory;
-    c->banks = kvli_vk_banks_of(p);
-    c->max_range = l->storage_range;
-    c->max_alloc = p->more.allocation_size;
-    vk->properties = p->properties;
-    memset(&vk->memory, 0, sizeof vk->memory);
-    vk->memory.type = KVLI_VK_TYPE_MEMORY_PROPERTIES;
-    vk->fn.memory_properties(vk->physical, &vk->memory);
-}
-
-/* Creates the device with the features of p. */
-static kvl_result kvli_vk_create_device(kvl_context *ctx, kvli_text why, const kvli_vk_probe *p) {
-    struct kvli_vk *vk = ctx->vk;
-    const float priority = 1;
-    const char *names[KVLI_VK_EXTS];
-    kvli_vk_chain f;
-    kvli_vk_queue_info queue = {KVLI_VK_TYPE_DEVICE_QUEUE, NULL, 0, p->family, 1, &priority};
-    kvli_vk_device_info info = {KVLI_VK_TYPE_DEVICE, &f.all, 0, 1, &queue, 0, NULL, 0, names, NULL};
-    kvli_vk_chain_init(&f, p->extensions);
-    f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
-    f.storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
-    f.half.float16 = (p->features & KVL_VULKAN_FP16) != 0;
-    f.size.control = f.size.full = (p->features & KVL_VULKAN_SUBGROUP_SIZE) != 0;
-    for (uint32_t i = 0; i < KVLI_VK_EXTS; i++)
-        if (p->extensions >> i & 1) names[info.n_extensions++] = kvli_vk_device_extensions[i];
-    int e = vk->fn.create_device(vk->physical, &info, NULL, &vk->device);
-    if (!kvli_vk_failed(e)) return KVL_OK;
-    vk->device = NULL;
-    return kvli_vk_refuse(ctx, why, e, "vkCreateDevice");
-}
-
-/* Caches are laid out for one device, and stay when it is started again. */
-static bool kvli_vk_same(const struct kvli_vk *vk, const kvli_vk_probe *p) {
-    const kvli_vk_properties *a = &vk->properties, *b = &p->properties;
-    return a->vendor == b->vendor && a->device == b->device && a->driver_version == b->driver_version &&
-           kvli_vk_banks_of(p) == vk->caps.banks && a->limits.shared_memory == b->limits.shared_memory &&
-           a->limits.storage_range == b->limits.storage_range;
-}
-
-/* ---- memory ---- */
-/* What memory is for: types that have these properties are tried in turn. */
-typedef enum kvli_vk_purpose { KVLI_VK_BLOCKS, KVLI_VK_UPLOAD, KVLI_VK_READBACK } kvli_vk_purpose;
-static const uint32_t kvli_vk_properties_of[][2] = {
-    {KVLI_VK_MEMORY_DEVICE_LOCAL, KVLI_VK_MEMORY_DEVICE_LOCAL}, /* never another: what spills is slow */
-    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_DEVICE_LOCAL,
-     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT},
-    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED,
-     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT}};
-
-static void kvli_vk_piece_free(const struct kvli_vk *vk, kvli_vk_piece *p) {
-    if (p->buffer) vk->fn.destroy_buffer(vk->device, p->buffer, NULL);
-    if (p->memory) vk->fn.free(vk->device, p->memory, NULL);
-    memset(p, 0, sizeof *p);
-}
-
-static int kvli_vk_piece_memory(const struct kvli_vk *vk, kvli_vk_purpose purpose, kvli_vk_piece *p) {
-    const uint32_t known = KVLI_VK_MEMORY_DEVICE_LOCAL | KVLI_VK_MEMORY_HOST_VISIBLE |
-                           KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED;
-    kvli_vk_requirements need;
-    kvli_vk_memory_info info;
-    int e = KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY;
-    vk->fn.requirements(vk->device, p->buffer, &need);
-    memset(&info, 0, sizeof info);
-    info.type = KVLI_VK_TYPE_MEMORY;
-    info.size = need.size;
-    for (uint32_t choice = 0; choice < 2; choice++)
-        for (uint32_t i = 0; i < vk->memory.n_types; i++) {
-            uint32_t want = kvli_vk_properties_of[purpose][choice], flags = vk->memory.types[i].flags;
-            if (!(need.types >> i & 1) || (flags & want) != want || flags & ~known) continue;
-            info.memory_type = i;
-            e = vk->fn.alloc(vk->device, &info, NULL, &p->memory);
-            if (!kvli_vk_failed(e)) return e;
-            p->memory = NULL;
-            if (e != KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY) return e;
-        }
-    return e;
-}
-
-/* A buffer of so many bytes, with memory; the host sees all but blocks'. */
-static kvl_result kvli_vk_piece_new(kvl_context *ctx, kvli_text text, uint64_t bytes, kvli_vk_purpose purpose,
-                                    kvli_vk_piece *out) {
-    const struct kvli_vk *vk = ctx->vk;
-    kvli_vk_buffer_info info = {KVLI_VK_TYPE_BUFFER,
-                                NULL,
-                                0,
-                                (bytes + 15) & ~15ull,
-                                KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST,
-                                0,
-                                0,
-                                NULL};
-    const char *call = "vkCreateBuffer";
-    void *at = NULL;
-    memset(out, 0, sizeof *out);
-    int e = vk->fn.create_buffer(vk->device, &info, NULL, &out->buffer);
-    if (kvli_vk_failed(e)) {
-        out->buffer = NULL;
-    } else {
-        call = "vkAllocateMemory";
-        e = kvli_vk_piece_memory(vk, purpose, out);
-    }
-    if (!kvli_vk_failed(e)) {
-        call = "vkBindBufferMemory";
-        e = vk->fn.bind(vk->device, out->buffer, out->memory, 0);
-    }
-    if (!kvli_vk_failed(e) && purpose != KVLI_VK_BLOCKS) {
-        call = "vkMapMemory";
-        e = vk->fn.map(vk->device, out->memory, 0, ~0ull, 0, &at);
-        out->at = (uint8_t *)at;
-    }
-    if (!kvli_vk_failed(e)) return KVL_OK;
-    kvli_vk_piece_free(vk, out);
-    return kvli_vk_fail(ctx, text, e, call);
-}
-
-/* ---- commands ---- */
-static void kvli_vk_queue_enter(kvl_context *ctx) {
-    kvli_lock(&ctx->vk->queue_lock);
-    if (ctx->vk->lent && ctx->desc.vulkan.lock) ctx->desc.vulkan.lock(ctx->desc.user);
-}
-static void kvli_vk_queue_leave(kvl_context *ctx) {
-    if (ctx->vk->lent && ctx->desc.vulkan.unlock) ctx->desc.vulkan.unlock(ctx->desc.user);
-    kvli_unlock(&ctx->vk->queue_lock);
-}
-
-static int kvli_vk_submit_to(kvl_context *ctx, kvli_vk_commands commands, kvli_vk_fence fence) {
-    kvli_vk_submit_info info = {KVLI_VK_TYPE_SUBMIT, NULL, 0, NULL, NULL, 1, &commands, 0, NULL};
-    kvli_vk_queue_enter(ctx);
-    int e = ctx->vk->fn.queue_submit(ctx->vk->queue, 1, &info, fence);
-    kvli_vk_queue_leave(ctx);
-    return e;
-}
-/* Before something is destroyed that a wait which failed may have left in use. */
-static int kvli_vk_idle(kvl_context *ctx) {
-    kvli_vk_queue_enter(ctx);
-    int e = ctx->vk->fn.queue_idle(ctx->vk->queue);
-    kvli_vk_queue_leave(ctx);
-    return e;
-}
-
-/* A CPU may be slow; a GPU that does not answer for so long is lost. */
-static uint64_t kvli_vk_patience(const struct kvli_vk *vk) {
-    return vk->caps.is_cpu ? ~0ull : 10000000000ull;
-}
-
-/* What was written is seen from here on. */
-static void kvli_vk_wall(const struct kvli_vk *vk, kvli_vk_commands commands, uint32_t from, uint32_t to) {
-    kvli_vk_barrier barrier = {KVLI_VK_TYPE_BARRIER, NULL, KVLI_VK_MEMORY_WRITE,
-                               KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE};
-    vk->fn.barrier(commands, from, to, 0, 1, &barrier, 0, NULL, 0, NULL);
-}
-enum { KVLI_VK_AT_OURS = KVLI_VK_AT_COMPUTE | KVLI_VK_AT_TRANSFER };
-
-static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
-    kvli_vk_fence_info info = {KVLI_VK_TYPE_FENCE, NULL, 0};
-    int e = vk->fn.create_fence(vk->device, &info, NULL, out);
-    if (kvli_vk_failed(e)) *out = NULL;
-    return e;
-}
-
-/* A pool, and n command buffers of it. */
-static int kvli_vk_new_commands(const struct kvli_vk *vk, uint32_t n, kvli_vk_command_pool *pool,
-                                kvli_vk_commands *out) {
-    kvli_vk_command_pool_info info = {KVLI_VK_TYPE_COMMAND_POOL, NULL, KVLI_VK_POOL_RESET, vk->family};
-    int e = vk->fn.create_command_pool(vk->device, &info, NULL, pool);
-    if (kvli_vk_failed(e)) *pool = NULL;
-    if (kvli_vk_failed(e)) return e;
-    kvli_vk_commands_info all = {KVLI_VK_TYPE_COMMANDS, NULL, *pool, 0, n};
-    return vk->fn.alloc_commands(vk->device, &all, out);
-}
-
-static int kvli_vk_begin_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
-    kvli_vk_begin_info info = {KVLI_VK_TYPE_BEGIN, NULL, KVLI_VK_ONE_TIME, NULL};
-    int e = vk->fn.begin(commands, &info);
-    if (!kvli_vk_failed(e)) kvli_vk_wall(vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
-    return e;
-}
-static int kvli_vk_end_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
-    kvli_vk_wall(vk, commands, KVLI_VK_AT_OURS, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);
-    return vk->fn.end(commands);
-}
-
-/* Runs what `record` records, once, and waits for it. */
-typedef void (*kvli_vk_record_fn)(const struct kvli_vk *vk, kvli_vk_commands commands, void *arg);
-static kvl_result kvli_vk_run_once(kvl_context *ctx, kvli_text text, kvli_vk_record_fn record, void *arg) {
-    const struct kvli_vk *vk = ctx->vk;
-    kvli_vk_command_pool pool = NULL;
-    kvli_vk_commands commands;
-    kvli_vk_fence fence = NULL;
-    const char *call = "vkAllocateCommandBuffers";
-    int e = kvli_vk_new_commands(vk, 1, &pool, &commands);
-    if (!kvli_vk_failed(e)) e = kvli_vk_new_fence(vk, &fence);
-    if (!kvli_vk_failed(e)) e = kvli_vk_begin_commands(vk, commands);
-    if (!kvli_vk_failed(e)) {
-        record(vk, commands, arg);
-        call = "vkQueueSubmit";
-        e = kvli_vk_end_commands(vk, commands);
-    }
-    if (!kvli_vk_failed(e)) e = kvli_vk_submit_to(ctx, commands, fence);
-    if (!kvli_vk_failed(e)) {
-        call = "vkWaitForFences";
-        e = vk->fn.wait_fences(vk->device, 1, &fence, 1, kvli_vk_patience(vk));
-        if (kvli_vk_failed(e)) kvli_vk_idle(ctx);
-    }
-    if (fence) vk->fn.destroy_fence(vk->device, fence, NULL);
-    if (pool) vk->fn.destroy_command_pool(vk->device, pool, NULL);
-    return kvli_vk_failed(e) ? kvli_vk_fail(ctx, text, e, call) : KVL_OK;
-}
-
-#endif
-
 /* What each shader must compute: small problems with answers that the CPU knows, for kvlite.h (>>vulkan), which tests every
    variant on its driver before it is used. The text of this file stands in the generated kvlite_vulkan_kernels.h, since what
    was found right or wrong is remembered together with the hash of all that; to others than kvlite.h it says nothing. */
-#if defined(KVLITE_IMPLEMENTED) && !defined(KVLI_VULKAN_SELFTEST_H)
-#define KVLI_VULKAN_SELFTEST_H
+#ifdef KVLI_VULKAN_PIPELINES
 
-/* Two KV heads of a sequence whose blocks stand as in a cache: the first exact, others packed, those of the step's rows in
-   the scratch and, what is not sealed, in a block. All regions are in one buffer that the host sees. */
 /* Errors that are allowed, of the sum of magnitudes that a number is made of: above what float arithmetic in any order gives,
    below what a token or a code that is wrong does. */
 static const double kvli_vt_tolerance = 1e-3;
+/* Two KV heads of a sequence whose blocks stand as in a cache: the first exact, others packed, those of the step's rows in
+   the scratch and, what is not sealed, in a block. All regions are in one buffer that the host sees. */
 enum { KVLI_VT_HEADS = 2, KVLI_VT_CASES = 12, KVLI_VT_CODES = 5 };
 enum {
     KVLI_VT_SCRATCH,
@@ -1983,6 +1429,1110 @@ static size_t kvli_vt_cpu_bytes(
 
 #endif
 
+/* Which shaders a cache runs: pipelines are made when it is created (or recovered), tested once, kept in the context for all
+   of its caches, and remembered from run to run (kvl_vulkan_cache). Of kvlite.h (>>vulkan), which includes what it needs
+   to declare a device with the rest of the header, and the rest when there is one. */
+#ifndef KVLI_VULKAN_PIPELINES_H
+#define KVLI_VULKAN_PIPELINES_H
+
+enum { KVLI_VK_UNTESTED, KVLI_VK_RIGHT, KVLI_VK_WRONG };
+typedef struct kvli_vk_layouts { /* of pipelines with so many banks */
+    struct kvli_vk_layouts *next;
+    uint32_t banks;
+    kvli_vk_set_layout sets[2];
+    kvli_vk_pipeline_layout pipeline;
+} kvli_vk_layouts;
+typedef struct kvli_vk_made {
+    uint32_t shader, special[KVLI_VK_SPECIALISATIONS], verdict; /* shader: in kvli_vk_shaders */
+    kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
+} kvli_vk_made;
+typedef struct kvli_vk_shelf {
+    uint32_t filled; /* 1: with what desc.vulkan.cache has */
+    kvli_vk_layouts *layouts;
+    kvli_vk_made *made;
+    uint32_t n_made, max_made;
+    kvli_vk_pipeline_cache cache;
+} kvli_vk_shelf;
+#endif
+
+#ifdef KVLI_VULKAN_PIPELINES
+/* A line of the report, once. */
+static void kvli_vk_say(kvl_context *ctx, const char *format, ...) {
+    char line[256];
+    size_t used = strlen(ctx->report), n;
+    va_list args;
+    va_start(args, format);
+    n = (size_t)snprintf(line, sizeof line, "vulkan: ");
+    vsnprintf(line + n, sizeof line - n - 1, format, args);
+    va_end(args);
+    n = strlen(line);
+    line[n] = '\n';
+    line[n + 1] = 0;
+    if (used + n + 2 <= sizeof ctx->report && !strstr(ctx->report, line))
+        memcpy(ctx->report + used, line, n + 2);
+}
+
+static kvl_result kvli_vk_layouts_get(kvl_context *ctx, uint32_t banks, kvli_text text,
+                                      kvli_vk_layouts **out) {
+    struct kvli_vk *vk = ctx->vk;
+    kvli_vk_layouts *l = vk->shelf.layouts;
+    kvli_vk_binding bindings[6];
+    int e = 0;
+    while (l && l->banks != banks) l = l->next;
+    *out = l;
+    if (l) return KVL_OK;
+    l = (kvli_vk_layouts *)kvli_alloc(ctx, sizeof *l);
+    if (!l) return kvli_fail(ctx, text, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    memset(l, 0, sizeof *l);
+    l->banks = banks;
+    l->next = vk->shelf.layouts;
+    vk->shelf.layouts = *out = l; /* freed with the context, whatever comes */
+    memset(bindings, 0, sizeof bindings);
+    for (uint32_t i = 0; i < 6; i++) {
+        bindings[i].binding = i;
+        bindings[i].type = KVLI_VK_STORAGE_BUFFER;
+        bindings[i].count = i == KVLI_VK_PAGES ? banks : 1;
+        bindings[i].stages = KVLI_VK_STAGE_COMPUTE;
+    }
+    for (uint32_t s = 0; s < 2 && !e; s++) {
+        kvli_vk_set_layout_info info = {KVLI_VK_TYPE_SET_LAYOUT, NULL, 0, s ? 2u : 6u, bindings};
+        bindings[0].count = s ? 1 : banks;
+        e = vk->fn.create_set_layout(vk->device, &info, NULL, &l->sets[s]);
+        if (e) l->sets[s] = NULL;
+    }
+    if (e) return kvli_vk_fail(ctx, text, e, "vkCreateDescriptorSetLayout");
+    kvli_vk_push_range range = {KVLI_VK_STAGE_COMPUTE, 0, sizeof(kvli_vk_push)};
+    kvli_vk_pipeline_layout_info info = {KVLI_VK_TYPE_PIPELINE_LAYOUT, NULL, 0, 2, l->sets, 1, &range};
+    e = vk->fn.create_pipeline_layout(vk->device, &info, NULL, &l->pipeline);
+    if (e) l->pipeline = NULL;
+    return e ? kvli_vk_fail(ctx, text, e, "vkCreatePipelineLayout") : KVL_OK;
+}
+
+static kvli_vk_made *kvli_vk_made_at(kvl_context *ctx, uint32_t shader,
+                                     const uint32_t *special) { /* null: no memory */
+    kvli_vk_shelf *p = &ctx->vk->shelf;
+    for (uint32_t i = 0; i < p->n_made; i++)
+        if (p->made[i].shader == shader &&
+            memcmp(p->made[i].special, special, sizeof p->made[i].special) == 0)
+            return &p->made[i];
+    if (p->n_made == p->max_made) {
+        uint32_t room = 2 * p->max_made + 32;
+        kvli_vk_made *all = (kvli_vk_made *)kvli_alloc(ctx, room * sizeof *all);
+        if (!all) return NULL;
+        if (p->n_made) memcpy(all, p->made, p->n_made * sizeof *all);
+        kvli_free(ctx, p->made, p->max_made * sizeof *all);
+        p->made = all;
+        p->max_made = room;
+    }
+    kvli_vk_made *m = &p->made[p->n_made++];
+    memset(m, 0, sizeof *m);
+    m->shader = shader;
+    memcpy(m->special, special, sizeof m->special);
+    return m;
+}
+
+/* What of special[] a shader looks at: bits. */
+static uint32_t kvli_vk_looks_at(uint32_t sort) {
+    const uint32_t all = (1u << KVLI_VK_SPECIALISATIONS) - 1,
+                   shape = 1u << KVLI_VK_WORKGROUP | 1u << KVLI_VK_BANKS;
+    return sort == KVLI_VT_COPY    ? shape
+           : sort == KVLI_VT_MERGE ? shape | 1u << KVLI_VK_DIM
+           : sort <= KVLI_VT_WRITE ? all & ~(1u << KVLI_VK_ROWS | 1u << KVLI_VK_LANES)
+                                   : all;
+}
+
+/* An error is one of the device or of memory; a driver that does not take the shader leaves made->pipeline null. */
+static kvl_result kvli_vk_make(kvl_context *ctx, kvli_vk_made *made, uint32_t sort, const kvli_vk_layouts *l,
+                               kvli_text text, char *why) {
+    struct kvli_vk *vk = ctx->vk;
+    const kvli_vk_shader *shader = &kvli_vk_shaders[made->shader];
+    kvli_vk_special entries[KVLI_VK_SPECIALISATIONS];
+    kvli_vk_specialisation special = {0, entries, sizeof made->special, made->special};
+    kvli_vk_required_subgroup_size size = {KVLI_VK_TYPE_REQUIRED_SUBGROUP_SIZE, NULL, vk->caps.subgroup_size};
+    kvli_vk_shader_module_info code = {KVLI_VK_TYPE_SHADER_MODULE, NULL, 0,
+                                       shader->n_words * sizeof(uint32_t), shader->words};
+    kvli_vk_compute_pipeline_info info;
+    const char *call = "vkCreateShaderModule";
+    for (uint32_t i = 0; i < KVLI_VK_SPECIALISATIONS; i++) {
+        kvli_vk_special entry = {i, i * (uint32_t)sizeof(uint32_t), sizeof(uint32_t)};
+        if (kvli_vk_looks_at(sort) >> i & 1) entries[special.n++] = entry;
+    }
+    memset(&info, 0, sizeof info);
+    info.type = KVLI_VK_TYPE_COMPUTE_PIPELINE;
+    info.layout = l->pipeline;
+    info.stage.type = KVLI_VK_TYPE_STAGE;
+    info.stage.stage = KVLI_VK_STAGE_COMPUTE;
+    info.stage.name = "main";
+    info.stage.specialisation = &special;
+    if (shader->variant & KVLI_VK_SUBGROUP &&
+        vk->caps.size_control) { /* lanes are where the shader thinks they are */
+        info.stage.next = &size;
+        info.stage.flags = KVLI_VK_FULL_SUBGROUPS;
+    }
+    int e = vk->fn.create_shader_module(vk->device, &code, NULL, &info.stage.module);
+    if (!e) {
+        call = "vkCreateComputePipelines";
+        e = vk->fn.create_pipelines(vk->device, vk->shelf.cache, 1, &info, NULL, &made->pipeline);
+        if (e) made->pipeline = NULL;
+        vk->fn.destroy_shader_module(vk->device, info.stage.module, NULL);
+    }
+    if (e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY || e == KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY ||
+        e == KVLI_VK_ERROR_DEVICE_LOST)
+        return kvli_vk_fail(ctx, text, e, call);
+    snprintf(why, 96, "the driver does not compile it: %s: %d", call, e);
+    return KVL_OK;
+}
+
+/* ---- the self-test ---- */
+typedef struct kvli_vk_trial {
+    const kvli_vk_test *t;
+    kvli_vk_pipeline pipeline;
+    kvli_vk_pipeline_layout layout;
+    kvli_vk_set sets[2];
+} kvli_vk_trial;
+
+static void kvli_vk_trial_record(const struct kvli_vk *vk, kvli_vk_commands commands, void *arg) {
+    const kvli_vk_trial *trial = (const kvli_vk_trial *)arg;
+    vk->fn.bind_pipeline(commands, KVLI_VK_BIND_COMPUTE, trial->pipeline);
+    vk->fn.bind_sets(commands, KVLI_VK_BIND_COMPUTE, trial->layout, 0, 2, trial->sets, 0, NULL);
+    for (uint32_t i = 0; i < trial->t->n_cases; i++) {
+        const kvli_vk_case *one = &trial->t->cases[i];
+        if (i) kvli_vk_wall(vk, commands, KVLI_VK_AT_COMPUTE, KVLI_VK_AT_COMPUTE);
+        vk->fn.push(commands, trial->layout, KVLI_VK_STAGE_COMPUTE, 0, sizeof one->push, &one->push);
+        vk->fn.dispatch(commands, one->groups[0], one->groups[1], one->groups[2]);
+    }
+}
+
+/* A pool with both sets, on regions of the test's buffer. Every bank but 0 is the slab. */
+static int kvli_vk_trial_sets(const struct kvli_vk *vk, const kvli_vk_layouts *l, const kvli_vk_piece *piece,
+                              kvli_vk_trial *trial, kvli_vk_set_pool *pool) {
+    static const struct {
+        uint32_t set, binding, region;
+    } places[] = {{0, KVLI_VK_TABLES, KVLI_VT_TABLES},
+                  {0, KVLI_VK_LAYERS, KVLI_VT_LAYERS},
+                  {0, KVLI_VK_TAINT, KVLI_VT_TAINT},
+                  {0, KVLI_VK_PARTIAL_O, KVLI_VT_PARTIAL_O},
+                  {0, KVLI_VK_PARTIAL_ML, KVLI_VT_PARTIAL_ML},
+                  {1, KVLI_VK_TENSOR_A, KVLI_VT_A},
+                  {1, KVLI_VK_TENSOR_B, KVLI_VT_B}};
+    const size_t *at = trial->t->at;
+    kvli_vk_pool_size size = {KVLI_VK_STORAGE_BUFFER, l->banks + KVLI_VK_MORE_BUFFERS};
+    kvli_vk_set_pool_info info = {KVLI_VK_TYPE_SET_POOL, NULL, 0, 2, 1, &size};
+    int e = vk->fn.create_set_pool(vk->device, &info, NULL, pool);
+    if (kvli_vk_failed(e)) *pool = NULL;
+    if (kvli_vk_failed(e)) return e;
+    kvli_vk_sets_info all = {KVLI_VK_TYPE_SETS, NULL, *pool, 2, l->sets};
+    e = vk->fn.alloc_sets(vk->device, &all, trial->sets);
+    if (kvli_vk_failed(e)) return e;
+    for (uint32_t bank = 0; bank < l->banks; bank++) {
+        uint32_t region = bank ? KVLI_VT_SLAB : KVLI_VT_SCRATCH;
+        kvli_vk_set_range(vk, trial->sets[0], KVLI_VK_PAGES, bank, piece, at[region],
+                          at[region + 1] - at[region]);
+    }
+    for (uint32_t i = 0; i < sizeof places / sizeof *places; i++)
+        kvli_vk_set_range(vk, trial->sets[places[i].set], places[i].binding, 0, piece, at[places[i].region],
+                          at[places[i].region + 1] - at[places[i].region]);
+    return e;
+}
+
+/* Runs the pipeline on its problem; the verdict is made->verdict, and why where it is wrong. */
+static kvl_result kvli_vk_try(kvl_context *ctx, kvli_vk_made *made, uint32_t sort, const kvli_vk_layouts *l,
+                              kvli_text text, char *why) {
+    const struct kvli_vk *vk = ctx->vk;
+    kvli_vk_trial trial;
+    kvli_vk_test t;
+    kvli_vk_piece piece;
+    kvli_vk_set_pool pool = NULL;
+    memset(&t, 0, sizeof t);
+    memset(&trial, 0, sizeof trial);
+    t.sort = sort;
+    t.special = made->special;
+    t.simd = kvli_simd(ctx);
+    t.why = why;
+    kvli_vt_shape(&t);
+    size_t bytes = kvli_vt_cpu_bytes(&t);
+    uint8_t *cpu = (uint8_t *)kvli_alloc(ctx, bytes);
+    if (!cpu) return kvli_fail(ctx, text, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    kvl_result r = kvli_vk_piece_new(ctx, text, t.at[KVLI_VT_REGIONS], KVLI_VK_READBACK, &piece);
+    if (r == KVL_OK) {
+        t.gpu = piece.at;
+        kvli_vt_make(&t, cpu);
+        trial.t = &t;
+        trial.pipeline = made->pipeline;
+        trial.layout = l->pipeline;
+        int e = kvli_vk_trial_sets(vk, l, &piece, &trial, &pool);
+        r = kvli_vk_failed(e) ? kvli_vk_fail(ctx, text, e, "vkAllocateDescriptorSets")
+                              : kvli_vk_run_once(ctx, text, kvli_vk_trial_record, &trial);
+        if (r == KVL_OK) made->verdict = kvli_vt_sorts[sort].check(&t) ? KVLI_VK_RIGHT : KVLI_VK_WRONG;
+        if (pool) vk->fn.destroy_set_pool(vk->device, pool, NULL);
+        kvli_vk_piece_free(vk, &piece);
+    }
+    kvli_free(ctx, cpu, bytes);
+    return r;
+}
+
+static const char *kvli_vk_variant(uint32_t variant) {
+    static const char *const names[] = {
+        "plain",    "fp16",          "storage16",          "fp16+storage16",
+        "subgroup", "fp16+subgroup", "storage16+subgroup", "fp16+storage16+subgroup"};
+    return names[variant & 7];
+}
+
+/* Constants of a shader for a preset. False: not with this variant. */
+static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_preset *p, uint32_t variant,
+                               uint32_t *s) {
+    const struct kvli_vk *vk = c->ctx->vk;
+    uint32_t dim = c->geo.k_dim, T = c->geo.block_tokens, rows, lanes, shared = 0,
+             subgroup = variant & KVLI_VK_SUBGROUP ? vk->caps.subgroup_size : 0;
+    s[KVLI_VK_WORKGROUP] = sort == KVLI_VT_MERGE ? KVLI_VK_MERGE_WORKGROUP : KVLI_VK_STORE_WORKGROUP;
+    s[KVLI_VK_BANKS] = kvli_vk_of(c)->n_banks;
+    s[KVLI_VK_K_FORMAT] = p->k & ~(kvl_format)KVL_ROTATED;
+    s[KVLI_VK_V_FORMAT] = p->v & ~(kvl_format)KVL_ROTATED;
+    s[KVLI_VK_EXACT_FORMAT] = p->exact;
+    s[KVLI_VK_ROTATED] = (p->k & KVL_ROTATED ? 1u : 0) | (p->v & KVL_ROTATED ? 2u : 0);
+    s[KVLI_VK_DIM] = dim;
+    s[KVLI_VK_BLOCK_TOKENS] = T;
+    s[KVLI_VK_ROWS] = s[KVLI_VK_LANES] = s[KVLI_VK_PARTS] = 0;
+    if (sort == KVLI_VT_WRITE) {
+        s[KVLI_VK_WORKGROUP] = KVLI_VK_WRITE_WORKGROUP;
+        s[KVLI_VK_PARTS] = KVLI_VK_WRITES;
+    }
+    if (sort == KVLI_VT_DECODE) {
+        s[KVLI_VK_ROWS] = rows = kvli_vk_decode_rows(c->geo.gqa);
+        s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.is_cpu);
+        s[KVLI_VK_LANES] = lanes =
+            kvli_vk_decode_lanes(dim, rows, s[KVLI_VK_WORKGROUP], subgroup, vk->caps.is_cpu);
+        shared = kvli_vk_decode_shared(dim, rows, T, s[KVLI_VK_WORKGROUP], lanes, subgroup);
+        if (subgroup && lanes > subgroup) return false;
+    }
+    if (sort == KVLI_VT_PREFILL) {
+        s[KVLI_VK_ROWS] = rows = kvli_vk_prefill_rows(dim, vk->caps.max_shared);
+        s[KVLI_VK_WORKGROUP] = kvli_vk_prefill_workgroup(vk->caps.max_shared);
+        s[KVLI_VK_LANES] = lanes = kvli_vk_prefill_lanes(dim);
+        shared = kvli_vk_prefill_shared(dim, T, rows, lanes);
+    }
+    for (uint32_t i = 0; i < KVLI_VK_SPECIALISATIONS; i++)
+        if (!(kvli_vk_looks_at(sort) >> i & 1)) s[i] = 0;
+    return shared <= vk->caps.max_shared && s[KVLI_VK_WORKGROUP] <= vk->caps.max_workgroup;
+}
+
+/* The best variant of a shader that is right on this driver; *used: which. */
+static kvl_result kvli_vk_pipeline_get(kvl_cache *c, const kvli_vk_layouts *l, uint32_t sort,
+                                       const kvl_preset *p, kvli_vk_pipeline *out, uint32_t *used) {
+    kvl_context *ctx = c->ctx;
+    char why[96] = "no variant of it fits this device";
+    bool of_preset = sort != KVLI_VT_MERGE && sort != KVLI_VT_COPY;
+    for (uint32_t variant = 8; variant-- > 0;) {
+        uint32_t special[KVLI_VK_SPECIALISATIONS], i = 0,
+                                                   n = sizeof kvli_vk_shaders / sizeof *kvli_vk_shaders;
+        while (i < n && (strcmp(kvli_vk_shaders[i].name, kvli_vk_names[sort]) ||
+                         kvli_vk_shaders[i].variant != variant))
+            i++;
+        if (i == n || variant & ~ctx->vk->caps.variants || !kvli_vk_specialise(c, sort, p, variant, special))
+            continue;
+        kvli_vk_made *made = kvli_vk_made_at(ctx, i, special);
+        if (!made)
+            return KVLI_ERROR(c, KVL_OUT_OF_HOST_MEMORY, "kvl_cache_create: the allocator returned null");
+        kvl_result r = KVL_OK;
+        snprintf(why, sizeof why, "found by an earlier test");
+        if (!made->pipeline && made->verdict != KVLI_VK_WRONG)
+            r = kvli_vk_make(ctx, made, sort, l, kvli_err(c), why);
+        if (r == KVL_OK && made->pipeline && made->verdict == KVLI_VK_UNTESTED)
+            r = kvli_vk_try(ctx, made, sort, l, kvli_err(c), why);
+        if (r != KVL_OK) return r;
+        if (!made->pipeline) made->verdict = KVLI_VK_WRONG;
+        *out = made->pipeline;
+        *used = variant;
+        if (made->verdict == KVLI_VK_RIGHT) return KVL_OK;
+        kvli_vk_say(ctx, "%s %s%s%s, head dim %u: wrong on this driver (%s): not used", kvli_vk_names[sort],
+                    kvli_vk_variant(variant), of_preset ? " of " : "", of_preset ? p->name : "", c->geo.k_dim,
+                    why);
+    }
+    return KVLI_ERROR(c, KVL_UNSUPPORTED, "no %s shader%s%s, head dim %u, is right on this driver (%s)",
+                      kvli_vk_names[sort], of_preset ? " of preset " : "", of_preset ? p->name : "",
+                      c->geo.k_dim, why);
+}
+
+static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    kvli_vk_pipes *out = &cc->pipes;
+    kvli_vk_layouts *l = NULL;
+    uint32_t used[KVLI_VT_SORTS] = {0, 0, 0, 0, 0, 0};
+    const kvl_preset *presets = kvl_presets(NULL);
+    kvl_result r = kvli_vk_layouts_get(c->ctx, cc->n_banks, kvli_err(c), &l);
+    memset(out, 0, sizeof *out);
+    if (r != KVL_OK) return r;
+    memcpy(out->sets, l->sets, sizeof out->sets);
+    out->layout = l->pipeline;
+    r = kvli_vk_pipeline_get(c, l, KVLI_VT_COPY, presets, &out->copy, &used[KVLI_VT_COPY]);
+    if (r == KVL_OK)
+        r = kvli_vk_pipeline_get(c, l, KVLI_VT_MERGE, presets, &out->merge, &used[KVLI_VT_MERGE]);
+    for (uint32_t n = 0; n < c->geo.n_layers && r == KVL_OK; n++) {
+        uint32_t i = cc->layer_preset[n];
+        const kvl_preset *p = &presets[i];
+        if (out->store[i]) continue;
+        r = kvli_vk_pipeline_get(c, l, KVLI_VT_STORE, p, &out->store[i], &used[KVLI_VT_STORE]);
+        out->write[i] = out->store[i];
+        if (r == KVL_OK && c->ctx->vk->caps.is_cpu) /* which runs both branches of a condition */
+            r = kvli_vk_pipeline_get(c, l, KVLI_VT_WRITE, p, &out->write[i], &used[KVLI_VT_WRITE]);
+        if (r == KVL_OK)
+            r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
+        if (r == KVL_OK)
+            r = kvli_vk_pipeline_get(c, l, KVLI_VT_PREFILL, p, &out->prefill[i], &used[KVLI_VT_PREFILL]);
+        if (r == KVL_OK)
+            kvli_vk_say(c->ctx, "%s, head dim %u: store %s, decode %s, prefill %s, merge %s", p->name,
+                        c->geo.k_dim, kvli_vk_variant(used[KVLI_VT_STORE]),
+                        kvli_vk_variant(used[KVLI_VT_DECODE]), kvli_vk_variant(used[KVLI_VT_PREFILL]),
+                        kvli_vk_variant(used[KVLI_VT_MERGE]));
+    }
+    return r;
+}
+static kvl_result kvli_vk_pipelines(kvl_cache *c) {
+    kvli_lock(&c->ctx->vk->lock);
+    kvl_result r = kvli_vk_pipelines_all(c);
+    kvli_unlock(&c->ctx->vk->lock);
+    return r;
+}
+
+/* What stands on the device goes with it; verdicts stay. */
+static void kvli_vk_pipelines_free(kvl_context *ctx) {
+    struct kvli_vk *vk = ctx->vk;
+    kvli_vk_shelf *p = &vk->shelf;
+    for (uint32_t i = 0; i < p->n_made; i++) {
+        if (p->made[i].pipeline) vk->fn.destroy_pipeline(vk->device, p->made[i].pipeline, NULL);
+        p->made[i].pipeline = NULL;
+    }
+    while (p->layouts) {
+        kvli_vk_layouts *l = p->layouts;
+        p->layouts = l->next;
+        if (l->pipeline) vk->fn.destroy_pipeline_layout(vk->device, l->pipeline, NULL);
+        for (uint32_t s = 0; s < 2; s++)
+            if (l->sets[s]) vk->fn.destroy_set_layout(vk->device, l->sets[s], NULL);
+        kvli_free(ctx, l, sizeof *l);
+    }
+    if (p->cache) vk->fn.destroy_pipeline_cache(vk->device, p->cache, NULL);
+    p->cache = NULL;
+}
+static void kvli_vk_pipelines_forget(kvl_context *ctx) {
+    kvli_vk_shelf *p = &ctx->vk->shelf;
+    kvli_free(ctx, p->made, p->max_made * sizeof *p->made);
+    memset(p, 0, sizeof *p);
+}
+
+/* ---- the blob of kvl_vulkan_cache: a head, verdicts, the driver's own ---- */
+typedef struct kvli_vk_blob {
+    char magic[8];
+    uint64_t check; /* of all that follows */
+    uint64_t bytes; /* of all */
+    char source[64];
+    uint8_t uuid[16];
+    uint32_t vendor, device, driver, subgroup_size, n_verdicts, reserved;
+} kvli_vk_blob;
+enum {
+    KVLI_VK_VERDICT_WORDS = KVLI_VK_SPECIALISATIONS + 2,
+    KVLI_VK_CACHE_HEAD = 32,
+    KVLI_VK_MOST_VERDICTS = 4096
+};
+
+static uint64_t kvli_vk_checksum(const uint8_t *at, size_t n) {
+    uint64_t h = n;
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, at + i, n - i < 8 ? n - i : 8);
+        h = kvli_mix(h, word);
+    }
+    return h;
+}
+
+static kvli_vk_blob kvli_vk_blob_head(const kvl_context *ctx) {
+    const struct kvli_vk *vk = ctx->vk;
+    kvli_vk_blob b;
+    memset(&b, 0, sizeof b);
+    memcpy(b.magic, "KVLVULK1", sizeof b.magic);
+    memcpy(b.source, kvli_vk_source_hash, kvli_min_u32(sizeof b.source, sizeof kvli_vk_source_hash - 1));
+    memcpy(b.uuid, vk->properties.cache_uuid, sizeof b.uuid);
+    b.vendor = vk->properties.vendor;
+    b.device = vk->properties.device;
+    b.driver = vk->properties.driver_version;
+    b.subgroup_size = vk->caps.subgroup_size;
+    return b;
+}
+
+/* Why the blob is of no use, or null. */
+static const char *kvli_vk_blob_fault(const kvl_context *ctx, const uint8_t *at, size_t n, kvli_vk_blob *b) {
+    kvli_vk_blob own = kvli_vk_blob_head(ctx);
+    const size_t head = offsetof(kvli_vk_blob, bytes);
+    if (n < sizeof *b) return "it is truncated";
+    memcpy(b, at, sizeof *b);
+    if (memcmp(b->magic, own.magic, sizeof b->magic)) return "it is not one";
+    if (b->bytes != n) return "it is truncated, or more than it was";
+    if (b->check != kvli_vk_checksum(at + head, n - head)) return "it is damaged";
+    if (memcmp(b->source, own.source, sizeof b->source)) return "it is of other shaders";
+    if (memcmp(b->uuid, own.uuid, sizeof b->uuid) || b->vendor != own.vendor || b->device != own.device ||
+        b->driver != own.driver || b->subgroup_size != own.subgroup_size)
+        return "it is of another driver or device";
+    if (b->n_verdicts > KVLI_VK_MOST_VERDICTS ||
+        b->n_verdicts > (n - sizeof *b) / (KVLI_VK_VERDICT_WORDS * sizeof(uint32_t)))
+        return "it is damaged";
+    return NULL;
+}
+
+/* VkPipelineCacheHeaderVersionOne: does the driver know these bytes for its own? */
+static bool kvli_vk_is_of_driver(const struct kvli_vk *vk, const uint8_t *at, size_t n) {
+    uint32_t head[4];
+    if (n < KVLI_VK_CACHE_HEAD) return false;
+    memcpy(head, at, sizeof head);
+    return head[0] >= KVLI_VK_CACHE_HEAD && head[0] <= n && head[1] == 1 &&
+           head[2] == vk->properties.vendor && head[3] == vk->properties.device &&
+           memcmp(at + 16, vk->properties.cache_uuid, 16) == 0;
+}
+
+static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why) {
+    struct kvli_vk *vk = ctx->vk;
+    size_t n = ctx->desc.vulkan.cache_bytes;
+    kvli_vk_pipeline_cache_info info = {KVLI_VK_TYPE_PIPELINE_CACHE, NULL, 0, 0, NULL};
+    const uint8_t *at = vk->shelf.filled ? NULL : (const uint8_t *)ctx->desc.vulkan.cache;
+    kvli_vk_blob b;
+    vk->shelf.filled = 1;
+    kvli_vk_say(ctx, "%s has %s shaders, subgroups of %u%s", vk->properties.name,
+                kvli_vk_variant(vk->caps.variants), vk->caps.subgroup_size,
+                vk->caps.is_cpu ? "; it is a CPU" : "");
+    const char *fault = at ? kvli_vk_blob_fault(ctx, at, n, &b) : NULL;
+    if (fault) kvli_vk_say(ctx, "vulkan.cache is not used: %s", fault);
+    for (uint32_t i = 0; at && !fault && i < b.n_verdicts; i++) {
+        uint32_t w[KVLI_VK_VERDICT_WORDS];
+        memcpy(w, at + sizeof b + i * sizeof w, sizeof w);
+        if (w[0] >= sizeof kvli_vk_shaders / sizeof *kvli_vk_shaders || !w[1] || w[1] > KVLI_VK_WRONG)
+            continue;
+        kvli_vk_made *made = kvli_vk_made_at(ctx, w[0], w + 2);
+        if (!made) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+        made->verdict = w[1];
+    }
+    if (at && !fault) {
+        size_t used = sizeof b + b.n_verdicts * KVLI_VK_VERDICT_WORDS * sizeof(uint32_t);
+        bool own = kvli_vk_is_of_driver(vk, at + used, n - used);
+        info.bytes = own ? n - used : 0;
+        info.data = own ? at + used : NULL;
+    }
+    int e = vk->fn.create_pipeline_cache(vk->device, &info, NULL, &vk->shelf.cache);
+    if (e && info.bytes && e != KVLI_VK_ERROR_OUT_OF_HOST_MEMORY && e != KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY) {
+        info.bytes = 0; /* the driver does not take it */
+        e = vk->fn.create_pipeline_cache(vk->device, &info, NULL, &vk->shelf.cache);
+    }
+    if (e) vk->shelf.cache = NULL;
+    return e ? kvli_vk_refuse(ctx, why, e, "vkCreatePipelineCache") : KVL_OK;
+}
+
+static kvl_result kvli_vk_blob_write(kvl_context *ctx, uint8_t *to, size_t *bytes) {
+    struct kvli_vk *vk = ctx->vk;
+    const kvli_vk_shelf *p = &vk->shelf;
+    kvli_vk_blob b = kvli_vk_blob_head(ctx);
+    const size_t head = offsetof(kvli_vk_blob, bytes), room = *bytes;
+    size_t n = sizeof b, of_driver = 0;
+    int e = p->cache ? vk->fn.pipeline_cache_data(vk->device, p->cache, &of_driver, NULL) : 0;
+    for (uint32_t i = 0; i < p->n_made && b.n_verdicts < KVLI_VK_MOST_VERDICTS; i++) {
+        const kvli_vk_made *m = &p->made[i];
+        uint32_t w[KVLI_VK_VERDICT_WORDS];
+        if (m->verdict == KVLI_VK_UNTESTED) continue;
+        w[0] = m->shader;
+        w[1] = m->verdict;
+        memcpy(w + 2, m->special, sizeof m->special);
+        if (to && n + sizeof w <= room) memcpy(to + n, w, sizeof w);
+        n += sizeof w;
+        b.n_verdicts++;
+    }
+    *bytes = n + of_driver;
+    if (e) return kvli_vk_fail(ctx, kvli_text_at(NULL, 0), e, "vkGetPipelineCacheData");
+    if (!to) return KVL_OK;
+    if (room < *bytes) return KVL_LIMIT;
+    if (of_driver) e = vk->fn.pipeline_cache_data(vk->device, p->cache, &of_driver, to + n);
+    if (e < 0) return kvli_vk_fail(ctx, kvli_text_at(NULL, 0), e, "vkGetPipelineCacheData");
+    *bytes = n + of_driver; /* (as much as it was, or less) */
+    b.bytes = *bytes;
+    memcpy(to, &b, sizeof b);
+    b.check = kvli_vk_checksum(to + head, *bytes - head);
+    memcpy(to, &b, sizeof b);
+    return KVL_OK;
+}
+
+static kvl_result kvli_vk_blob_out(kvl_context *ctx, void *to, size_t *bytes) {
+    if (!ctx->vk || !ctx->vk->device) return KVL_UNSUPPORTED;
+    kvli_lock(&ctx->vk->lock);
+    kvl_result r = kvli_vk_blob_write(ctx, (uint8_t *)to, bytes);
+    kvli_unlock(&ctx->vk->lock);
+    return r;
+}
+
+/* ---- how much room there is ---- */
+static kvl_result kvli_vk_room(const kvl_context *ctx, kvl_memory_info *out) {
+    const struct kvli_vk *vk = ctx->vk;
+    kvli_vk_memory_properties memory;
+    kvli_vk_budget_properties budget;
+    uint32_t i = 0;
+    memset(out, 0, sizeof *out);
+    if (vk->lost || !vk->device) return KVL_DEVICE_LOST;
+    memset(&memory, 0, sizeof memory);
+    memset(&budget, 0, sizeof budget);
+    memory.type = KVLI_VK_TYPE_MEMORY_PROPERTIES;
+    budget.type = KVLI_VK_TYPE_BUDGET_PROPERTIES;
+    memory.next = vk->caps.memory_budget ? &budget : NULL;
+    vk->fn.memory_properties(vk->physical, &memory);
+    while (i + 1 < memory.n_types && !(memory.types[i].flags & KVLI_VK_MEMORY_DEVICE_LOCAL)) i++;
+    uint32_t heap = memory.types[i].heap; /* where blocks are put first */
+    out->total = memory.heaps[heap].size;
+    out->budget = out->total / 10 * 8;
+    out->live = vk->caps.memory_budget && budget.budget[heap];
+    out->unified = vk->caps.unified;
+    if (out->live) {
+        out->budget = budget.budget[heap] < out->total ? budget.budget[heap] : out->total;
+        out->used = budget.usage[heap];
+    } else {
+        kvli_lock(&ctx->vk->lock);
+        for (kvl_cache *c = vk->caches; c; c = kvli_vk_of(c)->next) {
+            kvli_lock(&c->lock);
+            out->used += c->published.bytes_slabs + c->published.bytes_scratch + c->published.bytes_workspace;
+            kvli_unlock(&c->lock);
+        }
+        kvli_unlock(&ctx->vk->lock);
+    }
+    out->available = out->budget > out->used ? out->budget - out->used : 0;
+    return KVL_OK;
+}
+#endif
+
+/* Of the host side of Vulkan, what is Vulkan's alone: finding and creating a device, buffers with memory, command buffers. C for
+   kvlite.h (>>vulkan); the text of this file stands in the generated kvlite_vulkan_kernels.h, and says nothing to others. */
+#if defined(KVLITE_IMPLEMENTED) && !defined(KVLI_VULKAN_DEVICE_H)
+#define KVLI_VULKAN_DEVICE_H
+
+enum {
+    KVLI_VK_MORE_BUFFERS = 7, /* storage buffers of a pipeline besides banks */
+    KVLI_VK_MOST_SLABS = 511
+};
+
+/* What of a device is used. */
+typedef struct kvli_vk_caps {
+    uint32_t variants;      /* KVLI_VK_FP16 | KVLI_VK_STORAGE16 | KVLI_VK_SUBGROUP that may be used */
+    uint32_t subgroup_size; /* that pipelines get */
+    bool size_control;      /* a stage must ask for it, and for full subgroups */
+    bool unified, is_cpu, memory_budget;
+    uint32_t max_workgroup, max_shared, banks;
+    uint64_t max_range, max_alloc; /* bytes of a storage buffer, of memory allocated at once */
+} kvli_vk_caps;
+
+/* The device, of a context. */
+struct kvli_vk {
+    void *library;
+    kvli_vk_get_instance_proc get_proc;
+    kvli_vk_functions fn;
+    kvli_vk_instance instance;
+    kvli_vk_physical physical;
+    kvli_vk_device device;
+    kvli_vk_queue queue;
+    uint32_t family;
+    bool lent, renewed, lost; /* renewed: another device was lent */
+    uint32_t generation;      /* grows when the device is stopped or started: what was on it is gone */
+    kvli_vk_properties properties;
+    kvli_vk_memory_properties memory;
+    kvli_vk_caps caps;
+    bool has_locks;
+    kvli_mutex lock;       /* caches, pipelines */
+    kvli_mutex queue_lock; /* the queue */
+    kvli_vk_shelf shelf;
+    kvl_cache *caches; /* started; linked by their kvli_vk_cache.next */
+};
+
+/* A buffer with memory of its own; at: where the host sees it, or null. */
+typedef struct kvli_vk_piece {
+    kvli_vk_buffer buffer;
+    kvli_vk_memory memory;
+    uint8_t *at;
+} kvli_vk_piece;
+
+/* ---- errors ---- */
+static const char *kvli_vk_result_name(int e) {
+    switch (e) {
+#define KVLI_VK_NAME_(name, value, symbol) \
+    case value: return symbol;
+        KVLI_VK_RESULTS(KVLI_VK_NAME_)
+#undef KVLI_VK_NAME_
+    default: return "an unknown error";
+    }
+}
+
+static kvl_result kvli_vk_fail(kvl_context *ctx, kvli_text text, int e, const char *call) {
+    bool full = e == KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY || e == KVLI_VK_ERROR_TOO_MANY_OBJECTS ||
+                e == KVLI_VK_ERROR_FRAGMENTED_POOL || e == KVLI_VK_ERROR_OUT_OF_POOL_MEMORY ||
+                e == KVLI_VK_ERROR_MEMORY_MAP_FAILED;
+    kvl_result r = full                                    ? KVL_OUT_OF_DEVICE_MEMORY
+                   : e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY
+                                                           : KVL_DEVICE_LOST;
+    ctx->native = e;
+    snprintf(ctx->native_text, sizeof ctx->native_text, "%s: %s (%d)", call, kvli_vk_result_name(e), e);
+    ctx->vk->lost = ctx->vk->lost || r == KVL_DEVICE_LOST;
+    return kvli_fail(ctx, text, r, "%s", ctx->native_text);
+}
+static bool kvli_vk_failed(int e) { return e < 0 || e == KVLI_VK_TIMEOUT || e == KVLI_VK_NOT_READY; }
+
+/* ---- loader, instance, device ---- */
+static kvl_result kvli_vk_refuse(kvl_context *ctx, kvli_text why, int e, const char *call) {
+    const char *hint =
+        e == KVLI_VK_ERROR_INCOMPATIBLE_DRIVER ? "no driver for Vulkan 1.1 is installed; " : "";
+    kvli_vk_fail(ctx, kvli_text_at(NULL, 0), e, call);
+    return kvli_fail(NULL, why,
+                     e == KVLI_VK_ERROR_OUT_OF_HOST_MEMORY ? KVL_OUT_OF_HOST_MEMORY : KVL_NO_BACKEND, "%s%s",
+                     hint, ctx->native_text);
+}
+
+/* A function of the device, or (null) of the instance, or (null) of the loader; to: a pointer to a function. */
+static bool kvli_vk_load(struct kvli_vk *vk, kvli_vk_device device, const char *symbol, void *to) {
+    kvli_vk_function at =
+        device ? vk->fn.get_device_proc(device, symbol) : vk->get_proc(vk->instance, symbol);
+    memcpy(to, &at, sizeof at);
+    return at != NULL;
+}
+/* In a function with vk, device and why. */
+#define KVLI_VK_LOAD_(name, symbol, result, args)        \
+    if (!kvli_vk_load(vk, device, symbol, &vk->fn.name)) \
+        return kvli_fail(NULL, why, KVL_NO_BACKEND, "the loader or the driver is too old: no %s", symbol);
+
+static bool kvli_vk_listed(const kvli_vk_extension *list, uint32_t n, const char *name) {
+    for (uint32_t i = 0; i < n; i++)
+        if (strcmp(list[i].name, name) == 0) return true;
+    return false;
+}
+
+/* Which of the named extensions the instance (or the device, if given) has: a bit each. */
+static kvl_result kvli_vk_extensions(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
+                                     const char *const *names, uint32_t n_names, uint32_t *bits) {
+    struct kvli_vk *vk = ctx->vk;
+    const char *call =
+        device ? "vkEnumerateDeviceExtensionProperties" : "vkEnumerateInstanceExtensionProperties";
+    uint32_t n = 0;
+    *bits = 0;
+    int e = device ? vk->fn.device_extensions(device, NULL, &n, NULL)
+                   : vk->fn.instance_extensions(NULL, &n, NULL);
+    if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, call);
+    if (!n) return KVL_OK;
+    size_t bytes = n * sizeof(kvli_vk_extension);
+    kvli_vk_extension *list = (kvli_vk_extension *)kvli_alloc(ctx, bytes);
+    if (!list) return kvli_fail(NULL, why, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+    e = device ? vk->fn.device_extensions(device, NULL, &n, list)
+               : vk->fn.instance_extensions(NULL, &n, list);
+    for (uint32_t i = 0; i < n_names && !kvli_vk_failed(e); i++)
+        *bits |= (uint32_t)kvli_vk_listed(list, n, names[i]) << i;
+    kvli_free(ctx, list, bytes);
+    return kvli_vk_failed(e) ? kvli_vk_refuse(ctx, why, e, call) : KVL_OK;
+}
+
+static kvl_result kvli_vk_start_instance(kvl_context *ctx, kvli_text why) {
+    struct kvli_vk *vk = ctx->vk;
+    static const char *const names[] = {"VK_KHR_portability_enumeration"}; /* (MoltenVK is no whole Vulkan) */
+    kvli_vk_application application = {KVLI_VK_TYPE_APPLICATION, NULL, NULL, 0, "kvlite", KVL_VERSION,
+                                       KVLI_VK_API_1_1};
+    const kvli_vk_device device = NULL;
+    uint32_t portable = 0;
+    if (!vk->lent) {
+        KVLI_VK_GLOBAL_FUNCTIONS(KVLI_VK_LOAD_)
+        kvl_result r = kvli_vk_extensions(ctx, why, NULL, names, 1, &portable);
+        if (r != KVL_OK) return r;
+        kvli_vk_instance_info info = {KVLI_VK_TYPE_INSTANCE,
+                                      NULL,
+                                      (uint32_t)(portable ? KVLI_VK_INSTANCE_PORTABILITY : 0),
+                                      &application,
+                                      0,
+                                      NULL,
+                                      portable,
+                                      names};
+        int e = vk->fn.create_instance(&info, NULL, &vk->instance);
+        if (kvli_vk_failed(e)) vk->instance = NULL;
+        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkCreateInstance");
+    }
+    KVLI_VK_INSTANCE_FUNCTIONS(KVLI_VK_LOAD_)
+    return KVL_OK;
+}
+
+/* The extensions of a device that are used where they are there. */
+enum {
+    KVLI_VK_EXT_FLOAT16,
+    KVLI_VK_EXT_SUBGROUP_SIZE,
+    KVLI_VK_EXT_BUDGET,
+    KVLI_VK_EXT_PORTABLE,
+    KVLI_VK_EXTS
+};
+static const char *const kvli_vk_device_extensions[KVLI_VK_EXTS] = {
+    "VK_KHR_shader_float16_int8", "VK_EXT_subgroup_size_control", "VK_EXT_memory_budget",
+    "VK_KHR_portability_subset"};
+
+/* What a device says of itself: features as KVL_VULKAN_* (of a lent one: as the app says). */
+typedef struct kvli_vk_probe {
+    kvli_vk_properties properties;
+    kvli_vk_subgroup_properties subgroup;
+    kvli_vk_subgroup_size_properties sizes;
+    kvli_vk_maintenance3_properties more;
+    uint32_t extensions, features, family;
+    bool buffer_arrays, computes;
+} kvli_vk_probe;
+
+/* Features, asked for or enabled: those of extensions only where the device has them. */
+typedef struct kvli_vk_chain {
+    kvli_vk_features all;
+    kvli_vk_storage16_features storage;
+    kvli_vk_float16_features half;
+    kvli_vk_subgroup_size_features size;
+} kvli_vk_chain;
+
+static void kvli_vk_chain_init(kvli_vk_chain *f, uint32_t extensions) {
+    memset(f, 0, sizeof *f);
+    f->all.type = KVLI_VK_TYPE_FEATURES;
+    f->storage.type = KVLI_VK_TYPE_STORAGE16_FEATURES;
+    f->half.type = KVLI_VK_TYPE_FLOAT16_FEATURES;
+    f->size.type = KVLI_VK_TYPE_SUBGROUP_SIZE_FEATURES;
+    void **next = &f->all.next;
+    *next = &f->storage;
+    next = &f->storage.next;
+    if (extensions >> KVLI_VK_EXT_FLOAT16 & 1) {
+        *next = &f->half;
+        next = &f->half.next;
+    }
+    if (extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) *next = &f->size;
+}
+
+static void kvli_vk_probe_features(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
+    kvli_vk_chain f;
+    kvli_vk_chain_init(&f, p->extensions);
+    vk->fn.features(device, &f.all);
+    p->buffer_arrays = f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] != 0;
+    p->features = (f.half.float16 ? KVL_VULKAN_FP16 : 0) | (f.storage.storage ? KVL_VULKAN_STORAGE16 : 0) |
+                  KVL_VULKAN_SUBGROUP | (f.size.control && f.size.full ? KVL_VULKAN_SUBGROUP_SIZE : 0) |
+                  (p->extensions >> KVLI_VK_EXT_BUDGET & 1 ? KVL_VULKAN_MEMORY_BUDGET : 0);
+}
+
+static void kvli_vk_probe_family(const struct kvli_vk *vk, kvli_vk_physical device, kvli_vk_probe *p) {
+    kvli_vk_queue_family families[16]; /* one that does nothing but compute, where there is one */
+    uint32_t n = sizeof families / sizeof *families;
+    vk->fn.queue_families(device, &n, families);
+    for (uint32_t i = n; i-- > 0;) {
+        bool alone = !(families[i].flags & KVLI_VK_QUEUE_GRAPHICS);
+        if (!(families[i].flags & KVLI_VK_QUEUE_COMPUTE) || !families[i].count) continue;
+        if (!p->computes || alone || families[p->family].flags & KVLI_VK_QUEUE_GRAPHICS) p->family = i;
+        p->computes = true;
+    }
+}
+
+static kvl_result kvli_vk_probe_device(kvl_context *ctx, kvli_text why, kvli_vk_physical device,
+                                       kvli_vk_probe *p) {
+    const struct kvli_vk *vk = ctx->vk;
+    const kvl_vulkan_desc *d = &ctx->desc.vulkan;
+    memset(p, 0, sizeof *p);
+    kvl_result r =
+        kvli_vk_extensions(ctx, why, device, kvli_vk_device_extensions, KVLI_VK_EXTS, &p->extensions);
+    if (r != KVL_OK) return r;
+    p->properties.type = KVLI_VK_TYPE_PROPERTIES;
+    p->subgroup.type = KVLI_VK_TYPE_SUBGROUP_PROPERTIES;
+    p->more.type = KVLI_VK_TYPE_MAINTENANCE3_PROPERTIES;
+    p->sizes.type = KVLI_VK_TYPE_SUBGROUP_SIZE_PROPERTIES;
+    p->properties.next = &p->subgroup;
+    p->subgroup.next = &p->more;
+    if (p->extensions >> KVLI_VK_EXT_SUBGROUP_SIZE & 1) p->more.next = &p->sizes;
+    vk->fn.properties(device, &p->properties);
+    p->properties.next = p->subgroup.next = p->more.next = NULL;
+    kvli_vk_probe_features(vk, device, p);
+    kvli_vk_probe_family(vk, device, p);
+    if (vk->lent) {
+        p->features = d->features;
+        p->family = d->queue_family;
+    }
+    return KVL_OK;
+}
+
+/* Storage buffers that a pipeline can have, less those that are no banks. */
+static uint32_t kvli_vk_banks_of(const kvli_vk_probe *p) {
+    const kvli_vk_limits *l = &p->properties.limits;
+    uint32_t n = kvli_min_u32(kvli_min_u32(l->stage_storage_buffers, l->set_storage_buffers),
+                              kvli_min_u32(l->stage_resources, p->more.set_descriptors));
+    return n > KVLI_VK_MORE_BUFFERS ? kvli_min_u32(n - KVLI_VK_MORE_BUFFERS, 1 + KVLI_VK_MOST_SLABS) : 0;
+}
+
+/* How good a device is, or why it will not do. */
+static uint32_t kvli_vk_rate(const kvl_context *ctx, const kvli_vk_probe *p, const char **lack) {
+    static const uint8_t by_type[] = {2, 4, 5, 3, 1}; /* other, integrated, discrete, virtual, CPU */
+    uint32_t sort = (uint32_t)p->properties.device_type;
+    bool skips_cpu = ctx->desc.backend == KVL_BACKEND_AUTO && !ctx->vk->lent;
+    *lack = p->properties.api_version < KVLI_VK_API_1_1
+                ? "is for Vulkan 1.0, 1.1 is needed: look for a newer driver"
+            : !p->computes                            ? "has no queue that computes"
+            : !p->buffer_arrays                       ? "has no shaderStorageBufferArrayDynamicIndexing"
+            : kvli_vk_banks_of(p) < 2                 ? "has too few storage buffers for a shader"
+            : sort == KVLI_VK_DEVICE_CPU && skips_cpu ? "is a CPU: ask for the backend vulkan to use it"
+                                                      : NULL;
+    return sort < sizeof by_type ? by_type[sort] : 2;
+}
+
+/* The device to use; *why: why others are not. */
+static kvl_result kvli_vk_choose(kvl_context *ctx, kvli_text why, kvli_vk_probe *best) {
+    struct kvli_vk *vk = ctx->vk;
+    kvli_vk_physical devices[16];
+    uint32_t n = sizeof devices / sizeof *devices, best_rate = 0, asked = ctx->desc.vulkan.device_index;
+    char text[256] = "";
+    kvli_vk_probe probe;
+    devices[0] = vk->physical;
+    if (vk->lent) {
+        n = 1;
+        asked = 0;
+    } else {
+        int e = vk->fn.physical_devices(vk->instance, &n, devices);
+        if (kvli_vk_failed(e)) return kvli_vk_refuse(ctx, why, e, "vkEnumeratePhysicalDevices");
+    }
+    if (!n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "no GPU with a driver for Vulkan");
+    if (asked > n) return kvli_fail(NULL, why, KVL_NO_BACKEND, "vulkan.device_index: %u of %u", asked, n);
+    for (uint32_t i = asked ? asked - 1 : 0; i < (asked ? asked : n); i++) {
+        const char *lack;
+        size_t used = strlen(text);
+        kvl_result r = kvli_vk_probe_device(ctx, why, devices[i], &probe);
+        if (r != KVL_OK) return r;
+        uint32_t rate = kvli_vk_rate(ctx, &probe, &lack);
+        if (lack)
+            snprintf(text + used, sizeof text - used, "%s%.64s %s", used ? "; " : "", probe.properties.name,
+                     lack);
+        if (lack || rate <= best_rate) continue;
+        best_rate = rate;
+        *best = probe;
+        vk->physical = devices[i];
+    }
+    if (!best_rate) return kvli_fail(NULL, why, KVL_NO_BACKEND, "%s", text);
+    if (why.at && why.size) snprintf(why.at, why.size, "%s", text);
+    return KVL_OK;
+}
+
+static void kvli_vk_set_caps(kvl_context *ctx, const kvli_vk_probe *p) {
+    const kvli_vk_limits *l = &p->properties.limits;
+    const uint32_t operations = KVLI_VK_SUBGROUP_BASIC | KVLI_VK_SUBGROUP_BALLOT | KVLI_VK_SUBGROUP_SHUFFLE;
+    uint32_t has = p->features & ~ctx->desc.vulkan.without;
+    struct kvli_vk *vk = ctx->vk;
+    kvli_vk_caps *c = &vk->caps;
+    memset(c, 0, sizeof *c);
+    if ((p->subgroup.operations & operations) != operations || !(p->subgroup.stages & KVLI_VK_STAGE_COMPUTE))
+        has &= ~(uint32_t)KVL_VULKAN_SUBGROUP;
+    c->variants = (has & KVL_VULKAN_FP16 ? KVLI_VK_FP16 : 0) |
+                  (has & KVL_VULKAN_STORAGE16 ? KVLI_VK_STORAGE16 : 0) |
+                  (has & KVL_VULKAN_SUBGROUP ? KVLI_VK_SUBGROUP : 0);
+    c->subgroup_size = p->subgroup.size;
+    c->size_control = has & KVL_VULKAN_SUBGROUP_SIZE && p->sizes.stages & KVLI_VK_STAGE_COMPUTE;
+    c->is_cpu = p->properties.device_type == KVLI_VK_DEVICE_CPU;
+    c->unified = c->is_cpu || p->properties.device_type == KVLI_VK_DEVICE_INTEGRATED;
+    c->memory_budget = (p->features & KVL_VULKAN_MEMORY_BUDGET) != 0;
+    c->max_workgroup = kvli_min_u32(l->invocations, l->workgroup_size[0]);
+    c->max_shared = l->shared_memory;
+    c->banks = kvli_vk_banks_of(p);
+    c->max_range = l->storage_range;
+    c->max_alloc = p->more.allocation_size;
+    vk->properties = p->properties;
+    memset(&vk->memory, 0, sizeof vk->memory);
+    vk->memory.type = KVLI_VK_TYPE_MEMORY_PROPERTIES;
+    vk->fn.memory_properties(vk->physical, &vk->memory);
+}
+
+/* Creates the device with the features of p. */
+static kvl_result kvli_vk_create_device(kvl_context *ctx, kvli_text why, const kvli_vk_probe *p) {
+    struct kvli_vk *vk = ctx->vk;
+    const float priority = 1;
+    const char *names[KVLI_VK_EXTS];
+    kvli_vk_chain f;
+    kvli_vk_queue_info queue = {KVLI_VK_TYPE_DEVICE_QUEUE, NULL, 0, p->family, 1, &priority};
+    kvli_vk_device_info info = {KVLI_VK_TYPE_DEVICE, &f.all, 0, 1, &queue, 0, NULL, 0, names, NULL};
+    kvli_vk_chain_init(&f, p->extensions);
+    f.all.has[KVLI_VK_FEATURE_BUFFER_ARRAYS] = 1;
+    f.storage.storage = (p->features & KVL_VULKAN_STORAGE16) != 0;
+    f.half.float16 = (p->features & KVL_VULKAN_FP16) != 0;
+    f.size.control = f.size.full = (p->features & KVL_VULKAN_SUBGROUP_SIZE) != 0;
+    for (uint32_t i = 0; i < KVLI_VK_EXTS; i++)
+        if (p->extensions >> i & 1) names[info.n_extensions++] = kvli_vk_device_extensions[i];
+    int e = vk->fn.create_device(vk->physical, &info, NULL, &vk->device);
+    if (!kvli_vk_failed(e)) return KVL_OK;
+    vk->device = NULL;
+    return kvli_vk_refuse(ctx, why, e, "vkCreateDevice");
+}
+
+/* Caches are laid out for one device, and stay when it is started again. */
+static bool kvli_vk_same(const struct kvli_vk *vk, const kvli_vk_probe *p) {
+    const kvli_vk_properties *a = &vk->properties, *b = &p->properties;
+    return a->vendor == b->vendor && a->device == b->device && a->driver_version == b->driver_version &&
+           kvli_vk_banks_of(p) == vk->caps.banks && a->limits.shared_memory == b->limits.shared_memory &&
+           a->limits.storage_range == b->limits.storage_range;
+}
+
+/* ---- memory ---- */
+/* What memory is for: types that have these properties are tried in turn. */
+typedef enum kvli_vk_purpose { KVLI_VK_BLOCKS, KVLI_VK_UPLOAD, KVLI_VK_READBACK } kvli_vk_purpose;
+static const uint32_t kvli_vk_properties_of[][2] = {
+    {KVLI_VK_MEMORY_DEVICE_LOCAL, KVLI_VK_MEMORY_DEVICE_LOCAL}, /* never another: what spills is slow */
+    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_DEVICE_LOCAL,
+     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT},
+    {KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED,
+     KVLI_VK_MEMORY_HOST_VISIBLE | KVLI_VK_MEMORY_HOST_COHERENT}};
+
+static void kvli_vk_piece_free(const struct kvli_vk *vk, kvli_vk_piece *p) {
+    if (p->buffer) vk->fn.destroy_buffer(vk->device, p->buffer, NULL);
+    if (p->memory) vk->fn.free(vk->device, p->memory, NULL);
+    memset(p, 0, sizeof *p);
+}
+
+static int kvli_vk_piece_memory(const struct kvli_vk *vk, kvli_vk_purpose purpose, kvli_vk_piece *p) {
+    const uint32_t known = KVLI_VK_MEMORY_DEVICE_LOCAL | KVLI_VK_MEMORY_HOST_VISIBLE |
+                           KVLI_VK_MEMORY_HOST_COHERENT | KVLI_VK_MEMORY_HOST_CACHED;
+    kvli_vk_requirements need;
+    kvli_vk_memory_info info;
+    int e = KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY;
+    vk->fn.requirements(vk->device, p->buffer, &need);
+    memset(&info, 0, sizeof info);
+    info.type = KVLI_VK_TYPE_MEMORY;
+    info.size = need.size;
+    for (uint32_t choice = 0; choice < 2; choice++)
+        for (uint32_t i = 0; i < vk->memory.n_types; i++) {
+            uint32_t want = kvli_vk_properties_of[purpose][choice], flags = vk->memory.types[i].flags;
+            if (!(need.types >> i & 1) || (flags & want) != want || flags & ~known) continue;
+            info.memory_type = i;
+            e = vk->fn.alloc(vk->device, &info, NULL, &p->memory);
+            if (!kvli_vk_failed(e)) return e;
+            p->memory = NULL;
+            if (e != KVLI_VK_ERROR_OUT_OF_DEVICE_MEMORY) return e;
+        }
+    return e;
+}
+
+/* A buffer of so many bytes, with memory; the host sees all but blocks'. */
+static kvl_result kvli_vk_piece_new(kvl_context *ctx, kvli_text text, uint64_t bytes, kvli_vk_purpose purpose,
+                                    kvli_vk_piece *out) {
+    const struct kvli_vk *vk = ctx->vk;
+    kvli_vk_buffer_info info = {KVLI_VK_TYPE_BUFFER,
+                                NULL,
+                                0,
+                                (bytes + 15) & ~15ull,
+                                KVLI_VK_USE_STORAGE | KVLI_VK_USE_TRANSFER_SRC | KVLI_VK_USE_TRANSFER_DST,
+                                0,
+                                0,
+                                NULL};
+    const char *call = "vkCreateBuffer";
+    void *at = NULL;
+    memset(out, 0, sizeof *out);
+    int e = vk->fn.create_buffer(vk->device, &info, NULL, &out->buffer);
+    if (kvli_vk_failed(e)) {
+        out->buffer = NULL;
+    } else {
+        call = "vkAllocateMemory";
+        e = kvli_vk_piece_memory(vk, purpose, out);
+    }
+    if (!kvli_vk_failed(e)) {
+        call = "vkBindBufferMemory";
+        e = vk->fn.bind(vk->device, out->buffer, out->memory, 0);
+    }
+    if (!kvli_vk_failed(e) && purpose != KVLI_VK_BLOCKS) {
+        call = "vkMapMemory";
+        e = vk->fn.map(vk->device, out->memory, 0, ~0ull, 0, &at);
+        out->at = (uint8_t *)at;
+    }
+    if (!kvli_vk_failed(e)) return KVL_OK;
+    kvli_vk_piece_free(vk, out);
+    return kvli_vk_fail(ctx, text, e, call);
+}
+
+/* ---- commands ---- */
+static void kvli_vk_queue_enter(kvl_context *ctx) {
+    kvli_lock(&ctx->vk->queue_lock);
+    if (ctx->vk->lent && ctx->desc.vulkan.lock) ctx->desc.vulkan.lock(ctx->desc.user);
+}
+static void kvli_vk_queue_leave(kvl_context *ctx) {
+    if (ctx->vk->lent && ctx->desc.vulkan.unlock) ctx->desc.vulkan.unlock(ctx->desc.user);
+    kvli_unlock(&ctx->vk->queue_lock);
+}
+
+static int kvli_vk_submit_to(kvl_context *ctx, kvli_vk_commands commands, kvli_vk_fence fence) {
+    kvli_vk_submit_info info = {KVLI_VK_TYPE_SUBMIT, NULL, 0, NULL, NULL, 1, &commands, 0, NULL};
+    kvli_vk_queue_enter(ctx);
+    int e = ctx->vk->fn.queue_submit(ctx->vk->queue, 1, &info, fence);
+    kvli_vk_queue_leave(ctx);
+    return e;
+}
+/* Before something is destroyed that a wait which failed may have left in use. */
+static int kvli_vk_idle(kvl_context *ctx) {
+    kvli_vk_queue_enter(ctx);
+    int e = ctx->vk->fn.queue_idle(ctx->vk->queue);
+    kvli_vk_queue_leave(ctx);
+    return e;
+}
+
+/* A CPU may be slow; a GPU that does not answer for so long is lost. */
+static uint64_t kvli_vk_patience(const struct kvli_vk *vk) {
+    return vk->caps.is_cpu ? ~0ull : 10000000000ull;
+}
+
+/* What was written is seen from here on. */
+static void kvli_vk_wall(const struct kvli_vk *vk, kvli_vk_commands commands, uint32_t from, uint32_t to) {
+    kvli_vk_barrier barrier = {KVLI_VK_TYPE_BARRIER, NULL, KVLI_VK_MEMORY_WRITE,
+                               KVLI_VK_MEMORY_READ | KVLI_VK_MEMORY_WRITE};
+    vk->fn.barrier(commands, from, to, 0, 1, &barrier, 0, NULL, 0, NULL);
+}
+enum { KVLI_VK_AT_OURS = KVLI_VK_AT_COMPUTE | KVLI_VK_AT_TRANSFER };
+
+static int kvli_vk_new_fence(const struct kvli_vk *vk, kvli_vk_fence *out) {
+    kvli_vk_fence_info info = {KVLI_VK_TYPE_FENCE, NULL, 0};
+    int e = vk->fn.create_fence(vk->device, &info, NULL, out);
+    if (kvli_vk_failed(e)) *out = NULL;
+    return e;
+}
+
+/* A pool, and n command buffers of it. */
+static int kvli_vk_new_commands(const struct kvli_vk *vk, uint32_t n, kvli_vk_command_pool *pool,
+                                kvli_vk_commands *out) {
+    kvli_vk_command_pool_info info = {KVLI_VK_TYPE_COMMAND_POOL, NULL, KVLI_VK_POOL_RESET, vk->family};
+    int e = vk->fn.create_command_pool(vk->device, &info, NULL, pool);
+    if (kvli_vk_failed(e)) *pool = NULL;
+    if (kvli_vk_failed(e)) return e;
+    kvli_vk_commands_info all = {KVLI_VK_TYPE_COMMANDS, NULL, *pool, 0, n};
+    return vk->fn.alloc_commands(vk->device, &all, out);
+}
+
+static int kvli_vk_begin_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
+    kvli_vk_begin_info info = {KVLI_VK_TYPE_BEGIN, NULL, KVLI_VK_ONE_TIME, NULL};
+    int e = vk->fn.begin(commands, &info);
+    if (!kvli_vk_failed(e)) kvli_vk_wall(vk, commands, KVLI_VK_AT_ALL, KVLI_VK_AT_OURS);
+    return e;
+}
+static int kvli_vk_end_commands(const struct kvli_vk *vk, kvli_vk_commands commands) {
+    kvli_vk_wall(vk, commands, KVLI_VK_AT_OURS, KVLI_VK_AT_ALL | KVLI_VK_AT_HOST);
+    return vk->fn.end(commands);
+}
+
+/* Runs what `record` records, once, and waits for it. */
+typedef void (*kvli_vk_record_fn)(const struct kvli_vk *vk, kvli_vk_commands commands, void *arg);
+static kvl_result kvli_vk_run_once(kvl_context *ctx, kvli_text text, kvli_vk_record_fn record, void *arg) {
+    const struct kvli_vk *vk = ctx->vk;
+    kvli_vk_command_pool pool = NULL;
+    kvli_vk_commands commands;
+    kvli_vk_fence fence = NULL;
+    const char *call = "vkAllocateCommandBuffers";
+    int e = kvli_vk_new_commands(vk, 1, &pool, &commands);
+    if (!kvli_vk_failed(e)) e = kvli_vk_new_fence(vk, &fence);
+    if (!kvli_vk_failed(e)) e = kvli_vk_begin_commands(vk, commands);
+    if (!kvli_vk_failed(e)) {
+        record(vk, commands, arg);
+        call = "vkQueueSubmit";
+        e = kvli_vk_end_commands(vk, commands);
+    }
+    if (!kvli_vk_failed(e)) e = kvli_vk_submit_to(ctx, commands, fence);
+    if (!kvli_vk_failed(e)) {
+        call = "vkWaitForFences";
+        e = vk->fn.wait_fences(vk->device, 1, &fence, 1, kvli_vk_patience(vk));
+        if (kvli_vk_failed(e)) kvli_vk_idle(ctx);
+    }
+    if (fence) vk->fn.destroy_fence(vk->device, fence, NULL);
+    if (pool) vk->fn.destroy_command_pool(vk->device, pool, NULL);
+    return kvli_vk_failed(e) ? kvli_vk_fail(ctx, text, e, call) : KVL_OK;
+}
+
+#endif
+
 #ifndef KVLI_VULKAN_KERNELS_H
 #define KVLI_VULKAN_KERNELS_H
 
@@ -1994,7 +2544,7 @@ typedef struct kvli_vk_shader {
 } kvli_vk_shader;
 
 /* SHA-256 of the sources. */
-static const char kvli_vk_source_hash[] = "31dd1b8141331833dda560b97391bd3f3a81dffd501eeea6a280a4dfb366d456";
+static const char kvli_vk_source_hash[] = "ea0e63bc59b61abd0df1c61f6aafa7a028773b9f8037b5c2611d5425f9e180e0";
 static const uint32_t kvli_vk_store_0[] = {
 0x7230203,66304,524299,3100,0,131089,1,393227,1,0x4c534c47,0x6474732e,0x3035342e,0,196622,0,1,458767,5,2,0x6e69616d,0,3,
 4,393232,2,17,1,1,1,327752,5,0,35,0,327752,5,1,35,4,327752,5,2,35,8,327752,5,3,35,12,327752,6,0,35,0,327752,6,1,35,16,
