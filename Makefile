@@ -85,7 +85,7 @@ MOCK := $(B)/mock_cuda
 MOCK_KERNELS := $(MOCK)/simple_kernels.so $(foreach a,$(CUDA_CPU_ARCHS),$(MOCK)/kernels_$a.so)
 
 C_SOURCES := $(wildcard examples/*.c examples/llm/*.c tests/*/*.c tools/*/*.c)
-FORMAT_FILES := kvlite.h $(C_SOURCES) \
+FORMAT_FILES := kvlite.h $(C_SOURCES) tools/vulkan_figures.c \
   $(wildcard examples/*.h examples/llm/*.h examples/llm/*.inc tests/*/*.h tools/*/*.h) \
   $(CUDA_CPU_SOURCES) $(wildcard tests/vulkan/*.cpp) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h kernels_cuda/tables.h \
   $(filter-out %_kernels.h,$(wildcard kernels_vulkan/*.h))

@@ -29,7 +29,7 @@ typedef struct runtime_desc {
     uint32_t n_threads;       /* 0: one for each online processor */
     uint32_t step_tokens;     /* most rows of one step; 0 = 512 */
     kvl_backend_kind backend; /* of the caches; AUTO: the first that works and has a cache's formats */
-    uint32_t device; /* of the backend: 1 + its number; 0: the one that the backend takes */
+    uint32_t device;          /* of the backend: 1 + its number; 0: the one that the backend takes */
 } runtime_desc;
 
 /* Fields are for reading. Start from {0}. */
@@ -44,7 +44,7 @@ typedef struct runtime {
     char why_passed_over[LLM_ERR_LEN];
     kvl_backend_kind backend; /* as asked */
     uint32_t device;
-    uint64_t fingerprint;     /* of tensors, vocabulary, RoPE and activation mode */
+    uint64_t fingerprint; /* of tensors, vocabulary, RoPE and activation mode */
     uint32_t step_tokens;
     double load_s;
     float *logits; /* [logits_cap][n_vocab] of the last forward */
