@@ -277,7 +277,8 @@ enum {
     KVL_VULKAN_SUBGROUP = 4,  /* shuffles in compute shaders (no feature of a device has to be enabled) */
     KVL_VULKAN_SUBGROUP_SIZE =
         8, /* subgroupSizeControl and computeFullSubgroups of VK_EXT_subgroup_size_control */
-    KVL_VULKAN_MEMORY_BUDGET = 16 /* VK_EXT_memory_budget */
+    KVL_VULKAN_MEMORY_BUDGET = 16, /* VK_EXT_memory_budget */
+    KVL_VULKAN_CPU_SHAPES = 32 /* shaders chosen for a driver that runs on the CPU (without: as for a GPU) */
 };
 
 /* Vulkan 1.1. All null: an instance and a device of kvlite's own, through the loader that is installed (libvulkan.so.1,
@@ -294,7 +295,8 @@ typedef struct kvl_vulkan_desc {
        kvlite. (Caches of one context, on whatever threads, lock each other out by themselves.) */
     void (*lock)(void *user);
     void (*unlock)(void *user);
-    uint32_t without; /* KVL_VULKAN_FP16, STORAGE16, SUBGROUP: not to be used though they are there */
+    uint32_t
+        without; /* KVL_VULKAN_FP16, STORAGE16, SUBGROUP, CPU_SHAPES: not to be used though they are there */
     uint32_t
         device_index; /* where none is lent: 0 = the best (a GPU with memory of its own before an integrated one
                               before others; AUTO takes no CPU), else 1 + its place in the instance's list */

@@ -14,6 +14,7 @@ typedef struct kvli_vk_caps {
     uint32_t subgroup_size; /* that pipelines get */
     bool size_control;      /* a stage must ask for it, and for full subgroups */
     bool unified, is_cpu, memory_budget;
+    bool cpu_shapes; /* of workgroups, and which variants are tried first */
     uint32_t max_workgroup, max_shared, banks;
     uint64_t max_range, max_alloc; /* bytes of a storage buffer, of memory allocated at once */
 } kvli_vk_caps;
@@ -318,6 +319,7 @@ static void kvli_vk_set_caps(kvl_context *ctx, const kvli_vk_probe *p) {
     c->subgroup_size = p->subgroup.size;
     c->size_control = has & KVL_VULKAN_SUBGROUP_SIZE && p->sizes.stages & KVLI_VK_STAGE_COMPUTE;
     c->is_cpu = p->properties.device_type == KVLI_VK_DEVICE_CPU;
+    c->cpu_shapes = c->is_cpu && !(ctx->desc.vulkan.without & KVL_VULKAN_CPU_SHAPES);
     c->unified = c->is_cpu || p->properties.device_type == KVLI_VK_DEVICE_INTEGRATED;
     c->memory_budget = (p->features & KVL_VULKAN_MEMORY_BUDGET) != 0;
     c->max_workgroup = kvli_min_u32(l->invocations, l->workgroup_size[0]);

@@ -1699,9 +1699,9 @@ static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_pres
     }
     if (sort == KVLI_VT_DECODE) {
         s[KVLI_VK_ROWS] = rows = kvli_vk_decode_rows(c->geo.gqa);
-        s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.is_cpu);
+        s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.cpu_shapes);
         s[KVLI_VK_LANES] = lanes =
-            kvli_vk_decode_lanes(dim, rows, s[KVLI_VK_WORKGROUP], subgroup, vk->caps.is_cpu);
+            kvli_vk_decode_lanes(dim, rows, s[KVLI_VK_WORKGROUP], subgroup, vk->caps.cpu_shapes);
         shared = kvli_vk_decode_shared(dim, rows, T, s[KVLI_VK_WORKGROUP], lanes, subgroup);
         if (subgroup && lanes > subgroup) return false;
     }
@@ -1716,13 +1716,15 @@ static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_pres
     return shared <= vk->caps.max_shared && s[KVLI_VK_WORKGROUP] <= vk->caps.max_workgroup;
 }
 
-/* The best variant of a shader that is right on this driver; *used: which. */
+/* The best variant of a shader that is right on this driver; *used: which. (CPUs convert to and from f16 number by number:
+   there, variants without such arithmetic come first.) */
 static kvl_result kvli_vk_pipeline_get(kvl_cache *c, const kvli_vk_layouts *l, uint32_t sort,
                                        const kvl_preset *p, kvli_vk_pipeline *out, uint32_t *used) {
     kvl_context *ctx = c->ctx;
     char why[96] = "no variant of it fits this device";
     bool of_preset = sort != KVLI_VT_MERGE && sort != KVLI_VT_COPY;
-    for (uint32_t variant = 8; variant-- > 0;) {
+    for (uint32_t turn = 8; turn-- > 0;) {
+        uint32_t variant = turn ^ (ctx->vk->caps.cpu_shapes ? KVLI_VK_FP16 : 0);
         uint32_t special[KVLI_VK_SPECIALISATIONS], i = 0,
                                                    n = sizeof kvli_vk_shaders / sizeof *kvli_vk_shaders;
         while (i < n && (strcmp(kvli_vk_shaders[i].name, kvli_vk_names[sort]) ||
@@ -1773,7 +1775,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
         if (out->store[i]) continue;
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_STORE, p, &out->store[i], &used[KVLI_VT_STORE]);
         out->write[i] = out->store[i];
-        if (r == KVL_OK && c->ctx->vk->caps.is_cpu) /* which runs both branches of a condition */
+        if (r == KVL_OK && c->ctx->vk->caps.cpu_shapes) /* which runs both branches of a condition */
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_WRITE, p, &out->write[i], &used[KVLI_VT_WRITE]);
         if (r == KVL_OK)
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
@@ -2016,6 +2018,7 @@ typedef struct kvli_vk_caps {
     uint32_t subgroup_size; /* that pipelines get */
     bool size_control;      /* a stage must ask for it, and for full subgroups */
     bool unified, is_cpu, memory_budget;
+    bool cpu_shapes; /* of workgroups, and which variants are tried first */
     uint32_t max_workgroup, max_shared, banks;
     uint64_t max_range, max_alloc; /* bytes of a storage buffer, of memory allocated at once */
 } kvli_vk_caps;
@@ -2320,6 +2323,7 @@ static void kvli_vk_set_caps(kvl_context *ctx, const kvli_vk_probe *p) {
     c->subgroup_size = p->subgroup.size;
     c->size_control = has & KVL_VULKAN_SUBGROUP_SIZE && p->sizes.stages & KVLI_VK_STAGE_COMPUTE;
     c->is_cpu = p->properties.device_type == KVLI_VK_DEVICE_CPU;
+    c->cpu_shapes = c->is_cpu && !(ctx->desc.vulkan.without & KVL_VULKAN_CPU_SHAPES);
     c->unified = c->is_cpu || p->properties.device_type == KVLI_VK_DEVICE_INTEGRATED;
     c->memory_budget = (p->features & KVL_VULKAN_MEMORY_BUDGET) != 0;
     c->max_workgroup = kvli_min_u32(l->invocations, l->workgroup_size[0]);
@@ -2544,7 +2548,7 @@ typedef struct kvli_vk_shader {
 } kvli_vk_shader;
 
 /* SHA-256 of the sources. */
-static const char kvli_vk_source_hash[] = "ea0e63bc59b61abd0df1c61f6aafa7a028773b9f8037b5c2611d5425f9e180e0";
+static const char kvli_vk_source_hash[] = "5086516ea88401c7dc9f9e59fe3199a7f7ed878a11b0913304400a8daf1e2d75";
 static const uint32_t kvli_vk_store_0[] = {
 0x7230203,66304,524299,3100,0,131089,1,393227,1,0x4c534c47,0x6474732e,0x3035342e,0,196622,0,1,458767,5,2,0x6e69616d,0,3,
 4,393232,2,17,1,1,1,327752,5,0,35,0,327752,5,1,35,4,327752,5,2,35,8,327752,5,3,35,12,327752,6,0,35,0,327752,6,1,35,16,

@@ -268,9 +268,9 @@ static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_pres
     }
     if (sort == KVLI_VT_DECODE) {
         s[KVLI_VK_ROWS] = rows = kvli_vk_decode_rows(c->geo.gqa);
-        s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.is_cpu);
+        s[KVLI_VK_WORKGROUP] = kvli_vk_decode_workgroup(subgroup, vk->caps.cpu_shapes);
         s[KVLI_VK_LANES] = lanes =
-            kvli_vk_decode_lanes(dim, rows, s[KVLI_VK_WORKGROUP], subgroup, vk->caps.is_cpu);
+            kvli_vk_decode_lanes(dim, rows, s[KVLI_VK_WORKGROUP], subgroup, vk->caps.cpu_shapes);
         shared = kvli_vk_decode_shared(dim, rows, T, s[KVLI_VK_WORKGROUP], lanes, subgroup);
         if (subgroup && lanes > subgroup) return false;
     }
@@ -285,13 +285,15 @@ static bool kvli_vk_specialise(const kvl_cache *c, uint32_t sort, const kvl_pres
     return shared <= vk->caps.max_shared && s[KVLI_VK_WORKGROUP] <= vk->caps.max_workgroup;
 }
 
-/* The best variant of a shader that is right on this driver; *used: which. */
+/* The best variant of a shader that is right on this driver; *used: which. (CPUs convert to and from f16 number by number:
+   there, variants without such arithmetic come first.) */
 static kvl_result kvli_vk_pipeline_get(kvl_cache *c, const kvli_vk_layouts *l, uint32_t sort,
                                        const kvl_preset *p, kvli_vk_pipeline *out, uint32_t *used) {
     kvl_context *ctx = c->ctx;
     char why[96] = "no variant of it fits this device";
     bool of_preset = sort != KVLI_VT_MERGE && sort != KVLI_VT_COPY;
-    for (uint32_t variant = 8; variant-- > 0;) {
+    for (uint32_t turn = 8; turn-- > 0;) {
+        uint32_t variant = turn ^ (ctx->vk->caps.cpu_shapes ? KVLI_VK_FP16 : 0);
         uint32_t special[KVLI_VK_SPECIALISATIONS], i = 0,
                                                    n = sizeof kvli_vk_shaders / sizeof *kvli_vk_shaders;
         while (i < n && (strcmp(kvli_vk_shaders[i].name, kvli_vk_names[sort]) ||
@@ -342,7 +344,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
         if (out->store[i]) continue;
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_STORE, p, &out->store[i], &used[KVLI_VT_STORE]);
         out->write[i] = out->store[i];
-        if (r == KVL_OK && c->ctx->vk->caps.is_cpu) /* which runs both branches of a condition */
+        if (r == KVL_OK && c->ctx->vk->caps.cpu_shapes) /* which runs both branches of a condition */
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_WRITE, p, &out->write[i], &used[KVLI_VT_WRITE]);
         if (r == KVL_OK)
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
