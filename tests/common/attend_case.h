@@ -50,7 +50,7 @@ struct Case {
     uint32_t split_blocks = 0; // blocks of an item; 0: not split
     uint32_t stages = 2;       // CUDA
     uint32_t q_dtype = KVLI_GPU_DTYPE_F32, out_dtype = KVLI_GPU_DTYPE_F32;
-    float q_size = 1; // standard deviation of q
+    float q_size = 1;   // standard deviation of q
     bool small = false; // packed numbers are of codes and scales that are subnormal
     unsigned seed = 1;
     std::string text() const {
@@ -222,8 +222,8 @@ static void fill_tile(Random &r, uint32_t f, uint32_t dim, uint32_t tokens, uint
         uint32_t n = (i - rows) / 2;
         bool zero = f == KVLI_GPU_INT4 ? n % 2 : f != KVLI_GPU_INT8 && f != KVLI_GPU_FP8_E4M3 && n >= dim;
         double step = f == KVLI_GPU_INT8 || f == KVLI_GPU_INT8_CHANNEL ? 1 / 70.0
-                      : f == KVLI_GPU_FP8_E4M3                        ? 1 / 100.0
-                                                                     : 1 / 4.5;
+                      : f == KVLI_GPU_FP8_E4M3                         ? 1 / 100.0
+                                                                       : 1 / 4.5;
         if (f == KVLI_GPU_NVFP4)
             tile[i] = (uint8_t)(0x38 + r() % 14); // 1..3.5, with a global of 1/8
         else if (zero)
@@ -350,7 +350,8 @@ static bool sees(const Case &c, uint32_t x, uint32_t token) {
 
 // ---- tensors ----
 
-struct Tensor { // strided; `apart` elements before the first, and more than there must be between heads and rows
+// Strided; `apart` elements before the first, and more than there must be between heads and rows.
+struct Tensor {
     std::vector<uint8_t> bytes;
     uint32_t dtype, offset, head_stride, row_stride;
     Tensor(uint32_t dtype, uint32_t rows, uint32_t heads, uint32_t dim, uint32_t apart)
@@ -464,8 +465,9 @@ struct Problem {
     Problem(const Case &given, const Place &place)
         : c(given), random(c.seed), s(c, random), heads(c.gqa * c.kv_heads),
           q(c.q_dtype, FIRST_ROW + c.rows, heads, c.dim, c.apart),
-          out(c.out_dtype, FIRST_ROW + c.rows, heads, c.dim, c.apart), logits(heads), entries(3, 0x5a5a5a5a5a00),
-          spans(), plan(make_plan(c)), scale((float)(1 / std::sqrt((double)c.dim) / c.q_size)) {
+          out(c.out_dtype, FIRST_ROW + c.rows, heads, c.dim, c.apart), logits(heads),
+          entries(3, 0x5a5a5a5a5a00), spans(), plan(make_plan(c)),
+          scale((float)(1 / std::sqrt((double)c.dim) / c.q_size)) {
         for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {
             uint8_t *p = q.at(FIRST_ROW + i / (heads * c.dim), i / c.dim % heads, i % c.dim);
             float x = (float)(c.q_size * normal(random));
@@ -507,7 +509,7 @@ struct Problem {
             reference(c, s, q, FIRST_ROW, c.sink_logits ? logits.data() : nullptr, &widest);
         double rounding = c.out_dtype == KVLI_GPU_DTYPE_F32   ? 0
                           : c.out_dtype == KVLI_GPU_DTYPE_F16 ? 0x1p-11
-                                                             : 0x1p-8;
+                                                              : 0x1p-8;
         Tensor untouched(c.out_dtype, FIRST_ROW + c.rows, heads, c.dim, c.apart);
         for (uint32_t i = 0; i < c.rows * heads * c.dim; i++) {
             uint32_t row = FIRST_ROW + i / (heads * c.dim), head = i / c.dim % heads, e = i % c.dim;

@@ -148,7 +148,8 @@ class Device {
         memcpy(b.layers.map + sizeof layers, p.logits.data(), p.logits.size() * 4);
         b.tables = vkr_buffer_make(&r, entries_at(p) * 4 + p.entries.size() * 8, nullptr);
         memcpy(b.tables.map, p.spans, sizeof p.spans);
-        memcpy(b.tables.map + items_at() * 4, p.plan.items.data(), p.plan.items.size() * sizeof(kvli_gpu_item));
+        memcpy(b.tables.map + items_at() * 4, p.plan.items.data(),
+               p.plan.items.size() * sizeof(kvli_gpu_item));
         if (!p.plan.merges.empty())
             memcpy(b.tables.map + merges_at(p) * 4, p.plan.merges.data(),
                    p.plan.merges.size() * sizeof(kvli_gpu_merge));
