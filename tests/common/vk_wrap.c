@@ -499,6 +499,7 @@ static VKAPI_ATTR VkResult VKAPI_CALL vkWaitForFences(VkDevice device, uint32_t 
         REAL(vkDeviceWaitIdle)(device);
         return result;
     }
+    if (w.settings.discrete) timeout = UINT64_MAX; /* it is a CPU all the same, which may be busy */
     result = REAL(vkWaitForFences)(device, n, fences, all, timeout);
     if (result == VK_SUCCESS) hazards_waited();
     return result;
