@@ -49,13 +49,15 @@ static kvl_result kvli_vk_layouts_get(kvl_context *ctx, uint32_t banks, kvli_tex
     int e = 0;
     while (l && l->banks != banks) l = l->next;
     *out = l;
-    if (l) return KVL_OK;
-    l = (kvli_vk_layouts *)kvli_alloc(ctx, sizeof *l);
-    if (!l) return kvli_fail(ctx, text, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
-    memset(l, 0, sizeof *l);
-    l->banks = banks;
-    l->next = vk->shelf.layouts;
-    vk->shelf.layouts = *out = l; /* freed with the context, whatever comes */
+    if (l && l->pipeline) return KVL_OK;
+    if (!l) {
+        l = (kvli_vk_layouts *)kvli_alloc(ctx, sizeof *l);
+        if (!l) return kvli_fail(ctx, text, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+        memset(l, 0, sizeof *l);
+        l->banks = banks;
+        l->next = vk->shelf.layouts;
+        vk->shelf.layouts = *out = l; /* freed with the context, whatever comes */
+    }
     memset(bindings, 0, sizeof bindings);
     for (uint32_t i = 0; i < 6; i++) {
         bindings[i].binding = i;
@@ -66,6 +68,7 @@ static kvl_result kvli_vk_layouts_get(kvl_context *ctx, uint32_t banks, kvli_tex
     for (uint32_t s = 0; s < 2 && !e; s++) {
         kvli_vk_set_layout_info info = {KVLI_VK_TYPE_SET_LAYOUT, NULL, 0, s ? 2u : 6u, bindings};
         bindings[0].count = s ? 1 : banks;
+        if (l->sets[s]) continue; /* the call before this one failed halfway */
         e = vk->fn.create_set_layout(vk->device, &info, NULL, &l->sets[s]);
         if (e) l->sets[s] = NULL;
     }

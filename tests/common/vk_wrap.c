@@ -176,9 +176,9 @@ static VkResult fails(const char *name, bool tells, VkResult other) {
     bool now;
     counted(name);
     if (w.own) return VK_SUCCESS;
+    if (tells && w.lost) return VK_ERROR_DEVICE_LOST; /* does not count: nothing can fail in it */
     w.calls[VKW_FAILS]++;
     w.calls[VKW_LOST] += tells;
-    if (tells && w.lost) return VK_ERROR_DEVICE_LOST;
     now = w.fail_at && w.calls[w.fail_how] == w.fail_at && (w.fail_how == VKW_FAILS || tells);
     if (!now) return VK_SUCCESS;
     w.failed = name;
@@ -499,6 +499,7 @@ static VKAPI_ATTR VkResult VKAPI_CALL vkWaitForFences(VkDevice device, uint32_t 
         REAL(vkDeviceWaitIdle)(device);
         return result;
     }
+    if (w.settings.discrete) timeout = UINT64_MAX; /* it is a CPU all the same, which may be busy */
     result = REAL(vkWaitForFences)(device, n, fences, all, timeout);
     if (result == VK_SUCCESS) hazards_waited();
     return result;
