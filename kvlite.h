@@ -9174,7 +9174,7 @@ typedef struct kvli_vk_cache {
     bool open, moves;       /* commands[turn] is being recorded; copies of blocks are among it */
     uint64_t work, bytes;   /* in it */
     kvli_vk_set_pool set_pool;
-    kvli_vk_set *sets; /* pages and tables; staged k and v; staged q and out; k, v and q, out of each layer */
+    kvli_vk_set *sets; /* pages and tables; one for copies, which have no tensors; k, v and q, out of each layer */
 } kvli_vk_cache;
 
 /* ---- pipelines ---- */
@@ -9346,7 +9346,7 @@ static size_t kvli_vk_staging_bytes(const kvl_cache *c, uint32_t heads) {
                : kvli_gpu_align((size_t)c->desc.max_step_tokens * heads * c->geo.k_dim * sizeof(float)) + 768;
 }
 
-static uint32_t kvli_vk_n_sets(const kvl_cache *c) { return 3 + 2 * c->geo.n_layers; }
+static uint32_t kvli_vk_n_sets(const kvl_cache *c) { return 2 + 2 * c->geo.n_layers; }
 
 /* How the cache's memory is cut into buffers. */
 static kvl_result kvli_vk_limits_of(kvl_cache *c, const kvli_gpu_sizes *z) {
@@ -9355,7 +9355,7 @@ static kvl_result kvli_vk_limits_of(kvl_cache *c, const kvli_gpu_sizes *z) {
         const char *field;
         uint64_t bytes;
     } buffers[] = {{"max_sequences, max_seq_tokens, max_step_tokens: a step's tables", z->tables},
-                   {"max_step_tokens: staged tensors", z->staging},
+                   {"max_step_tokens: a staged tensor", kvli_vk_staging_bytes(c, c->geo.n_q_heads)},
                    {"max_step_tokens: exact scratch", c->scratch_bytes + 256ull},
                    {"geometry.n_layers", kvli_vk_layers_bytes(c)},
                    {"geometry.n_kv_heads: partial results", z->partial_o},
@@ -9464,11 +9464,6 @@ static kvl_result kvli_vk_new_staging(kvl_cache *c) {
     kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_TABLES, 0, &cc->host, 0, cc->tables_bytes);
     kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_LAYERS, 0, &cc->host, cc->tables_bytes, cc->layers_bytes);
     kvli_vk_set_range(vk, cc->sets[0], KVLI_VK_TAINT, 0, &cc->out, cc->out_bytes, taint);
-    if (!cc->in_bytes) return r;
-    kvli_vk_set_range(vk, cc->sets[1], KVLI_VK_TENSOR_A, 0, &cc->in, 0, cc->in_bytes);
-    kvli_vk_set_range(vk, cc->sets[1], KVLI_VK_TENSOR_B, 0, &cc->in, 0, cc->in_bytes);
-    kvli_vk_set_range(vk, cc->sets[2], KVLI_VK_TENSOR_A, 0, &cc->in, 0, cc->in_bytes);
-    kvli_vk_set_range(vk, cc->sets[2], KVLI_VK_TENSOR_B, 0, &cc->out, 0, cc->out_bytes);
     return r;
 }
 
@@ -9851,37 +9846,6 @@ static kvli_vk_tensor kvli_vk_tensor_of(const kvl_tensor *t, uint64_t at) {
     return out;
 }
 
-static kvl_result kvli_vk_host_layer(kvl_cache *c, const kvli_attend *a) {
-    kvli_vk_cache *cc = kvli_vk_of(c);
-    const kvli_geometry *g = &c->geo;
-    const kvl_tensor *in[3];
-    const uint32_t heads[3] = {g->n_q_heads, g->n_kv_heads, g->n_kv_heads};
-    kvli_vk_tensor *to[3];
-    kvli_vk_tensors t;
-    size_t used = 0, none = 0;
-    if (c->desc.device_tensors)
-        return KVLI_ERROR(c, KVL_INVALID_ARG,
-                          "kvl_attend: tensors in host memory, though desc.device_tensors");
-    if (cc->record)
-        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensors in host memory, after kvl_step_record");
-    in[0] = &a->q, in[1] = &a->k, in[2] = &a->v;
-    to[0] = &t.q, to[1] = &t.k, to[2] = &t.v;
-    for (uint32_t i = 0; i < 3; i++) {
-        size_t at = used;
-        kvl_tensor packed = kvli_gpu_stage(c, in[i], heads[i], g->k_dim, 0, &used);
-        kvli_gpu_pack(in[i], a->n_rows, heads[i], g->k_dim, cc->in.at + at, false);
-        *to[i] = kvli_vk_tensor_of(&packed, at);
-    }
-    kvl_tensor out = kvli_gpu_stage(c, &a->out, g->n_q_heads, g->k_dim, 0, &none);
-    t.out = kvli_vk_tensor_of(&out, 0);
-    t.store = cc->sets[1];
-    t.attend = cc->sets[2];
-    kvl_result r = kvli_vk_layer_run(c, a, &t);
-    if (r == KVL_OK) r = kvli_vk_wait(c);
-    if (r == KVL_OK) kvli_gpu_pack(&a->out, a->n_rows, g->n_q_heads, g->k_dim, cc->out.at, true);
-    return r;
-}
-
 /* Binds a tensor of the app's, and says where it stands in what is bound. */
 static kvl_result kvli_vk_bind_tensor(kvl_cache *c, const kvl_tensor *t, const char *name, uint32_t heads,
                                       kvli_vk_set set, uint32_t binding, kvli_vk_tensor *out) {
@@ -9912,7 +9876,7 @@ static kvl_result kvli_vk_device_layer(kvl_cache *c, const kvli_attend *a) {
     const kvli_vk_cache *cc = kvli_vk_of(c);
     const kvli_geometry *g = &c->geo;
     kvli_vk_tensors t;
-    uint32_t first = 3 + 2 * (uint32_t)(a->layer - g->layers);
+    uint32_t first = 2 + 2 * (uint32_t)(a->layer - g->layers);
     t.store = cc->sets[first];
     t.attend = cc->sets[first + 1];
     kvl_result r = kvli_vk_bind_tensor(c, &a->k, "k", g->n_kv_heads, t.store, KVLI_VK_TENSOR_A, &t.k);
@@ -9921,6 +9885,38 @@ static kvl_result kvli_vk_device_layer(kvl_cache *c, const kvli_attend *a) {
     if (r == KVL_OK)
         r = kvli_vk_bind_tensor(c, &a->out, "out", g->n_q_heads, t.attend, KVLI_VK_TENSOR_B, &t.out);
     return r == KVL_OK ? kvli_vk_layer_run(c, a, &t) : r;
+}
+
+/* The same on packed copies in memory that host and device share. */
+static kvl_result kvli_vk_host_layer(kvl_cache *c, const kvli_attend *a) {
+    kvli_vk_cache *cc = kvli_vk_of(c);
+    const kvli_geometry *g = &c->geo;
+    const kvl_tensor *in[3];
+    const uint32_t heads[3] = {g->n_q_heads, g->n_kv_heads, g->n_kv_heads};
+    kvli_attend d = *a;
+    kvl_tensor *to[3];
+    size_t used = 0, none = 0;
+    if (c->desc.device_tensors)
+        return KVLI_ERROR(c, KVL_INVALID_ARG,
+                          "kvl_attend: tensors in host memory, though desc.device_tensors");
+    if (cc->record)
+        return KVLI_ERROR(c, KVL_INVALID_ARG, "kvl_attend: tensors in host memory, after kvl_step_record");
+    in[0] = &a->q, in[1] = &a->k, in[2] = &a->v;
+    to[0] = &d.q, to[1] = &d.k, to[2] = &d.v;
+    for (uint32_t i = 0; i < 3; i++) {
+        size_t at = used;
+        *to[i] = kvli_gpu_stage(c, in[i], heads[i], g->k_dim, 0, &used);
+        to[i]->data = cc->in.buffer;
+        to[i]->offset = at;
+        kvli_gpu_pack(in[i], a->n_rows, heads[i], g->k_dim, cc->in.at + at, false);
+    }
+    d.out = kvli_gpu_stage(c, &a->out, g->n_q_heads, g->k_dim, 0, &none);
+    d.out.data = cc->out.buffer;
+    d.out.offset = 0;
+    kvl_result r = kvli_vk_device_layer(c, &d);
+    if (r == KVL_OK) r = kvli_vk_wait(c);
+    if (r == KVL_OK) kvli_gpu_pack(&a->out, a->n_rows, g->n_q_heads, g->k_dim, cc->out.at, true);
+    return r;
 }
 
 static kvl_result kvli_vk_attend(kvl_cache *c, const kvli_attend *a) {
