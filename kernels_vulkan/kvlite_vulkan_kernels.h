@@ -1480,13 +1480,15 @@ static kvl_result kvli_vk_layouts_get(kvl_context *ctx, uint32_t banks, kvli_tex
     int e = 0;
     while (l && l->banks != banks) l = l->next;
     *out = l;
-    if (l) return KVL_OK;
-    l = (kvli_vk_layouts *)kvli_alloc(ctx, sizeof *l);
-    if (!l) return kvli_fail(ctx, text, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
-    memset(l, 0, sizeof *l);
-    l->banks = banks;
-    l->next = vk->shelf.layouts;
-    vk->shelf.layouts = *out = l; /* freed with the context, whatever comes */
+    if (l && l->pipeline) return KVL_OK;
+    if (!l) {
+        l = (kvli_vk_layouts *)kvli_alloc(ctx, sizeof *l);
+        if (!l) return kvli_fail(ctx, text, KVL_OUT_OF_HOST_MEMORY, "the allocator returned null");
+        memset(l, 0, sizeof *l);
+        l->banks = banks;
+        l->next = vk->shelf.layouts;
+        vk->shelf.layouts = *out = l; /* freed with the context, whatever comes */
+    }
     memset(bindings, 0, sizeof bindings);
     for (uint32_t i = 0; i < 6; i++) {
         bindings[i].binding = i;
@@ -1497,6 +1499,7 @@ static kvl_result kvli_vk_layouts_get(kvl_context *ctx, uint32_t banks, kvli_tex
     for (uint32_t s = 0; s < 2 && !e; s++) {
         kvli_vk_set_layout_info info = {KVLI_VK_TYPE_SET_LAYOUT, NULL, 0, s ? 2u : 6u, bindings};
         bindings[0].count = s ? 1 : banks;
+        if (l->sets[s]) continue; /* the call before this one failed halfway */
         e = vk->fn.create_set_layout(vk->device, &info, NULL, &l->sets[s]);
         if (e) l->sets[s] = NULL;
     }
@@ -2548,7 +2551,7 @@ typedef struct kvli_vk_shader {
 } kvli_vk_shader;
 
 /* SHA-256 of the sources. */
-static const char kvli_vk_source_hash[] = "5086516ea88401c7dc9f9e59fe3199a7f7ed878a11b0913304400a8daf1e2d75";
+static const char kvli_vk_source_hash[] = "505af62ff9c48daebabdddb66e1207215b83189ac522e4b6f8830c2d914d7c9b";
 static const uint32_t kvli_vk_store_0[] = {
 0x7230203,66304,524299,3100,0,131089,1,393227,1,0x4c534c47,0x6474732e,0x3035342e,0,196622,0,1,458767,5,2,0x6e69616d,0,3,
 4,393232,2,17,1,1,1,327752,5,0,35,0,327752,5,1,35,4,327752,5,2,35,8,327752,5,3,35,12,327752,6,0,35,0,327752,6,1,35,16,

@@ -78,7 +78,7 @@ static void decode_shapes(const bench *b, shapes *s) {
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t p = 0; p < N_PRESETS; p++)
             for (uint32_t gqa = 4; gqa <= 8; gqa += 4) {
-                case_shape c = {presets[p], all[i].batch, all[i].context - CASE_T / 2, gqa, 1};
+                case_shape c = {presets[p], all[i].batch, all[i].context - CASE_T / 2, gqa, 1, 0};
                 if (b->smoke) c.batch = 2, c.context = 80;
                 if (!b->smoke || gqa == 4) shapes_add(s, b, c);
             }
@@ -91,7 +91,7 @@ static void prefill_shapes(const bench *b, shapes *s) {
     uint32_t n = b->smoke ? 1 : b->quick ? 2 : sizeof all / sizeof *all;
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t p = 0; p < N_PRESETS; p++) {
-            case_shape c = {presets[p], all[i].batch, all[i].context, 4, all[i].rows};
+            case_shape c = {presets[p], all[i].batch, all[i].context, 4, all[i].rows, 0};
             if (b->smoke) c.batch = 1, c.context = 32, c.rows = 40;
             shapes_add(s, b, c);
         }
@@ -487,7 +487,7 @@ static void add_same(bench *b, const case_shape *s, const char *what, bool equal
 
 /* A second time, and the first sequence without the others, bit for bit. (Its new rows are the first in both.) */
 static void measure_same(bench *b, const char *preset, uint32_t rows) {
-    case_shape s = {preset, b->smoke ? 2 : 16, b->smoke ? 64 : 3000, 4, rows};
+    case_shape s = {preset, b->smoke ? 2 : 16, b->smoke ? 64 : 3000, 4, rows, 0};
     char err[LLM_ERR_LEN] = "";
     case_cache c;
     if (!case_open(&c, &b->g, b->ctx, &s, 1, extra_of(b), err, sizeof err)) {
