@@ -117,7 +117,7 @@ static void lives(const life *like, uint64_t every_failing, uint64_t every_lost)
     every_call(like, CALL_FAILS);
     faults.every = every_lost;
     every_call(like, DEVICE_LOST);
-    faults.every = 9; /* of a recovery that fails itself */
+    faults.every = 19; /* of a recovery that fails itself */
 }
 static void test_host_tensors(void **state) {
     static const life like;
