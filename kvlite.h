@@ -9174,7 +9174,8 @@ typedef struct kvli_vk_cache {
     bool open, moves;       /* commands[turn] is being recorded; copies of blocks are among it */
     uint64_t work, bytes;   /* in it */
     kvli_vk_set_pool set_pool;
-    kvli_vk_set *sets; /* pages and tables; one for copies, which have no tensors; k, v and q, out of each layer */
+    kvli_vk_set
+        *sets; /* pages and tables; one for copies, which have no tensors; k, v and q, out of each layer */
 } kvli_vk_cache;
 
 /* ---- pipelines ---- */

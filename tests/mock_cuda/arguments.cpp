@@ -43,7 +43,8 @@ static const char *item_problem(const kvli_cu_attend_args &a, const kvli_gpu_ite
     return none(a.partial_ml, last * 8) ? "partial_ml" : nullptr;
 }
 
-static const char *attend_problem(const kvli_cu_attend_args &a, bool merge, uint32_t kvli_gpu_counts::*count) {
+static const char *attend_problem(const kvli_cu_attend_args &a, bool merge,
+                                  uint32_t kvli_gpu_counts::*count) {
     if (none(a.counts, sizeof *a.counts)) return "counts";
     uint32_t end = a.end_item < a.counts->*count ? a.end_item : a.counts->*count;
     if (a.first_item >= end) return nullptr;

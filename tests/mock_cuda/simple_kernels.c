@@ -44,7 +44,7 @@ static char *element(const kvli_cu_tensor *t, uint64_t row, uint64_t head, uint6
 static uint32_t dtype_of(uint32_t exact) {
     return exact == KVLI_GPU_F32   ? KVLI_GPU_DTYPE_F32
            : exact == KVLI_GPU_F16 ? KVLI_GPU_DTYPE_F16
-                                  : KVLI_GPU_DTYPE_BF16;
+                                   : KVLI_GPU_DTYPE_BF16;
 }
 
 /* ---- tiles ---- */
