@@ -5,14 +5,13 @@ usage: test_kvl_info.py [BUILD_FOLDER]
 
 Oracles: the rules of formats and head dims as the README has them; the report's own words.
 """
-import glob
 import json
 import os
 import subprocess
 import sys
 import tempfile
 
-from cases import Skip, run_functions
+from cases import Skip, lavapipe, run_functions
 
 BUILD = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("BUILD", "build")
 SCRATCH = tempfile.TemporaryDirectory()
@@ -37,16 +36,6 @@ def no_library(*names):
     for name in names:
         open(os.path.join(folder, name), "wb").close()
     return folder
-
-
-def lavapipe():
-    found = [f for d in ("/usr/share", "/usr/local/share", "/etc") for f in glob.glob(d + "/vulkan/icd.d/lvp_icd.*json")]
-    if not found:
-        raise Skip("lavapipe, Mesa's Vulkan driver for the CPU, is not there (make deps)")
-    cache = os.path.join(BUILD, "vulkan_shaders", "256")
-    os.makedirs(cache, exist_ok=True)
-    return {"VK_ICD_FILENAMES": found[0], "VK_DRIVER_FILES": found[0], "LP_NATIVE_VECTOR_WIDTH": "256",
-            "MESA_SHADER_CACHE_DIR": cache, "VK_LOADER_LAYERS_DISABLE": "~implicit~"}
 
 
 def test_help():
@@ -96,13 +85,13 @@ def test_without_a_loader():
 
 
 def test_without_a_driver():
-    lavapipe()  # the loader is there
+    lavapipe(BUILD)  # the loader is there
     d, = devices("--backend", "vulkan", VK_ICD_FILENAMES="/nowhere.json", VK_DRIVER_FILES="/nowhere.json")
     assert not d["usable"] and "driver" in d["reason"] and "VK_DRIVER_FILES" in d["advice"], d
 
 
 def test_lavapipe():
-    d, = devices("--backend", "vulkan", **lavapipe())
+    d, = devices("--backend", "vulkan", **lavapipe(BUILD))
     assert d["usable"] and d["device"] == 0 and "llvmpipe" in d["name"], d
     assert d["tests"] == [], "a CPU's shaders take seconds: they are compiled when asked for"
     m = d["memory"]
@@ -111,25 +100,25 @@ def test_lavapipe():
         assert p["head_dims"] == list(range(64, 257, 16)), p
         assert p["block_tokens"] == ([32, 64] if p["name"] in BY_CHANNEL else [16, 32, 64]), p
     assert any("fp16+storage16+subgroup" in line for line in d["report"]), d
-    automatic = json.loads(run("--json", **lavapipe())[0])["automatic"]
+    automatic = json.loads(run("--json", **lavapipe(BUILD))[0])["automatic"]
     assert any("vulkan: skipped: " in line and "is a CPU" in line for line in automatic["report"]), automatic
 
 
 def test_lavapipe_compiles_and_tests():
-    d, = devices("--backend", "vulkan", "--test", "f16", "--dim", "64", **lavapipe())
+    d, = devices("--backend", "vulkan", "--test", "f16", "--dim", "64", **lavapipe(BUILD))
     test, = d["tests"]
     assert test["works"] and test["preset"] == "f16" and test["head_dim"] == 64, test
     line = [s for s in d["report"] if s.startswith("vulkan: f16, head dim 64: ")]
     assert len(line) == 1 and all(s in line[0] for s in ("store ", "decode ", "prefill ", "merge ")), d["report"]
     assert not [s for s in d["report"] if "wrong on this driver" in s], d["report"]
-    d, = devices("--backend", "vulkan", "--test", "f16", "--dim", "48", code=1, **lavapipe())
+    d, = devices("--backend", "vulkan", "--test", "f16", "--dim", "48", code=1, **lavapipe(BUILD))
     assert not d["tests"][0]["works"] and "below 64" in d["tests"][0]["reason"], d["tests"]
 
 
 def test_a_device_that_is_not_there():
-    out, err = run("--backend", "vulkan", "--device", "9", code=1, **lavapipe())
+    out, err = run("--backend", "vulkan", "--device", "9", code=1, **lavapipe(BUILD))
     assert "no device 9" in err, (out, err)
-    assert [d["device"] for d in devices("--backend", "vulkan", "--device", "0", **lavapipe())] == [0]
+    assert [d["device"] for d in devices("--backend", "vulkan", "--device", "0", **lavapipe(BUILD))] == [0]
 
 
 if __name__ == "__main__":

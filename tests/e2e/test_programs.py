@@ -6,7 +6,6 @@ usage: test_programs.py [-k WORD] [BUILD_FOLDER [MODEL.gguf]]      -k: only the 
 Oracles: Python's json and UTF-8 decoder, the vocabulary as the gguf package reads it, and one program against the
 other (an answer on reused KV against the same prompt in an empty cache).
 """
-import glob
 import json
 import os
 import pty
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from cases import Skip, run_functions
+from cases import Skip, lavapipe, run_functions
 
 ARGS = sys.argv[1:]
 ONLY = ""
@@ -126,14 +125,6 @@ def no_driver():
     return folder
 
 
-def lavapipe():
-    """Variables that make Mesa's lavapipe the only Vulkan driver."""
-    for folder in "/usr/share/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/etc/vulkan/icd.d":
-        for path in glob.glob(folder + "/lvp_icd.*json"):
-            return {"VK_ICD_FILENAMES": path, "VK_DRIVER_FILES": path, "MESA_SHADER_CACHE_DIR": os.path.join(BUILD, "vulkan_shaders")}
-    raise Skip("lavapipe, Mesa's Vulkan driver for the CPU, is not there (make deps)")
-
-
 def test_backends():
     prompt = ("-p", "The capital of France is", "-n", "8")
     want, err = run("complete", *prompt, "--backend", "cpu")
@@ -172,7 +163,7 @@ def test_cuda_through_the_mock_driver():
 
 
 def test_vulkan_through_lavapipe():
-    only = lavapipe()
+    only = lavapipe(BUILD)
     for kv in "int8", "int4":  # the tokens after a block of 32 read what the shaders have sealed
         prompt = ("-p", "The capital of France is Paris. " * 6, "-n", "6", "--kv", kv)
         want = complete(*prompt, "--backend", "cpu")

@@ -329,8 +329,8 @@ static void add_decode(bench *b, const case_cache *c, double s, const char *name
     add_rate(b, (double)c->bytes, s);
     if (f16 > 0) row_number(&b->out, "of_f16", s / f16);
     if (ggml > 0) row_number(&b->out, "ggml_us", ggml), row_number(&b->out, "of_ggml", s * 1e6 / ggml);
-    fprintf(b->out.table, "%-32s %10.1f us %8.1f GB/s  %5.1f%% of the ceiling", name, s * 1e6, rate,
-            100 * rate / b->ceiling);
+    fprintf(b->out.table, "%-32s %10.1f us %8.1f GB/s", name, s * 1e6, rate);
+    if (b->ceiling > 0) fprintf(b->out.table, "  %5.1f%% of the ceiling", 100 * rate / b->ceiling);
     if (f16 > 0) fprintf(b->out.table, "  %.2f x F16", s / f16);
     if (ggml > 0) fprintf(b->out.table, "  %.2f x ggml-vulkan's %.1f ms", s * 1e6 / ggml, ggml * 1e-3);
     fputc('\n', b->out.table);
