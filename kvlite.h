@@ -9151,6 +9151,7 @@ typedef struct kvli_vk_pipes {
     kvli_vk_set_layout sets[2];
     kvli_vk_pipeline_layout layout;
     kvli_vk_pipeline store[16], write[16], decode[16], prefill[16], merge, copy;
+    bool halves; /* all that write `out` have KVLI_VK_STORAGE16: on a device that has it they may be wrong */
 } kvli_vk_pipes;
 
 /* A cache's part of it. */
@@ -9509,6 +9510,7 @@ static void kvli_vk_release(kvl_cache *c) {
     cc->set_pool = NULL;
     cc->record = NULL;
     cc->pending = cc->turn = 0;
+    cc->work = cc->bytes = 0;
     cc->open = cc->moves = false;
     cc->generation = 0;
 }
@@ -9614,7 +9616,12 @@ static void kvli_vk_unmap(kvl_cache *c, uint32_t slab, size_t bytes, uint64_t ad
     (void)address;
     cc->tables.mapped++;
     if (cc->generation != vk->generation) return; /* it went with the device */
-    if (vk->lost || kvli_vk_quiet(c) != KVL_OK) kvli_vk_idle(c->ctx);
+    if (vk->lost || kvli_vk_quiet(c) != KVL_OK) {
+        kvli_vk_idle(c->ctx);
+        cc->spoilt = cc->spoilt || cc->moves; /* what is recorded and not submitted may be of this buffer */
+        cc->open = cc->moves = false;
+        cc->work = cc->bytes = 0;
+    }
     kvli_vk_piece_free(vk, &cc->banks[bank]);
     if (bank && cc->banks[0].buffer) kvli_vk_set_bank(c, bank);
 }
@@ -9687,14 +9694,13 @@ static kvl_result kvli_vk_move(kvl_cache *c, uint64_t dst, uint64_t src, size_t 
     kvli_vk_commands commands;
     kvli_vk_copy copy = {src & UINT32_MAX, dst & UINT32_MAX, bytes};
     kvl_result r = kvli_vk_check(c);
-    if (r != KVL_OK) return r;
-    r = kvli_vk_begin(c, &commands);
+    if (r == KVL_OK) r = kvli_vk_begin(c, &commands);
     if (r == KVL_OK) {
         c->ctx->vk->fn.copy_buffer(commands, cc->banks[src >> 32].buffer, cc->banks[dst >> 32].buffer, 1,
                                    &copy);
         r = kvli_vk_moved(c, commands, bytes);
     }
-    if (r != KVL_OK) cc->spoilt = true; /* the caller cannot go back */
+    if (r != KVL_OK) cc->spoilt = true; /* the caller cannot go back, also where a lent device is well */
     return r;
 }
 
@@ -9864,7 +9870,7 @@ static kvl_result kvli_vk_bind_tensor(kvl_cache *c, const kvl_tensor *t, const c
                           "kvl_attend: tensor %s takes more than the %llu bytes of a buffer", name,
                           (unsigned long long)vk->caps.max_range);
     bool odd = (t->offset / size | t->row_stride | t->head_stride) & 1;
-    if (odd && size == 2 && strcmp(name, "out") == 0 && !(vk->caps.variants & KVLI_VK_STORAGE16))
+    if (odd && size == 2 && strcmp(name, "out") == 0 && !kvli_vk_of(c)->pipes.halves)
         return KVLI_ERROR(c, KVL_INVALID_ARG,
                           "kvl_attend: tensor out: offset and strides of 16-bit numbers must be even without "
                           "KVL_VULKAN_STORAGE16");
@@ -10494,6 +10500,9 @@ static kvl_result kvli_cache_plan(kvl_cache *c) {
              least = 0, slabs;
     kvli_need(c, 2 * T, T, need);
     size_t bytes = kvli_slab_size(c, room);
+    if (c->slab_most && d->slab_bytes > c->slab_most)
+        return KVLI_ERROR(c, KVL_UNSUPPORTED, "slab_bytes: %llu, a buffer of this device has at most %llu",
+                          (unsigned long long)d->slab_bytes, (unsigned long long)c->slab_most);
     if (!bytes || bytes < kvli_largest_block(c))
         return KVLI_ERROR(
             c, KVL_UNSUPPORTED,
@@ -10735,13 +10744,16 @@ static void kvli_budget_poll(kvl_cache *c) {
     kvl_memory_info m;
     if (!c->ctx->backend->room || --c->until_poll) return;
     c->until_poll = KVLI_POLL_STEPS;
-    uint64_t now = c->stats.device_budget, asked = c->stats.device_asked, to = kvli_budget_of(c, asked, &m);
+    uint64_t before = c->stats.device_budget, now = before, asked = c->stats.device_asked,
+             to = kvli_budget_of(c, asked, &m);
     if (!m.live) return;
+    if (c->n_slabs < kvli_slabs_in(c, now)) /* it could not grow to its budget: it tries again */
+        now = (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes;
     bool shrink = m.used > m.budget && to < now;
     if (shrink && to < c->least_bytes) to = now < c->least_bytes ? now : c->least_bytes;
     if (to == now || (!shrink && (to < now || (to < asked && to - now < asked / 8)))) return;
     if (kvli_resize(c, to, NULL) == KVL_OUT_OF_DEVICE_MEMORY) c->until_poll = KVLI_POLL_LATER;
-    if (c->stats.device_budget != now)
+    if (c->stats.device_budget != before)
         kvli_budget_log(c, shrink ? "memory is short" : "memory is there again", &m);
 }
 

@@ -16,7 +16,8 @@ typedef struct kvli_vk_made {
     kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
 } kvli_vk_made;
 typedef struct kvli_vk_shelf {
-    uint32_t filled; /* 1: with what desc.vulkan.cache has */
+    uint32_t filled;   /* 1: with what desc.vulkan.cache has */
+    bool size_control; /* verdicts are of pipelines that asked for a subgroup size */
     kvli_vk_layouts *layouts;
     kvli_vk_made *made;
     uint32_t n_made, max_made;
@@ -341,6 +342,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
     r = kvli_vk_pipeline_get(c, l, KVLI_VT_COPY, presets, &out->copy, &used[KVLI_VT_COPY]);
     if (r == KVL_OK)
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_MERGE, presets, &out->merge, &used[KVLI_VT_MERGE]);
+    out->halves = used[KVLI_VT_MERGE] & KVLI_VK_STORAGE16;
     for (uint32_t n = 0; n < c->geo.n_layers && r == KVL_OK; n++) {
         uint32_t i = cc->layer_preset[n];
         const kvl_preset *p = &presets[i];
@@ -353,6 +355,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
         if (r == KVL_OK)
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_PREFILL, p, &out->prefill[i], &used[KVLI_VT_PREFILL]);
+        out->halves = out->halves && used[KVLI_VT_DECODE] & used[KVLI_VT_PREFILL] & KVLI_VK_STORAGE16;
         if (r == KVL_OK)
             kvli_vk_say(c->ctx, "%s, head dim %u: store %s, decode %s, prefill %s, merge %s", p->name,
                         c->geo.k_dim, kvli_vk_variant(used[KVLI_VT_STORE]),
@@ -400,7 +403,7 @@ typedef struct kvli_vk_blob {
     uint64_t bytes; /* of all */
     char source[64];
     uint8_t uuid[16];
-    uint32_t vendor, device, driver, subgroup_size, n_verdicts, reserved;
+    uint32_t vendor, device, driver, subgroup_size, n_verdicts, size_control;
 } kvli_vk_blob;
 enum {
     KVLI_VK_VERDICT_WORDS = KVLI_VK_SPECIALISATIONS + 2,
@@ -429,6 +432,7 @@ static kvli_vk_blob kvli_vk_blob_head(const kvl_context *ctx) {
     b.device = vk->properties.device;
     b.driver = vk->properties.driver_version;
     b.subgroup_size = vk->caps.subgroup_size;
+    b.size_control = vk->caps.size_control;
     return b;
 }
 
@@ -445,6 +449,7 @@ static const char *kvli_vk_blob_fault(const kvl_context *ctx, const uint8_t *at,
     if (memcmp(b->uuid, own.uuid, sizeof b->uuid) || b->vendor != own.vendor || b->device != own.device ||
         b->driver != own.driver || b->subgroup_size != own.subgroup_size)
         return "it is of another driver or device";
+    if (b->size_control != own.size_control) return "it is of a device created with other features";
     if (b->n_verdicts > KVLI_VK_MOST_VERDICTS ||
         b->n_verdicts > (n - sizeof *b) / (KVLI_VK_VERDICT_WORDS * sizeof(uint32_t)))
         return "it is damaged";
@@ -468,6 +473,9 @@ static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why) {
     const uint8_t *at = vk->shelf.filled ? NULL : (const uint8_t *)ctx->desc.vulkan.cache;
     kvli_vk_blob b;
     vk->shelf.filled = 1;
+    for (uint32_t i = 0; i < vk->shelf.n_made && vk->shelf.size_control != vk->caps.size_control; i++)
+        vk->shelf.made[i].verdict = KVLI_VK_UNTESTED; /* another device was lent: other subgroups */
+    vk->shelf.size_control = vk->caps.size_control;
     kvli_vk_say(ctx, "%s has %s shaders, subgroups of %u%s", vk->properties.name,
                 kvli_vk_variant(vk->caps.variants), vk->caps.subgroup_size,
                 vk->caps.is_cpu ? "; it is a CPU" : "");
