@@ -1447,7 +1447,8 @@ typedef struct kvli_vk_made {
     kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
 } kvli_vk_made;
 typedef struct kvli_vk_shelf {
-    uint32_t filled; /* 1: with what desc.vulkan.cache has */
+    uint32_t filled;   /* 1: with what desc.vulkan.cache has */
+    bool size_control; /* verdicts are of pipelines that asked for a subgroup size */
     kvli_vk_layouts *layouts;
     kvli_vk_made *made;
     uint32_t n_made, max_made;
@@ -1772,6 +1773,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
     r = kvli_vk_pipeline_get(c, l, KVLI_VT_COPY, presets, &out->copy, &used[KVLI_VT_COPY]);
     if (r == KVL_OK)
         r = kvli_vk_pipeline_get(c, l, KVLI_VT_MERGE, presets, &out->merge, &used[KVLI_VT_MERGE]);
+    out->halves = used[KVLI_VT_MERGE] & KVLI_VK_STORAGE16;
     for (uint32_t n = 0; n < c->geo.n_layers && r == KVL_OK; n++) {
         uint32_t i = cc->layer_preset[n];
         const kvl_preset *p = &presets[i];
@@ -1784,6 +1786,7 @@ static kvl_result kvli_vk_pipelines_all(kvl_cache *c) {
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_DECODE, p, &out->decode[i], &used[KVLI_VT_DECODE]);
         if (r == KVL_OK)
             r = kvli_vk_pipeline_get(c, l, KVLI_VT_PREFILL, p, &out->prefill[i], &used[KVLI_VT_PREFILL]);
+        out->halves = out->halves && used[KVLI_VT_DECODE] & used[KVLI_VT_PREFILL] & KVLI_VK_STORAGE16;
         if (r == KVL_OK)
             kvli_vk_say(c->ctx, "%s, head dim %u: store %s, decode %s, prefill %s, merge %s", p->name,
                         c->geo.k_dim, kvli_vk_variant(used[KVLI_VT_STORE]),
@@ -1831,7 +1834,7 @@ typedef struct kvli_vk_blob {
     uint64_t bytes; /* of all */
     char source[64];
     uint8_t uuid[16];
-    uint32_t vendor, device, driver, subgroup_size, n_verdicts, reserved;
+    uint32_t vendor, device, driver, subgroup_size, n_verdicts, size_control;
 } kvli_vk_blob;
 enum {
     KVLI_VK_VERDICT_WORDS = KVLI_VK_SPECIALISATIONS + 2,
@@ -1860,6 +1863,7 @@ static kvli_vk_blob kvli_vk_blob_head(const kvl_context *ctx) {
     b.device = vk->properties.device;
     b.driver = vk->properties.driver_version;
     b.subgroup_size = vk->caps.subgroup_size;
+    b.size_control = vk->caps.size_control;
     return b;
 }
 
@@ -1876,6 +1880,7 @@ static const char *kvli_vk_blob_fault(const kvl_context *ctx, const uint8_t *at,
     if (memcmp(b->uuid, own.uuid, sizeof b->uuid) || b->vendor != own.vendor || b->device != own.device ||
         b->driver != own.driver || b->subgroup_size != own.subgroup_size)
         return "it is of another driver or device";
+    if (b->size_control != own.size_control) return "it is of a device created with other features";
     if (b->n_verdicts > KVLI_VK_MOST_VERDICTS ||
         b->n_verdicts > (n - sizeof *b) / (KVLI_VK_VERDICT_WORDS * sizeof(uint32_t)))
         return "it is damaged";
@@ -1899,6 +1904,9 @@ static kvl_result kvli_vk_pipelines_start(kvl_context *ctx, kvli_text why) {
     const uint8_t *at = vk->shelf.filled ? NULL : (const uint8_t *)ctx->desc.vulkan.cache;
     kvli_vk_blob b;
     vk->shelf.filled = 1;
+    for (uint32_t i = 0; i < vk->shelf.n_made && vk->shelf.size_control != vk->caps.size_control; i++)
+        vk->shelf.made[i].verdict = KVLI_VK_UNTESTED; /* another device was lent: other subgroups */
+    vk->shelf.size_control = vk->caps.size_control;
     kvli_vk_say(ctx, "%s has %s shaders, subgroups of %u%s", vk->properties.name,
                 kvli_vk_variant(vk->caps.variants), vk->caps.subgroup_size,
                 vk->caps.is_cpu ? "; it is a CPU" : "");
@@ -2551,7 +2559,7 @@ typedef struct kvli_vk_shader {
 } kvli_vk_shader;
 
 /* SHA-256 of the sources. */
-static const char kvli_vk_source_hash[] = "505af62ff9c48daebabdddb66e1207215b83189ac522e4b6f8830c2d914d7c9b";
+static const char kvli_vk_source_hash[] = "1682e2c878709c199a507bb3feb95f7ed7332ad8d35b662f2f783d708dcdd55a";
 static const uint32_t kvli_vk_store_0[] = {
 0x7230203,66304,524299,3100,0,131089,1,393227,1,0x4c534c47,0x6474732e,0x3035342e,0,196622,0,1,458767,5,2,0x6e69616d,0,3,
 4,393232,2,17,1,1,1,327752,5,0,35,0,327752,5,1,35,4,327752,5,2,35,8,327752,5,3,35,12,327752,6,0,35,0,327752,6,1,35,16,
