@@ -75,6 +75,7 @@ void rotate_rows() {
 
 // The item's rows of q times `factor` to shared memory, to be read after a barrier. Rows that are not there are zeros.
 void load_q(kvl_rows r, float factor, bool rotated) {
+    barrier(); // where no block came after it, the rotation of the rows before may not have ended
     for (uint i = gl_LocalInvocationIndex; i < ROWS * QUADS; i += WORKGROUP) {
         uint row = i / QUADS, quad = i % QUADS;
         vec4 q = vec4(0);
