@@ -100,26 +100,35 @@ KVLI_GPU_FN kvli_u32 kvli_vk_decode_workgroup(kvli_u32 subgroup_size, kvli_u32 i
                                  : 64u;
 }
 
-/* Invocations that share a token. On a CPU all. On a GPU no more than it takes to keep q and the sums in registers (128 of them),
-   but a sixteenth of the workgroup, so that it takes at most 16 tokens at once. Within a subgroup, if there are shuffles. */
-KVLI_GPU_FN kvli_u32 kvli_vk_decode_lanes(kvli_u32 dim, kvli_u32 rows, kvli_u32 workgroup,
-                                          kvli_u32 subgroup_size, kvli_u32 is_cpu) {
-    kvli_u32 most = subgroup_size != 0u && subgroup_size < workgroup ? subgroup_size : workgroup;
-    kvli_u32 lanes = is_cpu != 0u ? most : workgroup / 16u > 4u ? workgroup / 16u : 4u;
-    while (is_cpu == 0u && lanes < most && lanes < dim / 8u && rows * ((dim / 8u + lanes - 1u) / lanes) > 8u)
-        lanes *= 2u;
-    while (lanes > most || lanes > dim / 8u) lanes /= 2u;
-    return lanes;
+/* Tokens that a slot takes at once; fewer where lanes' parts of scores, with q, would not leave room in 16 KB. */
+KVLI_GPU_FN kvli_u32 kvli_vk_decode_tokens(kvli_u32 dim, kvli_u32 rows, kvli_u32 block_tokens, kvli_u32 slots,
+                                           kvli_u32 has_subgroups) {
+    kvli_u32 most = has_subgroups == 0u && rows * dim > 1920u ? 2u : 4u;
+    return slots == 1u ? 1u : block_tokens / slots < most ? block_tokens / slots : most;
 }
 
 /* Bytes of shared memory of a decode workgroup. */
 KVLI_GPU_FN kvli_u32 kvli_vk_decode_shared(kvli_u32 dim, kvli_u32 rows, kvli_u32 block_tokens,
                                            kvli_u32 workgroup, kvli_u32 lanes, kvli_u32 has_subgroups) {
-    kvli_u32 slots = workgroup / lanes;
-    kvli_u32 tokens = slots == 1u ? 1u : block_tokens / slots < 4u ? block_tokens / slots : 4u;
-    kvli_u32 row = slots == 1u ? 1u : slots * dim,
-             scores = has_subgroups != 0u ? 0u : workgroup * tokens * rows;
+    kvli_u32 slots = workgroup / lanes, row = slots == 1u ? 1u : slots * dim;
+    kvli_u32 tokens = kvli_vk_decode_tokens(dim, rows, block_tokens, slots, has_subgroups);
+    kvli_u32 scores = has_subgroups != 0u ? 0u : workgroup * tokens * rows;
     return 4u * ((row > scores ? row : scores) + rows * dim + 2u * slots * rows);
+}
+
+/* Invocations that share a token. On a CPU all. On a GPU no more than it takes to keep q and the sums in registers (128 of them),
+   and the slots' sums of a row in 16 KB of shared memory, but a sixteenth of the workgroup, so that it takes at most 16 tokens at
+   once. Within a subgroup, if there are shuffles. */
+KVLI_GPU_FN kvli_u32 kvli_vk_decode_lanes(kvli_u32 dim, kvli_u32 rows, kvli_u32 workgroup,
+                                          kvli_u32 subgroup_size, kvli_u32 is_cpu) {
+    kvli_u32 most = subgroup_size != 0u && subgroup_size < workgroup ? subgroup_size : workgroup;
+    kvli_u32 lanes = is_cpu != 0u ? most : workgroup / 16u > 4u ? workgroup / 16u : 4u;
+    while (is_cpu == 0u && lanes < most && lanes < dim / 8u &&
+           (rows * ((dim / 8u + lanes - 1u) / lanes) > 8u ||
+            kvli_vk_decode_shared(dim, rows, 16u, workgroup, lanes, 1u) > 16384u))
+        lanes *= 2u;
+    while (lanes > most || lanes > dim / 8u) lanes /= 2u;
+    return lanes;
 }
 
 #define KVLI_VK_MERGE_WORKGROUP 64u

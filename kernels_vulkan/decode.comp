@@ -25,7 +25,12 @@ const uint SLOTS = WORKGROUP / LANES;
 const uint ROW_PIECES = DIM / 8;
 const uint PIECES = (ROW_PIECES + LANES - 1) / LANES; // of a lane: piece i is number i * LANES + lane of the row
 const uint FOURS = 2 * PIECES;
-const uint TOKENS = SLOTS == 1 ? 1 : BLOCK_TOKENS / SLOTS < 4 ? BLOCK_TOKENS / SLOTS : 4;
+#if KVL_SUBGROUP
+const uint MOST_TOKENS = 4; // as in kvli_vk_decode_tokens
+#else
+const uint MOST_TOKENS = ROWS * DIM > 1920 ? 2 : 4;
+#endif
+const uint TOKENS = SLOTS == 1 ? 1 : BLOCK_TOKENS / SLOTS < MOST_TOKENS ? BLOCK_TOKENS / SLOTS : MOST_TOKENS;
 const uint STEP = SLOTS * TOKENS; // tokens that a workgroup takes at once
 const uint SCORES = TOKENS * ROWS;
 const bool ONE_CLASS = K_FORMAT == EXACT_FORMAT && V_FORMAT == EXACT_FORMAT;
@@ -410,8 +415,14 @@ void main() {
     span = kvl_span_at(item.span);
     sight = kvl_sight(layer.window, layer.sink_tokens);
     kv_head = gl_WorkGroupID.y;
-    lane = SLOTS == 1 ? gl_LocalInvocationID.x : gl_LocalInvocationID.x % LANES;
-    slot = SLOTS == 1 ? 0 : gl_LocalInvocationID.x / LANES;
+    uint me = gl_LocalInvocationID.x;
+#if KVL_SUBGROUP
+    // Shuffles go by places in subgroups, which need not be in the order of gl_LocalInvocationID. (All are full, but for drivers
+    // that cannot be asked for that.)
+    if (gl_NumSubgroups * gl_SubgroupSize == WORKGROUP) me = gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;
+#endif
+    lane = SLOTS == 1 ? me : me % LANES;
+    slot = SLOTS == 1 ? 0 : me / LANES;
     x_first = kvl_row_of(span, kv_head, item.row).position;
     x_last = kvl_row_of(span, kv_head, item.row + item.n_rows - 1).position;
     [[unroll]] for (uint r = 0; r < ROWS; r++) {

@@ -5,7 +5,8 @@
 
 enum {
     KVLI_VK_MORE_BUFFERS = 7, /* storage buffers of a pipeline besides banks */
-    KVLI_VK_MOST_SLABS = 511
+    KVLI_VK_MOST_SLABS = 511,
+    KVLI_VK_LEAST_SUBGROUP = 4 /* decode's lanes; of fewer, slots would be more than a block's tokens */
 };
 
 /* What of a device is used. */
@@ -311,7 +312,8 @@ static void kvli_vk_set_caps(kvl_context *ctx, const kvli_vk_probe *p) {
     struct kvli_vk *vk = ctx->vk;
     kvli_vk_caps *c = &vk->caps;
     memset(c, 0, sizeof *c);
-    if ((p->subgroup.operations & operations) != operations || !(p->subgroup.stages & KVLI_VK_STAGE_COMPUTE))
+    if ((p->subgroup.operations & operations) != operations ||
+        !(p->subgroup.stages & KVLI_VK_STAGE_COMPUTE) || p->subgroup.size < KVLI_VK_LEAST_SUBGROUP)
         has &= ~(uint32_t)KVL_VULKAN_SUBGROUP;
     c->variants = (has & KVL_VULKAN_FP16 ? KVLI_VK_FP16 : 0) |
                   (has & KVL_VULKAN_STORAGE16 ? KVLI_VK_STORAGE16 : 0) |

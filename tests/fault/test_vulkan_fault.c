@@ -336,13 +336,15 @@ static void test_other_variants(void **state) {
     good_life(&good);
     without = KVL_VULKAN_CPU_SHAPES; /* the variants that GPUs are tried with */
     for (uint32_t i = 0; i < KT_COUNT(table); i++) {
+        char complaint[32]; /* (what is used has its name in the report, too) */
         life w;
         break_shader(table[i].name, table[i].with, 0);
         life_init(&w, &like);
         snprintf(kt_where, sizeof kt_where, "%s with %u", table[i].name, table[i].with);
         KT_OK(NULL, life_start(&w));
         KT_CHECK(vkw_broken() > 0, "no shader was broken");
-        KT_CHECK(strstr(kvl_context_report(kvl_cache_context(w.cache)), table[i].name), "%s",
+        snprintf(complaint, sizeof complaint, "vulkan: %s ", table[i].name);
+        KT_CHECK(strstr(kvl_context_report(kvl_cache_context(w.cache)), complaint), "%s",
                  kvl_context_report(kvl_cache_context(w.cache)));
         life_run(&w);
         KT_CHECK(memcmp(w.tokens, good.tokens, sizeof w.tokens) == 0, "other tokens");

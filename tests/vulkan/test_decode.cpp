@@ -80,6 +80,15 @@ static void test_presets(void **) {
     print_message("largest error: %.2f of what is allowed\n", worst);
 }
 
+// Head dims for which 16 KB of shared memory decide on lanes and tokens, as GPUs run them.
+static void test_large_heads(void **) {
+    static const uint32_t gqas[] = {1, 8, 1}, variants[] = {0, 0, KVLI_VK_SUBGROUP};
+    Case c = feature_case(presets[0], 3, share);
+    c.dim = 256;
+    c.gqa = gqas[share];
+    check(c, decode_shader(c, variants[share], 0));
+}
+
 // Sequences at the edges of blocks, and shorter than any; queries of any size.
 static void test_lengths(void **) {
     for (uint32_t i : {2, 8}) { // f16, int4
@@ -116,10 +125,25 @@ static void test_order(void **) {
     }
 }
 
+// The shared memory that every device has is enough: without subgroups always, with those of 16 and more too.
+static void test_shared_memory(void **) {
+    for (uint32_t size : {0, 16, 32, 64, 128}) {
+        for (uint32_t dim : ALL_DIMS) {
+            for (uint32_t gqa = 1; gqa <= 16; gqa++) {
+                uint32_t rows = kvli_vk_decode_rows(gqa), workgroup = kvli_vk_decode_workgroup(size, 0),
+                         lanes = kvli_vk_decode_lanes(dim, rows, workgroup, size, 0);
+                for (uint32_t T : {16, 32, 64})
+                    if (kvli_vk_decode_shared(dim, rows, T, workgroup, lanes, size) > 16384)
+                        fail_msg("head dim %u, %u rows, subgroups of %u", dim, rows, size);
+            }
+        }
+    }
+}
+
 static int run_share(unsigned bits) {
     const CMUnitTest tests[] = {
-        cmocka_unit_test(test_presets),
-        cmocka_unit_test(test_lengths),
+        cmocka_unit_test(test_shared_memory), cmocka_unit_test(test_presets),
+        cmocka_unit_test(test_large_heads),   cmocka_unit_test(test_lengths),
         cmocka_unit_test(test_order),
     };
     if (!device.open(bits, false, 4 << 20)) return 77;
