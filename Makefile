@@ -14,7 +14,7 @@ CPPCHECK ?= cppcheck
 NVCC ?= nvcc
 CMOCKA ?= -lcmocka
 TESTS ?= compile unit model backend golden fault fuzz cuda_cpu vulkan e2e
-TEST_TIMEOUT ?= 900 # seconds, for one test program
+TEST_TIMEOUT ?= 1500 # seconds, for one test program
 ifeq ($(origin CC),default)
 CC := gcc
 endif
@@ -90,7 +90,7 @@ FORMAT_FILES := kvlite.h $(C_SOURCES) tools/vulkan_figures.c \
   $(CUDA_CPU_SOURCES) $(wildcard tests/vulkan/*.cpp) $(wildcard tests/mock_cuda/*.cpp) $(KERNEL_SOURCES) $(wildcard kernels_cuda/*.cuh) kernels_cuda/abi.h kernels_cuda/tables.h \
   $(filter-out %_kernels.h,$(wildcard kernels_vulkan/*.h))
 OBJECTS := $(patsubst %.c,$(B)/obj/%.o,$(C_SOURCES)) $(B)/obj/kvlite.o
-COMPILED := $(OBJECTS) $(CUDA_CPU_OBJECTS) $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
+COMPILED := $(OBJECTS) $(CUDA_CPU_OBJECTS) $(VULKAN_CPP_TESTS) $(MOCK_KERNELS) $(MOCK)/libcuda.so.1
 
 # A goal named after `deps` waits for it, in a parallel build too.
 ifneq ($(filter deps,$(MAKECMDGOALS)),)

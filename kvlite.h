@@ -590,7 +590,8 @@ typedef enum kvl_memory {
 } kvl_memory;
 
 typedef struct kvl_tensor {
-    void *data; /* [rows][heads][dim], in device memory a CUdeviceptr, or a VkBuffer made for storage */
+    void *data; /* [rows][heads][dim], in device memory a CUdeviceptr, or a VkBuffer made for storage
+                   whose size is a multiple of 4 bytes */
     kvl_dtype dtype;
     size_t row_stride;  /* in elements; 0 = heads * dim */
     size_t head_stride; /* in elements; 0 = dim */
@@ -2629,6 +2630,7 @@ struct kvl_cache {
     uint64_t fixed_bytes; /* scratch + workspace, one after the other */
     uint64_t least_bytes; /* for one sequence of two blocks */
     uint32_t until_poll;  /* steps until the device is asked for its room again */
+    uint32_t until_grow;  /* such times until growth is tried again, after it failed */
     size_t scratch_slot, scratch_bytes, workspace_bytes, slab_bytes;
     uint64_t slab_most; /* bytes of a slab, and how many, that the device can have; 0: any */
     uint32_t slabs_most;
@@ -10702,7 +10704,7 @@ static kvl_result kvli_resize(kvl_cache *c, uint64_t device_bytes, uint64_t *hel
 
 /* ---- the budget in force, where the backend knows how much room the device has ----
    Of what this process may still take and what the cache has, 70%: others grow, too. */
-enum { KVLI_POLL_STEPS = 16, KVLI_POLL_LATER = 1024 };
+enum { KVLI_POLL_STEPS = 16, KVLI_GROW_LATER = 64 };
 
 static uint64_t kvli_budget_of(const kvl_cache *c, uint64_t asked, kvl_memory_info *m) {
     uint64_t have = c->scratch ? (uint64_t)c->n_slabs * c->slab_bytes + c->fixed_bytes : 0;
@@ -10752,7 +10754,8 @@ static void kvli_budget_poll(kvl_cache *c) {
     bool shrink = m.used > m.budget && to < now;
     if (shrink && to < c->least_bytes) to = now < c->least_bytes ? now : c->least_bytes;
     if (to == now || (!shrink && (to < now || (to < asked && to - now < asked / 8)))) return;
-    if (kvli_resize(c, to, NULL) == KVL_OUT_OF_DEVICE_MEMORY) c->until_poll = KVLI_POLL_LATER;
+    if (!shrink && c->until_grow && --c->until_grow) return;
+    if (kvli_resize(c, to, NULL) == KVL_OUT_OF_DEVICE_MEMORY) c->until_grow = KVLI_GROW_LATER;
     if (c->stats.device_budget != before)
         kvli_budget_log(c, shrink ? "memory is short" : "memory is there again", &m);
 }
@@ -10843,8 +10846,8 @@ static kvl_result kvli_cache_new(const kvl_cache_desc *desc, bool plan_only, kvl
             (*out)->own_ctx = true;
             return r;
         }
-        bool again =
-            r == KVL_UNSUPPORTED && d.backend == KVL_BACKEND_AUTO && ctx->backend->kind != KVL_BACKEND_CPU;
+        bool again = (r == KVL_UNSUPPORTED || r == KVL_DEVICE_LOST) /* the latter: by a test of its shaders */
+                     && d.backend == KVL_BACKEND_AUTO && ctx->backend->kind != KVL_BACKEND_CPU;
         if (again) kvli_report_skipped(report, ctx->backend, why);
         first = (size_t)(ctx->backend - kvli_backends) + 1;
         kvl_context_destroy(ctx);
