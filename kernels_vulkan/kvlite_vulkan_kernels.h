@@ -1250,7 +1250,7 @@ static void kvli_vt_row(const kvli_vk_test *t, const kvli_vk_layer *l, double *r
         row[1] = row[1] * keep + p;
         for (uint32_t e = 0; e < t->dim; e++) {
             sum[e] = sum[e] * keep + p * v[e];
-            magnitude[e] = magnitude[e] * keep + p * fabs(v[e]);
+            magnitude[e] = magnitude[e] * keep + p * fabs((double)v[e]);
         }
     }
 }
@@ -1276,7 +1276,7 @@ static bool kvli_vt_row_check(kvli_vk_test *t, const kvli_vk_push *push, const d
     if (partial != KVLI_GPU_NONE && l == 0)
         return ml[1] == 0 || kvli_vt_wrong(t, "sum of a row", head, ml[1], 0);
     if (partial != KVLI_GPU_NONE &&
-        !kvli_vt_close(t, t->dim, ml[0] + log2(ml[1]), row[0] + log2(l), 8 * kvli_vt_tolerance))
+        !kvli_vt_close(t, t->dim, ml[0] + log2((double)ml[1]), row[0] + log2(l), 8 * kvli_vt_tolerance))
         return false;
     if (partial == KVLI_GPU_NONE && push->layer) l += exp2(t->sinks[head] * 1.4426950408889634 - row[0]);
     for (uint32_t e = 0; e < t->dim; e++) most = magnitude[e] > most ? magnitude[e] : most;
@@ -1351,7 +1351,7 @@ static void kvli_vt_merge(kvli_vk_test *t) {
     for (uint32_t i = 0; i < 49 * KVLI_VT_HEADS; i++) {
         bool nothing = i < 6; /* the first part of the first merge */
         ml[2 * i] = nothing ? -1e31f : 6 * kvli_vt_uniform(t);
-        ml[2 * i + 1] = nothing ? 0 : 1 + fabsf(kvli_vt_normal(t));
+        ml[2 * i + 1] = nothing ? 0 : 1 + (float)fabs((double)kvli_vt_normal(t));
         for (uint32_t e = 0; e < t->dim; e++) o[(size_t)i * t->dim + e] = nothing ? 0 : kvli_vt_normal(t);
     }
     for (uint32_t d = 0; d < 3; d++)
@@ -1377,7 +1377,7 @@ static bool kvli_vt_merge_check(kvli_vk_test *t) {
             row[1] += w * ml[2 * at + 1];
             for (uint32_t e = 0; e < t->dim; e++) {
                 sum[e] += w * o[at * t->dim + e];
-                magnitude[e] += w * fabs(o[at * t->dim + e]);
+                magnitude[e] += w * fabs((double)o[at * t->dim + e]);
             }
         }
         if (!kvli_vt_row_check(t, &t->cases[d].push, row, kv * t->gqa + p % t->gqa, p / t->gqa,
@@ -2570,7 +2570,7 @@ typedef struct kvli_vk_shader {
 } kvli_vk_shader;
 
 /* SHA-256 of the sources. */
-static const char kvli_vk_source_hash[] = "52e23f72f4441d2541683c1bd36daae94b2bd20d0ac5dcc316d69e01889d4b52";
+static const char kvli_vk_source_hash[] = "cbd927c390eb01a112e1f72c349987d2433ee5c8964dd383274fc7fdcec8a3fd";
 static const uint32_t kvli_vk_store_0[] = {
 0x7230203,66304,524299,3100,0,131089,1,393227,1,0x4c534c47,0x6474732e,0x3035342e,0,196622,0,1,458767,5,2,0x6e69616d,0,3,
 4,393232,2,17,1,1,1,327752,5,0,35,0,327752,5,1,35,4,327752,5,2,35,8,327752,5,3,35,12,327752,6,0,35,0,327752,6,1,35,16,

@@ -406,7 +406,7 @@ static void kvli_vt_row(const kvli_vk_test *t, const kvli_vk_layer *l, double *r
         row[1] = row[1] * keep + p;
         for (uint32_t e = 0; e < t->dim; e++) {
             sum[e] = sum[e] * keep + p * v[e];
-            magnitude[e] = magnitude[e] * keep + p * fabs(v[e]);
+            magnitude[e] = magnitude[e] * keep + p * fabs((double)v[e]);
         }
     }
 }
@@ -432,7 +432,7 @@ static bool kvli_vt_row_check(kvli_vk_test *t, const kvli_vk_push *push, const d
     if (partial != KVLI_GPU_NONE && l == 0)
         return ml[1] == 0 || kvli_vt_wrong(t, "sum of a row", head, ml[1], 0);
     if (partial != KVLI_GPU_NONE &&
-        !kvli_vt_close(t, t->dim, ml[0] + log2(ml[1]), row[0] + log2(l), 8 * kvli_vt_tolerance))
+        !kvli_vt_close(t, t->dim, ml[0] + log2((double)ml[1]), row[0] + log2(l), 8 * kvli_vt_tolerance))
         return false;
     if (partial == KVLI_GPU_NONE && push->layer) l += exp2(t->sinks[head] * 1.4426950408889634 - row[0]);
     for (uint32_t e = 0; e < t->dim; e++) most = magnitude[e] > most ? magnitude[e] : most;
@@ -507,7 +507,7 @@ static void kvli_vt_merge(kvli_vk_test *t) {
     for (uint32_t i = 0; i < 49 * KVLI_VT_HEADS; i++) {
         bool nothing = i < 6; /* the first part of the first merge */
         ml[2 * i] = nothing ? -1e31f : 6 * kvli_vt_uniform(t);
-        ml[2 * i + 1] = nothing ? 0 : 1 + fabsf(kvli_vt_normal(t));
+        ml[2 * i + 1] = nothing ? 0 : 1 + (float)fabs((double)kvli_vt_normal(t));
         for (uint32_t e = 0; e < t->dim; e++) o[(size_t)i * t->dim + e] = nothing ? 0 : kvli_vt_normal(t);
     }
     for (uint32_t d = 0; d < 3; d++)
@@ -533,7 +533,7 @@ static bool kvli_vt_merge_check(kvli_vk_test *t) {
             row[1] += w * ml[2 * at + 1];
             for (uint32_t e = 0; e < t->dim; e++) {
                 sum[e] += w * o[at * t->dim + e];
-                magnitude[e] += w * fabs(o[at * t->dim + e]);
+                magnitude[e] += w * fabs((double)o[at * t->dim + e]);
             }
         }
         if (!kvli_vt_row_check(t, &t->cases[d].push, row, kv * t->gqa + p % t->gqa, p / t->gqa,
