@@ -1456,8 +1456,8 @@ typedef struct kvli_vk_made {
     kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
 } kvli_vk_made;
 typedef struct kvli_vk_shelf {
-    uint32_t filled;   /* 1: with what desc.vulkan.cache has */
-    bool size_control; /* verdicts are of pipelines that asked for a subgroup size */
+    uint32_t filled;       /* 1: with what desc.vulkan.cache has */
+    uint32_t size_control; /* 1: verdicts are of pipelines that asked for a subgroup size */
     kvli_vk_layouts *layouts;
     kvli_vk_made *made;
     uint32_t n_made, max_made;
@@ -2570,7 +2570,7 @@ typedef struct kvli_vk_shader {
 } kvli_vk_shader;
 
 /* SHA-256 of the sources. */
-static const char kvli_vk_source_hash[] = "cbd927c390eb01a112e1f72c349987d2433ee5c8964dd383274fc7fdcec8a3fd";
+static const char kvli_vk_source_hash[] = "b522a0b0f0b7d3b446005f94cea3c98dde4ae7ecc059b3660c158e70d61484c6";
 static const uint32_t kvli_vk_store_0[] = {
 0x7230203,66304,524299,3100,0,131089,1,393227,1,0x4c534c47,0x6474732e,0x3035342e,0,196622,0,1,458767,5,2,0x6e69616d,0,3,
 4,393232,2,17,1,1,1,327752,5,0,35,0,327752,5,1,35,4,327752,5,2,35,8,327752,5,3,35,12,327752,6,0,35,0,327752,6,1,35,16,

@@ -16,8 +16,8 @@ typedef struct kvli_vk_made {
     kvli_vk_pipeline pipeline;                                  /* null: not made on this device */
 } kvli_vk_made;
 typedef struct kvli_vk_shelf {
-    uint32_t filled;   /* 1: with what desc.vulkan.cache has */
-    bool size_control; /* verdicts are of pipelines that asked for a subgroup size */
+    uint32_t filled;       /* 1: with what desc.vulkan.cache has */
+    uint32_t size_control; /* 1: verdicts are of pipelines that asked for a subgroup size */
     kvli_vk_layouts *layouts;
     kvli_vk_made *made;
     uint32_t n_made, max_made;

@@ -317,7 +317,6 @@ static int run_width(unsigned bits, const char *filter) {
         TABLE(all),
         TABLE(no_subgroup),
         TEST("the same answer", test_same_answer, all),
-        TEST("sealed bytes", test_sealed_bytes, all),
     };
     if (filter) cmocka_set_test_filter(filter);
     return cmocka_run_group_tests_name(bits == 128 ? "subgroups of 4" : "subgroups of 16", tests, NULL, NULL);
