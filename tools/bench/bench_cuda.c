@@ -54,21 +54,9 @@ static uint64_t extra_of(const bench *b) { return b->smoke ? 48u << 20 : 768u <<
 
 /* ---- the cases ---- */
 
-typedef struct shapes {
-    case_shape at[640];
-    uint32_t n;
-} shapes;
-
-static void shapes_add(shapes *s, const bench *b, case_shape shape) {
-    if (in_list(b->presets, shape.preset) && s->n < sizeof s->at / sizeof *s->at) s->at[s->n++] = shape;
-}
-
-static const char *const presets[] = {"f16", "int8", "fp8", "int4", "nvfp4", "int8+", "balanced", "bf16"};
-enum { N_PRESETS = sizeof presets / sizeof *presets };
-
 /* The large ones first, which have targets. One token of the context's last block is still to come, so that a step seals
  * nothing. */
-static void decode_shapes(const bench *b, shapes *s) {
+static void decode_shapes(const bench *b, case_list *s) {
     static const struct {
         uint32_t batch, context;
     } all[] = {{64, 16384}, {16, 131072}, {256, 8192}, {256, 1024}, {1, 131072}, {16, 16384}, {1, 16384},
@@ -76,24 +64,24 @@ static void decode_shapes(const bench *b, shapes *s) {
                {4, 65536},  {64, 65536},  {4, 16384},  {4, 4096},   {4, 1024}};
     uint32_t n = b->smoke ? 1 : b->quick ? 3 : sizeof all / sizeof *all;
     for (uint32_t i = 0; i < n; i++)
-        for (uint32_t p = 0; p < N_PRESETS; p++)
+        for (uint32_t p = 0; p < CASE_PRESETS; p++)
             for (uint32_t gqa = 4; gqa <= 8; gqa += 4) {
-                case_shape c = {presets[p], all[i].batch, all[i].context - CASE_T / 2, gqa, 1, 0};
+                case_shape c = {case_presets[p], all[i].batch, all[i].context - CASE_T / 2, gqa, 1, 0};
                 if (b->smoke) c.batch = 2, c.context = 80;
-                if (!b->smoke || gqa == 4) shapes_add(s, b, c);
+                if (!b->smoke || gqa == 4) case_list_add(s, b->presets, c);
             }
 }
 
-static void prefill_shapes(const bench *b, shapes *s) {
+static void prefill_shapes(const bench *b, case_list *s) {
     static const struct {
         uint32_t batch, context, rows;
     } all[] = {{1, 0, 8192}, {1, 30720, 2048}, {4, 0, 2048}, {1, 0, 2048}, {1, 7680, 512}, {16, 0, 512}};
     uint32_t n = b->smoke ? 1 : b->quick ? 2 : sizeof all / sizeof *all;
     for (uint32_t i = 0; i < n; i++)
-        for (uint32_t p = 0; p < N_PRESETS; p++) {
-            case_shape c = {presets[p], all[i].batch, all[i].context, 4, all[i].rows, 0};
+        for (uint32_t p = 0; p < CASE_PRESETS; p++) {
+            case_shape c = {case_presets[p], all[i].batch, all[i].context, 4, all[i].rows, 0};
             if (b->smoke) c.batch = 1, c.context = 32, c.rows = 40;
-            shapes_add(s, b, c);
+            case_list_add(s, b->presets, c);
         }
 }
 
@@ -172,12 +160,6 @@ static void measure_ceiling(bench *b) {
     row_end(&b->out);
 }
 
-static void add_rate(bench *b, double bytes, double s) {
-    row_number(&b->out, "us", s * 1e6);
-    row_number(&b->out, "gb_s", bytes / s * 1e-9);
-    if (b->ceiling > 0) row_number(&b->out, "share", bytes / s * 1e-9 / b->ceiling);
-}
-
 /* ---- decode and prefill ---- */
 
 static uint32_t layers_for(const bench *b, const case_shape *c) {
@@ -210,7 +192,7 @@ static void measure_case(bench *b, const char *what, const case_shape *shape) {
     if (decode) {
         row_number(&b->out, "layers", c.n_layers);
         row_number(&b->out, "bytes", (double)c.bytes);
-        add_rate(b, (double)c.bytes, s);
+        case_row_rate(&b->out, (double)c.bytes, s, b->ceiling);
         fprintf(b->out.table, "%-34s %10.1f us %8.0f GB/s  %5.1f%%\n", name, s * 1e6,
                 (double)c.bytes / s * 1e-9, (double)c.bytes / s * 1e-7 / b->ceiling);
     } else {
@@ -280,7 +262,7 @@ static void measure_store(bench *b, const char *name) {
     double bytes = (double)tile * CASE_KV_HEADS * n;
     row_begin(&b->out, "store");
     row_text(&b->out, "preset", name);
-    add_rate(b, bytes, s);
+    case_row_rate(&b->out, bytes, s, b->ceiling);
     row_end(&b->out);
     fprintf(b->out.table, "store %-28s %10.1f us %8.0f GB/s\n", name, s * 1e6, bytes / s * 1e-9);
     free(stores);
@@ -464,54 +446,9 @@ static void measure_host(bench *b) {
     case_close(&h.c);
 }
 
-/* ---- the same answer ---- */
-
-/* What `which` sequences get, alone or with others; [n][rows][heads][dim] in F16. */
-static void answer(case_cache *c, const uint32_t *which, uint32_t n, uint16_t *out) {
-    const kvl_step *step = case_begin(c, which, n, c->shape.rows);
-    size_t numbers = (size_t)n * c->shape.rows * CASE_KV_HEADS * c->shape.gqa * CASE_DIM;
-    for (uint32_t l = 0; l < c->n_layers; l++) case_attend(c, step, l);
-    gpu_download(c->g, out, c->out, numbers * 2);
-    case_must(c, kvl_step_abort(c->cache, step), "kvl_step_abort");
-}
-
-static void add_same(bench *b, const case_shape *s, const char *what, bool equal) {
-    row_begin(&b->out, "same");
-    row_text(&b->out, "preset", s->preset);
-    row_text(&b->out, "what", what);
-    row_number(&b->out, "rows", s->rows);
-    row_bool(&b->out, "equal", equal);
-    row_end(&b->out);
-    if (!equal) fprintf(b->out.table, "NOT THE SAME: %s, %u rows: %s\n", s->preset, s->rows, what);
-}
-
-/* A second time, and the first sequence without the others, bit for bit. (Its new rows are the first in both.) */
 static void measure_same(bench *b, const char *preset, uint32_t rows) {
-    case_shape s = {preset, b->smoke ? 2 : 16, b->smoke ? 64 : 3000, 4, rows, 0};
-    char err[LLM_ERR_LEN] = "";
-    case_cache c;
-    if (!case_open(&c, &b->g, b->ctx, &s, 1, extra_of(b), err, sizeof err)) {
-        leave_out(&b->out, preset, err);
-        case_close(&c);
-        return;
-    }
-    size_t one = (size_t)rows * CASE_KV_HEADS * s.gqa * CASE_DIM, all = one * s.batch;
-    uint16_t *x = malloc(all * 2), *y = malloc(all * 2);
-    const uint32_t first = 0;
-    bool finite = true, some = false;
-    answer(&c, NULL, s.batch, x);
-    answer(&c, NULL, s.batch, y);
-    for (size_t i = 0; i < all; i++) {
-        finite = finite && (x[i] & 0x7c00) != 0x7c00;
-        some = some || x[i] & 0x7fff;
-    }
-    add_same(b, &s, "finite, not all zero", finite && some);
-    add_same(b, &s, "a second time", memcmp(x, y, all * 2) == 0);
-    answer(&c, &first, 1, y);
-    add_same(b, &s, "without the others", memcmp(x, y, one * 2) == 0);
-    free(x);
-    free(y);
-    case_close(&c);
+    const case_shape s = {preset, b->smoke ? 2 : 16, b->smoke ? 64 : 3000, 4, rows, 0};
+    case_measure_same(&b->out, &b->g, b->ctx, &s, extra_of(b));
 }
 
 /* ---- the command line ---- */
@@ -579,18 +516,18 @@ static bool open_backend(bench *b, char *err, size_t n) {
 }
 
 static void measure_all(bench *b) {
-    static shapes decode, prefill;
+    static case_list decode, prefill;
     decode_shapes(b, &decode);
     prefill_shapes(b, &prefill);
     b->module = load_image(b);
     if (in_list(b->only, "ceiling")) measure_ceiling(b);
     if (in_list(b->only, "host")) measure_host(b);
     if (in_list(b->only, "copies")) measure_copies(b);
-    for (uint32_t p = 0; p < N_PRESETS; p++) {
-        if (!in_list(b->presets, presets[p])) continue;
-        if (in_list(b->only, "same")) measure_same(b, presets[p], 1);
-        if (in_list(b->only, "same")) measure_same(b, presets[p], 33);
-        if (in_list(b->only, "store")) measure_store(b, presets[p]);
+    for (uint32_t p = 0; p < CASE_PRESETS; p++) {
+        if (!in_list(b->presets, case_presets[p])) continue;
+        if (in_list(b->only, "same")) measure_same(b, case_presets[p], 1);
+        if (in_list(b->only, "same")) measure_same(b, case_presets[p], 33);
+        if (in_list(b->only, "store")) measure_store(b, case_presets[p]);
     }
     for (uint32_t i = 0; in_list(b->only, "prefill") && i < prefill.n; i++)
         measure_case(b, "prefill", &prefill.at[i]);
@@ -599,7 +536,7 @@ static void measure_all(bench *b) {
 }
 
 static void list_cases(const bench *b) {
-    static shapes all[2];
+    static case_list all[2];
     char name[96];
     decode_shapes(b, &all[0]);
     prefill_shapes(b, &all[1]);

@@ -51,9 +51,6 @@ typedef struct bench {
     double start, ceiling; /* GB/s */
 } bench;
 
-static const char *const presets[] = {"f16", "int8", "fp8", "int4", "nvfp4", "int8+", "balanced", "bf16"};
-enum { N_PRESETS = sizeof presets / sizeof *presets };
-
 static double slice_of(const bench *b) { return b->smoke ? 0 : b->cpu ? 0.3 : 0.1; }
 
 /* ---- shaders by themselves ---- */
@@ -133,12 +130,6 @@ static void measure_ceiling(bench *b) {
     row_end(&b->out);
 }
 
-static void add_rate(bench *b, double bytes, double s) {
-    row_number(&b->out, "us", s * 1e6);
-    row_number(&b->out, "gb_s", bytes / s * 1e-9);
-    if (b->ceiling > 0) row_number(&b->out, "share", bytes / s * 1e-9 / b->ceiling);
-}
-
 /* ---- store and copies ---- */
 
 /* Whole blocks of F16 rows written as exact tiles and sealed. */
@@ -187,7 +178,7 @@ static void measure_store(bench *b, const char *name) {
     double bytes = (double)tile * CASE_KV_HEADS * n;
     row_begin(&b->out, "store");
     row_text(&b->out, "preset", name);
-    add_rate(b, bytes, seconds);
+    case_row_rate(&b->out, bytes, seconds, b->ceiling);
     row_end(&b->out);
     fprintf(b->out.table, "store %-28s %10.1f us %8.1f GB/s\n", name, seconds * 1e6, bytes / seconds * 1e-9);
     vk_shader_free(&b->v, &s);
@@ -198,7 +189,7 @@ static void measure_store(bench *b, const char *name) {
 static void add_copy(bench *b, const char *what, double bytes, double s) {
     row_begin(&b->out, "copies");
     row_text(&b->out, "what", what);
-    add_rate(b, bytes, s);
+    case_row_rate(&b->out, bytes, s, b->ceiling);
     row_end(&b->out);
     fprintf(b->out.table, "%-34s %10.1f us %8.1f GB/s\n", what, s * 1e6, bytes / s * 1e-9);
 }
@@ -242,18 +233,9 @@ static void measure_copies(bench *b) {
 
 /* ---- decode and prefill ---- */
 
-typedef struct shapes {
-    case_shape at[640];
-    uint32_t n;
-} shapes;
-
-static void shapes_add(shapes *s, const bench *b, case_shape shape) {
-    if (in_list(b->presets, shape.preset) && s->n < sizeof s->at / sizeof *s->at) s->at[s->n++] = shape;
-}
-
 /* F16 first, whose time the others are compared with. One token of the context's last block is still to come, so that a step
  * seals nothing. The first two are those of the CPU's target, then a GPU's. */
-static void decode_shapes(const bench *b, shapes *s) {
+static void decode_shapes(const bench *b, case_list *s) {
     static const struct {
         uint32_t batch, context, dim;
         bool cpu, target;
@@ -264,16 +246,17 @@ static void decode_shapes(const bench *b, shapes *s) {
                {1, 16384, 128, false, false}, {16, 4096, 128, false, false},  {1, 4096, 128, false, false},
                {64, 16384, 64, false, false}, {64, 16384, 256, false, false}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        for (uint32_t p = 0; p < N_PRESETS; p++) {
-            case_shape c = {presets[p], all[i].batch, all[i].context - CASE_T / 2, 4, 1, all[i].dim};
+        for (uint32_t p = 0; p < CASE_PRESETS; p++) {
+            case_shape c = {case_presets[p], all[i].batch, all[i].context - CASE_T / 2, 4, 1, all[i].dim};
             if (all[i].cpu != b->cpu || (b->quick && !all[i].target)) continue;
             if (b->smoke) c.batch = 2, c.context = 80;
-            if (!b->smoke || !s->n || strcmp(s->at[s->n - 1].preset, presets[p]) != 0) shapes_add(s, b, c);
-            if (b->smoke && p + 1 == N_PRESETS) return;
+            if (!b->smoke || !s->n || strcmp(s->at[s->n - 1].preset, case_presets[p]) != 0)
+                case_list_add(s, b->presets, c);
+            if (b->smoke && p + 1 == CASE_PRESETS) return;
         }
 }
 
-static void prefill_shapes(const bench *b, shapes *s) {
+static void prefill_shapes(const bench *b, case_list *s) {
     static const struct {
         uint32_t batch, context, rows;
         bool cpu, target;
@@ -281,12 +264,12 @@ static void prefill_shapes(const bench *b, shapes *s) {
                {1, 30720, 2048, false, true}, {4, 0, 2048, false, false},  {1, 7680, 512, false, false},
                {16, 0, 512, false, false}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        for (uint32_t p = 0; p < N_PRESETS; p++) {
-            case_shape c = {presets[p], all[i].batch, all[i].context, 4, all[i].rows, CASE_DIM};
+        for (uint32_t p = 0; p < CASE_PRESETS; p++) {
+            case_shape c = {case_presets[p], all[i].batch, all[i].context, 4, all[i].rows, CASE_DIM};
             if (all[i].cpu != b->cpu || (b->quick && !all[i].target)) continue;
             if (b->smoke) c.batch = 1, c.context = 32, c.rows = 40;
-            shapes_add(s, b, c);
-            if (b->smoke && p + 1 == N_PRESETS) return;
+            case_list_add(s, b->presets, c);
+            if (b->smoke && p + 1 == CASE_PRESETS) return;
         }
 }
 
@@ -326,7 +309,7 @@ static void add_decode(bench *b, const case_cache *c, double s, const char *name
            rate = (double)c->bytes / s * 1e-9;
     row_number(&b->out, "layers", c->n_layers);
     row_number(&b->out, "bytes", (double)c->bytes);
-    add_rate(b, (double)c->bytes, s);
+    case_row_rate(&b->out, (double)c->bytes, s, b->ceiling);
     if (f16 > 0) row_number(&b->out, "of_f16", s / f16);
     if (ggml > 0) row_number(&b->out, "ggml_us", ggml), row_number(&b->out, "of_ggml", s * 1e6 / ggml);
     fprintf(b->out.table, "%-32s %10.1f us %8.1f GB/s", name, s * 1e6, rate);
@@ -452,56 +435,10 @@ static void measure_host(bench *b) {
     case_close(&c);
 }
 
-/* ---- the same answer ---- */
-
-/* What `which` sequences get, alone or with others; [n][rows][heads][dim] in F16. */
-static void answer(case_cache *c, const uint32_t *which, uint32_t n, uint16_t *out) {
-    const kvl_step *step = case_begin(c, which, n, c->shape.rows);
-    size_t numbers = (size_t)n * c->shape.rows * CASE_KV_HEADS * c->shape.gqa * CASE_DIM;
-    kvli_vk_commands commands = case_record(c, step);
-    vk_run(c->g, commands, 1);
-    c->g->free_commands(c->g->device, c->g->pool, 1, &commands);
-    vk_download(c->g, out, c->out, 0, numbers * 2);
-    case_must(c, kvl_step_abort(c->cache, step), "kvl_step_abort");
-}
-
-static void add_same(bench *b, const case_shape *s, const char *what, bool equal) {
-    row_begin(&b->out, "same");
-    row_text(&b->out, "preset", s->preset);
-    row_text(&b->out, "what", what);
-    row_number(&b->out, "rows", s->rows);
-    row_bool(&b->out, "equal", equal);
-    row_end(&b->out);
-    if (!equal) fprintf(b->out.table, "NOT THE SAME: %s, %u rows: %s\n", s->preset, s->rows, what);
-}
-
-/* A second time, and the first sequence without the others, bit for bit. (Its new rows are the first in both.) */
 static void measure_same(bench *b, const char *preset, uint32_t rows) {
-    case_shape s = {preset, b->smoke || b->cpu ? 2 : 16, b->smoke || b->cpu ? 64 : 3000, 4, rows, CASE_DIM};
-    char err[LLM_ERR_LEN] = "";
-    case_cache c;
-    if (!case_open(&c, &b->v, b->ctx, &s, 1, 256u << 20, err, sizeof err)) {
-        leave_out(&b->out, preset, err);
-        case_close(&c);
-        return;
-    }
-    size_t one = (size_t)rows * CASE_KV_HEADS * s.gqa * CASE_DIM, all = one * s.batch;
-    uint16_t *x = malloc(all * 2), *y = malloc(all * 2);
-    const uint32_t first = 0;
-    bool finite = true, some = false;
-    answer(&c, NULL, s.batch, x);
-    answer(&c, NULL, s.batch, y);
-    for (size_t i = 0; i < all; i++) {
-        finite = finite && (x[i] & 0x7c00) != 0x7c00;
-        some = some || x[i] & 0x7fff;
-    }
-    add_same(b, &s, "finite, not all zero", finite && some);
-    add_same(b, &s, "a second time", memcmp(x, y, all * 2) == 0);
-    answer(&c, &first, 1, y);
-    add_same(b, &s, "without the others", memcmp(x, y, one * 2) == 0);
-    free(x);
-    free(y);
-    case_close(&c);
+    const bool few = b->smoke || b->cpu;
+    const case_shape s = {preset, few ? 2 : 16, few ? 64 : 3000, 4, rows, CASE_DIM};
+    case_measure_same(&b->out, &b->v, b->ctx, &s, 256u << 20);
 }
 
 /* ---- the command line ---- */
@@ -575,17 +512,17 @@ static bool open_backend(bench *b, char *err, size_t n) {
 }
 
 static void measure_all(bench *b) {
-    static shapes decode, prefill;
+    static case_list decode, prefill;
     decode_shapes(b, &decode);
     prefill_shapes(b, &prefill);
     if (in_list(b->only, "ceiling")) measure_ceiling(b);
     if (in_list(b->only, "host")) measure_host(b);
     if (in_list(b->only, "copies")) measure_copies(b);
-    for (uint32_t p = 0; p < N_PRESETS; p++) {
-        if (!in_list(b->presets, presets[p])) continue;
-        if (in_list(b->only, "same")) measure_same(b, presets[p], 1);
-        if (in_list(b->only, "same")) measure_same(b, presets[p], 33);
-        if (in_list(b->only, "store")) measure_store(b, presets[p]);
+    for (uint32_t p = 0; p < CASE_PRESETS; p++) {
+        if (!in_list(b->presets, case_presets[p])) continue;
+        if (in_list(b->only, "same")) measure_same(b, case_presets[p], 1);
+        if (in_list(b->only, "same")) measure_same(b, case_presets[p], 33);
+        if (in_list(b->only, "store")) measure_store(b, case_presets[p]);
     }
     for (uint32_t i = 0; in_list(b->only, "decode") && i < decode.n; i++)
         measure_case(b, "decode", &decode.at[i]);

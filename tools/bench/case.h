@@ -9,7 +9,7 @@
 
 #include "kvlite.h"
 
-#include "bench.h"
+#include "bench_rows.h"
 
 enum {
     CASE_T = 32,
@@ -49,6 +49,8 @@ static uint64_t case_room(const case_device *g); /* bytes free on the device */
 /* Bytes from `at` of a buffer on into the block at this address of the step's. */
 static void case_put(const case_cache *c, uint64_t block, case_buffer from, uint64_t at, size_t bytes);
 static kvl_tensor case_rows(case_buffer b); /* in F16 */
+/* What `which` sequences get in a step, alone or with others; [n][rows][heads][dim] in F16. */
+static void case_answer(case_cache *c, const uint32_t *which, uint32_t n, uint16_t *out);
 
 static void case_must(const case_cache *c, kvl_result r, const char *call) {
     if (r == KVL_OK) return;
@@ -228,6 +230,68 @@ static bool case_open(case_cache *c, const case_device *g, kvl_context *ctx, con
 static void case_attend(const case_cache *c, const kvl_step *step, uint32_t layer) {
     kvl_tensor q = case_rows(c->q), k = case_rows(c->k), v = case_rows(c->v), out = case_rows(c->out);
     case_must(c, kvl_attend(c->cache, step, layer, &q, &k, &v, &out), "kvl_attend");
+}
+
+/* ---- what both benchmarks list and print ---- */
+
+static const char *const case_presets[] = {"f16",   "int8",  "fp8",      "int4",
+                                           "nvfp4", "int8+", "balanced", "bf16"};
+enum { CASE_PRESETS = sizeof case_presets / sizeof *case_presets };
+
+typedef struct case_list {
+    case_shape at[640];
+    uint32_t n;
+} case_list;
+
+/* Where its preset is one of those asked for (null: all). */
+static void case_list_add(case_list *l, const char *asked, case_shape shape) {
+    if (in_list(asked, shape.preset) && l->n < sizeof l->at / sizeof *l->at) l->at[l->n++] = shape;
+}
+
+/* Bytes in so many seconds; ceiling: GB/s, 0 where it was not measured. */
+static void case_row_rate(bench_out *out, double bytes, double s, double ceiling) {
+    row_number(out, "us", s * 1e6);
+    row_number(out, "gb_s", bytes / s * 1e-9);
+    if (ceiling > 0) row_number(out, "share", bytes / s * 1e-9 / ceiling);
+}
+
+static void case_add_same(bench_out *out, const case_shape *s, const char *what, bool equal) {
+    row_begin(out, "same");
+    row_text(out, "preset", s->preset);
+    row_text(out, "what", what);
+    row_number(out, "rows", s->rows);
+    row_bool(out, "equal", equal);
+    row_end(out);
+    if (!equal) fprintf(out->table, "NOT THE SAME: %s, %u rows: %s\n", s->preset, s->rows, what);
+}
+
+/* A second time, and the first sequence without the others, bit for bit. (Its new rows are the first in both.) */
+static void case_measure_same(bench_out *out, const case_device *g, kvl_context *ctx, const case_shape *s,
+                              uint64_t extra) {
+    char err[LLM_ERR_LEN] = "";
+    case_cache c;
+    if (!case_open(&c, g, ctx, s, 1, extra, err, sizeof err)) {
+        leave_out(out, s->preset, err);
+        case_close(&c);
+        return;
+    }
+    size_t one = (size_t)s->rows * CASE_KV_HEADS * s->gqa * CASE_DIM, all = one * s->batch;
+    uint16_t *x = malloc(all * 2), *y = malloc(all * 2);
+    const uint32_t first = 0;
+    bool finite = true, some = false;
+    case_answer(&c, NULL, s->batch, x);
+    case_answer(&c, NULL, s->batch, y);
+    for (size_t i = 0; i < all; i++) {
+        finite = finite && (x[i] & 0x7c00) != 0x7c00;
+        some = some || x[i] & 0x7fff;
+    }
+    case_add_same(out, s, "finite, not all zero", finite && some);
+    case_add_same(out, s, "a second time", memcmp(x, y, all * 2) == 0);
+    case_answer(&c, &first, 1, y);
+    case_add_same(out, s, "without the others", memcmp(x, y, one * 2) == 0);
+    free(x);
+    free(y);
+    case_close(&c);
 }
 
 #endif /* CASE_H */

@@ -61,4 +61,12 @@ static double case_time(case_cache *c, double slice) {
     return rounds_spread(&r).median;
 }
 
+static void case_answer(case_cache *c, const uint32_t *which, uint32_t n, uint16_t *out) {
+    const kvl_step *step = case_begin(c, which, n, c->shape.rows);
+    size_t numbers = (size_t)n * c->shape.rows * CASE_KV_HEADS * c->shape.gqa * CASE_DIM;
+    for (uint32_t l = 0; l < c->n_layers; l++) case_attend(c, step, l);
+    gpu_download(c->g, out, c->out, numbers * 2);
+    case_must(c, kvl_step_abort(c->cache, step), "kvl_step_abort");
+}
+
 #endif /* CUDA_CASE_H */

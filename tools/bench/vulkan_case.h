@@ -87,4 +87,14 @@ static double case_time(case_cache *c, double slice) {
     return s;
 }
 
+static void case_answer(case_cache *c, const uint32_t *which, uint32_t n, uint16_t *out) {
+    const kvl_step *step = case_begin(c, which, n, c->shape.rows);
+    size_t numbers = (size_t)n * c->shape.rows * CASE_KV_HEADS * c->shape.gqa * CASE_DIM;
+    kvli_vk_commands commands = case_record(c, step);
+    vk_run(c->g, commands, 1);
+    c->g->free_commands(c->g->device, c->g->pool, 1, &commands);
+    vk_download(c->g, out, c->out, 0, numbers * 2);
+    case_must(c, kvl_step_abort(c->cache, step), "kvl_step_abort");
+}
+
 #endif /* VULKAN_CASE_H */
